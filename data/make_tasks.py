@@ -1,0 +1,15 @@
+"""Write the committed task files from their seeds: `python data/make_tasks.py` (under a minute; a test compares)."""
+
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+from nanotoolrl.tasks import SPLITS, TASK_DIR, make_split, save_tasks  # noqa: E402
+
+if __name__ == "__main__":
+    TASK_DIR.mkdir(exist_ok=True)
+    for split in SPLITS:
+        tasks = make_split(split)
+        save_tasks(tasks, TASK_DIR / f"{split}.jsonl")
+        print(f"{split}: {len(tasks)} tasks")

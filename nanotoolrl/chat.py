@@ -1,0 +1,414 @@
+"""Conversations as token ids, and tool calls as text.
+
+Two halves. The first writes and reads tool calls in three formats and names the state of a message (Hao et al. 2026
+and our reading of its transcripts). The second, `Chat`, lays a conversation out in ChatML as Qwen2.5 and Qwen3 do, as
+ids that are only ever appended to: nothing a model sampled is decoded and encoded again.
+"""
+
+import ast
+import json
+import re
+import warnings
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+
+MAX_CHARS = 50_000  # a longer message is answered, not parsed
+MESSAGE_STATES = ("overlong", "empty", "bare", "malformed", "polluted", "call", "foreign", "reply")
+UNHEALTHY_STATES = ("overlong", "empty", "bare", "malformed", "polluted", "foreign")
+
+
+@dataclass(frozen=True)
+class Call:
+    """One tool call as data: nothing in it has been evaluated."""
+
+    name: str
+    arguments: dict
+
+
+@dataclass(frozen=True)
+class BadCall:
+    """A block that is marked as a call and cannot be read; `salvaged` if a call stands inside other text."""
+
+    reason: str
+    salvaged: bool = False
+
+
+@dataclass(frozen=True)
+class CallFormat:
+    """A syntax for tool calls. All formats are read with the same leniency: every block from `opener` to `closer` is
+    tried, text around blocks is ignored, and a message without `closer` holds no call (Hao et al. 2026, published
+    environment)."""
+
+    prefix: str  # the canonical start of a message that calls
+    opener: re.Pattern
+    closer: re.Pattern
+    block: re.Pattern
+    tags: tuple[str, ...]  # control tokens of the format, where the tokenizer has them
+    instruction: str
+    render: Callable[[list[Call]], str]
+    read: Callable[[str], list[Call]]  # body of a block -> calls; raises ValueError
+    salvage: Callable[[str], bool]  # whether a readable call hides in the body
+
+
+def render_calls(calls: list[Call], format: str) -> str:
+    """Text of an assistant message that makes these calls; strings are escaped so that no parser can cut in them.
+
+    Example: `render_calls([Call("read_file", {"name": "a"})], "python")` is `[read_file(name="a")]`.
+    """
+    return FORMATS[format].render(calls)
+
+
+def parse_calls(text: str, format: str) -> list[Call | BadCall]:
+    """Every call a message makes, in order; an empty list means that the message ends the turn.
+
+    Unreadable blocks are BadCall, so is a closing tag without a block. Never raises, whatever the text.
+    """
+    form = FORMATS[format]
+    closers = list(form.closer.finditer(text))
+    if not closers:
+        return []
+    if len(text) > MAX_CHARS:
+        return [BadCall(f"the message is longer than {MAX_CHARS} characters")]
+    calls = []
+    for match in form.block.finditer(text, 0, closers[-1].end()):
+        try:
+            calls += form.read(match.group(1))
+        except (ValueError, RecursionError, MemoryError) as error:
+            calls.append(BadCall(str(error) or "nested too deeply", _salvageable(form, match.group(1))))
+    return calls or [BadCall("there is a closing tag but no call", _salvageable(form, text))]
+
+
+def message_state(text: str, format: str, overlong: bool = False) -> str:
+    """One of MESSAGE_STATES for an assistant message without its stop token; the first that fits, in that order.
+
+    overlong: the message was cut at the token limit. empty: nothing. bare: a tag and nothing to call. malformed: a
+    tag with an unreadable body, or unbalanced tags. polluted: a readable call with other text around or inside it.
+    call: only readable calls. foreign: a call in another syntax than `format`. reply: text.
+    """
+    form = FORMATS[format]
+    if overlong:
+        return "overlong"
+    if not text.strip():
+        return "empty"
+    tagged = form.opener.search(text) or form.closer.search(text) or text.lstrip().startswith(form.prefix.strip())
+    if tagged and not re.search(r"\w", form.opener.sub("", form.closer.sub("", text))):
+        return "bare"
+    calls = parse_calls(text, format)
+    if tagged:
+        bad = [call for call in calls if isinstance(call, BadCall)]
+        balanced = len(form.opener.findall(text)) == len(form.closer.findall(text))
+        if not calls or not balanced or any(not call.salvaged for call in bad):
+            return "malformed"
+        return "polluted" if bad or form.block.sub("", text).strip() else "call"
+    others = (parse_calls(text, other) for other in FORMATS if other != format)
+    if any(isinstance(call, Call) for found in others for call in found) or _salvage_json(text):
+        return "foreign"
+    return "reply"
+
+
+def _salvageable(form: CallFormat, body: str) -> bool:
+    try:
+        return form.salvage(body)
+    except (ValueError, RecursionError, MemoryError):
+        return False
+
+
+def _loads(text: str) -> object:
+    """JSON without NaN and infinities, with lone surrogates replaced; raises ValueError."""
+
+    def refuse(name: str) -> None:
+        raise ValueError(f"{name} is no JSON value")
+
+    try:
+        value = json.loads(text, parse_constant=refuse)
+    except json.JSONDecodeError as error:
+        raise ValueError(f"bad JSON: {error.msg} at character {error.pos}") from None
+    return _clean(value)
+
+
+def _clean(value: object) -> object:
+    """Text that UTF-8 can hold, lists for tuples, finite floats; anything but JSON values raises ValueError."""
+    if isinstance(value, str):
+        return value.encode("utf-8", "replace").decode()
+    if isinstance(value, list | tuple):
+        return [_clean(item) for item in value]
+    if isinstance(value, dict):
+        if not all(isinstance(key, str) for key in value):
+            raise ValueError("the keys of an object must be strings")
+        return {_clean(key): _clean(item) for key, item in value.items()}
+    if value is None or isinstance(value, bool | int) or (isinstance(value, float) and abs(value) < float("inf")):
+        return value
+    raise ValueError(f"{str(value)[:40]} is no JSON value")
+
+
+def escaped_json(value: object) -> str:
+    """JSON that can hold no tag: `<` is written as an escape."""
+    return json.dumps(value, ensure_ascii=False).replace("<", "\\u003c")
+
+
+def _call_of(value: object) -> Call:
+    if not isinstance(value, dict) or not isinstance(value.get("name"), str):
+        raise ValueError('a call is a JSON object with "name" and "arguments"')
+    arguments = value.get("arguments", {})
+    if not isinstance(arguments, dict):
+        raise ValueError('"arguments" must be a JSON object')
+    return Call(value["name"], arguments)
+
+
+def _render_hermes(calls: list[Call]) -> str:
+    bodies = (escaped_json({"name": call.name, "arguments": call.arguments}) for call in calls)
+    return "\n".join(f"<tool_call>\n{body}\n</tool_call>" for body in bodies)
+
+
+def _read_hermes(body: str) -> list[Call]:
+    return [_call_of(_loads(body))]
+
+
+def _salvage_json(text: str) -> bool:
+    """Whether a JSON object that names a call and its arguments stands somewhere in the text."""
+    start = text.find('{"name"')
+    if start < 0 or '"arguments"' not in text or len(text) > MAX_CHARS:
+        return False
+    try:
+        return bool(_call_of(json.JSONDecoder().raw_decode(text, start)[0]))
+    except (ValueError, RecursionError):
+        return False
+
+
+def _literal(value: object) -> str:
+    """A Python literal whose strings cannot hold the end of a call list."""
+    if isinstance(value, str):
+        return escaped_json(value).replace("]", "\\u005d")
+    if isinstance(value, list):
+        return "[" + ", ".join(_literal(item) for item in value) + "]"
+    if isinstance(value, dict):
+        return "{" + ", ".join(f"{_literal(key)}: {_literal(item)}" for key, item in value.items()) + "}"
+    return repr(value)
+
+
+def _render_python(calls: list[Call]) -> str:
+    bodies = (", ".join(f"{key}={_literal(value)}" for key, value in call.arguments.items()) for call in calls)
+    return "[" + ", ".join(f"{call.name}({body})" for call, body in zip(calls, bodies, strict=True)) + "]"
+
+
+def _read_python(body: str) -> list[Call]:
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # odd escapes inside strings warn
+        try:
+            nodes = ast.parse(f"[{body}]", mode="eval").body.elts
+        except SyntaxError as error:
+            raise ValueError(f"bad Python: {error.msg}") from None
+    calls = []
+    for node in nodes:
+        if not isinstance(node, ast.Call) or not isinstance(node.func, ast.Name):
+            raise ValueError("only calls like name(parameter=value) may stand in the list")
+        if node.args or any(keyword.arg is None for keyword in node.keywords):
+            raise ValueError(f"{node.func.id}: give every argument as parameter=value")
+        try:
+            arguments = {keyword.arg: _clean(ast.literal_eval(keyword.value)) for keyword in node.keywords}
+        except (ValueError, TypeError, SyntaxError):
+            raise ValueError(f"{node.func.id}: arguments must be plain values") from None
+        calls.append(Call(node.func.id, arguments))
+    return calls
+
+
+def _salvage_python(body: str) -> bool:
+    match = re.search(r"[A-Za-z_]\w*\(.*\)", body, re.DOTALL)
+    return bool(match and _read_python(match.group()))
+
+
+def _render_xml(calls: list[Call]) -> str:
+    def one(call: Call) -> str:
+        lines = [f"<parameter={key}>{escaped_json(value)}</parameter>" for key, value in call.arguments.items()]
+        return "\n".join([f"<function={call.name}>", *lines, "</function>"])
+
+    return "\n".join(one(call) for call in calls)
+
+
+_PARAMETER = re.compile(r"<parameter=([^<>\n]*)>(.*?)</parameter>", re.DOTALL)
+
+
+def _read_xml(body: str) -> list[Call]:
+    name, closed, rest = body.partition(">")
+    if not closed or not name.strip():
+        raise ValueError("a call begins with <function=name>")
+    if _PARAMETER.sub("", rest).strip():
+        raise ValueError("only <parameter=name>value</parameter> may stand in a call")
+    return [Call(name.strip(), {match[1].strip(): _loads(match[2]) for match in _PARAMETER.finditer(rest)})]
+
+
+def _salvage_xml(body: str) -> bool:
+    name, _, rest = body.partition(">")
+    parameters = "".join(match.group() for match in _PARAMETER.finditer(rest))
+    return bool(parameters and _read_xml(f"{name}>{parameters}"))
+
+
+def _format(prefix: str, opener: str, closer: str, block: str, tags: Iterable[str], *rest: object) -> CallFormat:
+    compiled = (re.compile(pattern, re.DOTALL) for pattern in (opener, closer, block))
+    return CallFormat(prefix, *compiled, tuple(tags), *rest)
+
+
+FORMATS: dict[str, CallFormat] = {
+    "hermes": _format(
+        "<tool_call>\n",
+        r"<tool_call>",
+        r"</tool_call>",
+        r"<tool_call>(.*?)</tool_call>",
+        ["<tool_call>", "</tool_call>"],
+        'Call tools as <tool_call> {"name": ..., "arguments": ...} </tool_call>',
+        _render_hermes,
+        _read_hermes,
+        lambda body: _salvage_json(body[max(body.find("{"), 0) :]),
+    ),
+    "python": _format(
+        "[",
+        r"\[(?=\s*[A-Za-z_]\w*\s*\()",
+        r"\)\s*\]",
+        r"\[(?=\s*[A-Za-z_]\w*\s*\()(.*?\))\s*\]",
+        [],
+        "Call tools as [name(parameter=value)]",
+        _render_python,
+        _read_python,
+        _salvage_python,
+    ),
+    "xml": _format(
+        "<function=",
+        r"<function=",
+        r"</function>",
+        r"<function=(.*?)</function>",
+        [],
+        "Call tools as <function=name> <parameter=name>value</parameter> </function>",
+        _render_xml,
+        _read_xml,
+        _salvage_xml,
+    ),
+}
+
+
+def signature(tool: dict) -> str:
+    """One line for one tool schema, as the built-in model's chat template writes it.
+
+    Example: `find_tickets(status: open|closed = "open"): List the tickets with a status.`
+    """
+    parameters = tool["parameters"]["properties"]
+    parts = []
+    for name, kind in parameters.items():
+        text = f"{name}: {'|'.join(map(str, kind['enum'])) if 'enum' in kind else kind['type']}"
+        parts.append(text + (f" = {json.dumps(kind['default'])}" if "default" in kind else ""))
+    return f"{tool['name']}({', '.join(parts)}): {tool['description']}"
+
+
+class Chat:
+    """ChatML for one tokenizer: messages to ids, by appending only.
+
+    Trusted text (the template's own and rendered calls) may hold control tokens; text from users, tools and models
+    goes through `guard` first, and can then spell a control token but never become its id.
+    """
+
+    MARK = "\ufdd0"  # a Unicode noncharacter: a place where `encode` must not join
+
+    def __init__(self, tokenizer) -> None:
+        self.tokenizer = tokenizer
+        self.control = dict(sorted(tokenizer.get_added_vocab().items()))
+        if "<|im_start|>" not in self.control or "<|im_end|>" not in self.control:
+            raise ValueError("the tokenizer has no <|im_start|> and <|im_end|>: only ChatML models are supported")
+        longest_first = sorted(self.control, key=len, reverse=True)
+        self._split = re.compile("(" + "|".join(map(re.escape, longest_first)) + ")")
+        self.end_id = self.control["<|im_end|>"]
+        self.stop_ids = sorted({self.end_id, tokenizer.eos_token_id, self.control.get("<|endoftext|>", self.end_id)})
+        self.newline_ids = self.encode("\n")
+
+    def guard(self, text: str, keep: tuple[str, ...] = ()) -> str:
+        """`text` with a mark inside every control string but those of `keep`, so that `encode` reads plain text."""
+        text = text.encode("utf-8", "replace").decode().replace(self.MARK, "")
+        while True:  # breaking one string can leave another that overlaps it
+            broken = self._split.sub(lambda m: m[0] if m[0] in keep else m[0][0] + self.MARK + m[0][1:], text)
+            if broken == text:
+                return text
+            text = broken
+
+    def encode(self, text: str) -> list[int]:
+        """Ids of trusted text; control strings become their ids, guarded ones do not."""
+        ids = []
+        for i, piece in enumerate(self._split.split(text)):
+            if i % 2:
+                ids.append(self.control[piece])
+                continue
+            for part in piece.split(self.MARK):
+                ids += self.tokenizer.encode(part, add_special_tokens=False) if part else []
+        return ids
+
+    def decode(self, ids: list[int]) -> str:
+        """Text of ids, control tokens spelled out; bytes that are no UTF-8 become U+FFFD."""
+        return self.tokenizer.decode(ids, skip_special_tokens=False, clean_up_tokenization_spaces=False)
+
+    def prompt_ids(self, messages: list[dict], tools: list[dict], format: str, hint: str = "") -> list[int]:
+        """Ids up to and including the opening of the first assistant message.
+
+        The system block is written by the checkpoint's own chat template, with `hint` at the end of its text. A
+        template that teaches the hermes format does not get the tools of another format: they are listed here.
+        """
+        system, rest = messages[0], messages[1:]
+        content = "\n\n".join(filter(None, [system["content"], hint]))
+        content = self.guard(content, keep=FORMATS[format].tags)
+        wrapped = [{"type": "function", "function": tool} for tool in tools]
+        if format != "hermes" and self._teaches_hermes():
+            content = "\n".join([content, "", "# Tools", *(signature(tool) for tool in tools)])
+            wrapped = None
+        head = self.tokenizer.apply_chat_template(
+            [{"role": "system", "content": content}], tools=wrapped, tokenize=False
+        )
+        return self.encode(head) + self._messages_ids(rest)
+
+    def extend_ids(self, messages: list[dict], stop_id: int | None) -> list[int]:
+        """Ids that follow an assistant message which ended with `stop_id`: new messages, next assistant opening.
+
+        Any stop token but <|im_end|> (or none at all) is followed by one, so that the layout stays ChatML.
+        """
+        closing = [] if stop_id == self.end_id else [self.end_id]
+        return closing + self.newline_ids + self._messages_ids(messages)
+
+    def assistant_ids(self, text: str, format: str) -> list[int]:
+        """Ids of a whole assistant message as a model would sample it, its stop token included."""
+        return self.encode(self.guard(text, keep=FORMATS[format].tags)) + [self.end_id]
+
+    def _messages_ids(self, messages: list[dict]) -> list[int]:
+        parts, i = [], 0
+        while i < len(messages):
+            if messages[i]["role"] == "tool":  # neighbouring results share one user turn
+                parts.append("<|im_start|>user")
+                while i < len(messages) and messages[i]["role"] == "tool":
+                    parts.append(f"\n<tool_response>\n{self.guard(messages[i]['content'])}\n</tool_response>")
+                    i += 1
+                parts.append("<|im_end|>\n")
+            else:
+                text = self.guard(messages[i]["content"])
+                for tool in messages[i].get("tools", ()):  # a user message that offers tools (miss_func)
+                    text += "\n" + self.guard(self._tool_line(tool))
+                parts.append(f"<|im_start|>{messages[i]['role']}\n{text}<|im_end|>\n")
+                i += 1
+        return self.encode("".join(parts) + "<|im_start|>assistant\n")
+
+    def _teaches_hermes(self) -> bool:
+        return "<tool_call>" in self.tokenizer.chat_template
+
+    def _tool_line(self, tool: dict) -> str:
+        if self._teaches_hermes():
+            return json.dumps({"type": "function", "function": tool}, ensure_ascii=False)
+        return signature(tool)
+
+
+def control_tokens(chat: Chat, format: str) -> dict[str, int]:
+    """The tokens that carry call structure, text -> id, found from tokenizer and format.
+
+    They are the added tokens of ChatML and tools, and those that open and close the body of a rendered call (`{"`,
+    `}}` and `"}}` in hermes), as this tokenizer splits it. Hao et al. 2026 name `<tool_call>`, `{"`, `<|im_end|>`.
+    """
+    structure = ("<|im_start|>", "<|im_end|>", "<tool_call>", "</tool_call>", "<tool_response>", "</tool_response>")
+    ids = {chat.control[name] for name in structure if name in chat.control}
+    for value in (1, "a"):
+        text = render_calls([Call("name", {"key": value})], format)
+        body = [piece for piece in chat._split.split(text) if piece not in chat.control and piece.strip()][0]
+        written = [i for i in chat.encode(body) if chat.decode([i]).strip()]
+        ids |= {written[0], written[-1]}
+    return {chat.decode([i]): i for i in sorted(ids)}

@@ -1,0 +1,99 @@
+"""A transformers causal language model with its tokenizer and chat layout: load, save, hidden states, log-probs.
+
+The built-in model and a hub model take the same path; whatever is saved here opens with
+`AutoModelForCausalLM.from_pretrained`.
+"""
+
+import logging
+import os
+from pathlib import Path
+
+import torch
+from torch import Tensor
+from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers.utils import logging as transformers_logging
+
+from nanotoolrl.chat import Chat
+from nanotoolrl.logprob import token_logprob
+
+NANO = Path(__file__).resolve().parent.parent / "data" / "nano"
+
+
+class ModelError(Exception):
+    """A model cannot be loaded; the text says which path or name, and what was expected."""
+
+
+class Policy:
+    """A causal language model (`.model`), its tokenizer (`.tokenizer`) and its `Chat` (`.chat`)."""
+
+    def __init__(self, model, tokenizer) -> None:
+        self.model, self.tokenizer, self.chat = model, tokenizer, Chat(tokenizer)
+
+    @property
+    def device(self) -> torch.device:
+        return self.model.device
+
+    @property
+    def head(self) -> Tensor:
+        """Output embedding [V, D]."""
+        return self.model.get_output_embeddings().weight
+
+    @property
+    def context(self) -> int:
+        """The longest sequence the model was made for, in tokens."""
+        return self.model.config.max_position_embeddings
+
+    def hidden(self, ids: Tensor) -> Tensor:
+        """Final hidden states [B, T, D] of right-padded rows `ids` [B, T].
+
+        Attention is causal, so what stands in the padding cannot reach a real position.
+        """
+        return self.model.model(input_ids=ids, use_cache=False).last_hidden_state
+
+    def logprobs(
+        self, ids: Tensor, mask: Tensor, temperature: float = 1.0, want_entropy: bool = False
+    ) -> tuple[Tensor, Tensor | None]:
+        """(log-prob [N], entropy [N] or None) of the tokens of `ids` [B, T] where `mask` [B, T] is True, row by row.
+
+        Only those N positions pass through the head. `mask[:, 0]` must be False: nothing predicts a first token.
+        """
+        if mask[:, 0].any():
+            raise ValueError("the first token of a row has no log-probability: mask[:, 0] must be False")
+        hidden = self.hidden(ids)[:, :-1][mask[:, 1:]]  # [N, D]
+        return token_logprob(hidden, self.head, ids[mask], temperature, want_entropy)
+
+    def save(self, directory: str | os.PathLike) -> None:
+        """Write a standard checkpoint directory (config, safetensors weights, tokenizer, chat template)."""
+        level = transformers_logging.get_verbosity()
+        transformers_logging.set_verbosity(logging.ERROR)
+        self.model.save_pretrained(directory)
+        self.tokenizer.save_pretrained(directory)
+        transformers_logging.set_verbosity(level)
+
+
+def load(name_or_dir: str | os.PathLike, device: str | None = None, dtype: torch.dtype | None = None) -> Policy:
+    """Load a checkpoint directory or a hub name.
+
+    device: "cuda" where there is one, else "cpu". dtype: fp32 on the CPU, bf16 on a GPU that has it, else fp16.
+    Raises ModelError, with the path or name and what was expected.
+    """
+    name = os.fspath(name_or_dir)
+    local = Path(name).exists() or Path(name).parent.is_dir()  # "data/nan0" is a slip, not a hub name
+    if local and not (Path(name) / "config.json").is_file():
+        raise ModelError(f"no model in {name}: expected a directory with config.json, weights and tokenizer files")
+    device = device or ("cuda" if torch.cuda.is_available() else "cpu")
+    if dtype is None:
+        half = torch.bfloat16 if device.startswith("cuda") and torch.cuda.is_bf16_supported() else torch.float16
+        dtype = half if device.startswith("cuda") else torch.float32
+    level = transformers_logging.get_verbosity()
+    transformers_logging.set_verbosity(logging.ERROR)
+    transformers_logging.disable_progress_bar()
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(name)
+        model = AutoModelForCausalLM.from_pretrained(name, dtype=dtype, attn_implementation="sdpa")
+    except (OSError, ValueError, KeyError, RuntimeError) as error:
+        where = "a readable checkpoint" if local else "a checkpoint directory here, or a model the hub gives you"
+        raise ModelError(f"cannot load {name}: expected {where}. {type(error).__name__}: {error}") from None
+    finally:
+        transformers_logging.set_verbosity(level)
+    return Policy(model.to(device).eval(), tokenizer)
