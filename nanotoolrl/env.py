@@ -162,7 +162,7 @@ class Episode:
         self.turn, self.messages, self.done = 0, 0, False
         self.turn_verdicts: list[Verdict] = []
         self._seen: Counter[str] = Counter()
-        self._called = False
+        self._calls = 0
 
     def prompt(self) -> tuple[list[dict], list[dict]]:
         """(messages, tools): system text and first user message, and the schemas of the tools shown."""
@@ -178,22 +178,22 @@ class Episode:
             return None
         self.messages += 1
         if overlong:
-            return self._end("a message was cut at the token limit")
+            return self.abort("a message was cut at the token limit")
         calls = parse_calls(text, self.format)
         if calls:
             answers = [{"role": "tool", "content": to_json(self._answer(call))} for call in calls[:MAX_CALLS]]
             if len(calls) > MAX_CALLS:
                 answers.append({"role": "tool", "content": to_json(_error(f"only {MAX_CALLS} calls a message"))})
-            return answers if self.messages < self.max_messages else self._end("the cap on messages was reached")
+            return answers if self.messages < self.max_messages else self.abort("the cap on messages was reached")
         self.turn_verdicts.append(self._check_turn())
         self.turn += 1
-        self._called = False
+        self._calls = 0
         if self.turn == len(self.task.turns):
             self.done = True
             return None
         self.tools += self.task.turns[self.turn].offers
         if self.messages >= self.max_messages:
-            return self._end("the cap on messages was reached")
+            return self.abort("the cap on messages was reached")
         return [self._user_message()]
 
     @property
@@ -201,10 +201,15 @@ class Episode:
         passed = len(self.turn_verdicts) == len(self.task.turns) and all(v.passed for v in self.turn_verdicts)
         return float(self.done and passed)
 
+    @property
+    def calls_left(self) -> int:
+        """Ground-truth calls of the current turn minus the tool calls made in it: whether the next message should call."""
+        return 0 if self.done else max(0, len(self.task.turns[self.turn].calls) - self._calls)
+
     def _answer(self, call: Call | BadCall) -> object:
         if isinstance(call, BadCall):
             return _error(call.reason)
-        self._called = True
+        self._calls += 1
         if call.name not in self.tools:
             return _error(f"no tool '{call.name[:40]}'; there is {', '.join(self.tools)}")
         result = call_tool(self.world, call)
@@ -214,7 +219,7 @@ class Episode:
     def _check_turn(self) -> Verdict:
         world, results = self.task.expected[self.turn]
         if not self.task.turns[self.turn].calls:
-            strict = self.strict_empty_turn and self._called
+            strict = self.strict_empty_turn and self._calls > 0
             return Verdict(not strict, "called a tool where it should ask" if strict else "")
         wrong = [name for name in world if world[name] != self.world[name]]
         if wrong:
@@ -229,7 +234,8 @@ class Episode:
         message = {"role": "user", "content": turn.user}
         return message | ({"tools": [schema(tool) for tool in turn.offers]} if turn.offers else {})
 
-    def _end(self, reason: str) -> None:
+    def abort(self, reason: str) -> None:
+        """End the episode here; the current turn fails with this reason."""
         self.turn_verdicts.append(Verdict(False, reason))
         self.done = True
 

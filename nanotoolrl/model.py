@@ -66,6 +66,7 @@ class Policy:
         """Write a standard checkpoint directory (config, safetensors weights, tokenizer, chat template)."""
         level = transformers_logging.get_verbosity()
         transformers_logging.set_verbosity(logging.ERROR)
+        transformers_logging.disable_progress_bar()
         self.model.save_pretrained(directory)
         self.tokenizer.save_pretrained(directory)
         transformers_logging.set_verbosity(level)
