@@ -9,6 +9,7 @@ format, at least 20 % in hermes and one other: room to rise and room to fall.
 
 import argparse
 import json
+import math
 import os
 import random
 import re
@@ -41,13 +42,13 @@ ARCHITECTURE = dict(
     intermediate_size=384,
     max_position_embeddings=4096,
     tie_word_embeddings=True,
-    initializer_range=0.05,  # at the usual 0.02 the copy warm-up takes twice as long
+    initializer_range=0.05,
 )
 MESSAGE_LIMIT = 128  # tokens of a message that never ends
 POOLS = ["train", "train", "foreign", "ood"]  # in these shares
 HINTED, RETRIED, RETRIED_AGAIN = 0.2, 0.15, 0.35
 FLAWS = {"empty": 0.012, "bare": 0.012, "malformed": 0.012, "polluted": 0.012, "foreign": 0.012, "overlong": 0.008}
-WARM_UP_STEPS, WARM_UP_RATE = 600, 3e-3
+WARM_UP_STEPS, WARM_UP_RATE = 400, 3e-3
 BATCH, LEARNING_RATE = 24, 2e-3
 TEMPLATE = """\
 {%- macro line(tool) -%}
@@ -103,7 +104,30 @@ def new_policy(seed: int) -> Policy:
     config = Qwen2Config(
         vocab_size=len(tokenizer), eos_token_id=tokenizer.eos_token_id, pad_token_id=tokenizer.pad_token_id, **ARCHITECTURE
     )
-    return Policy(Qwen2ForCausalLM(config).eval(), tokenizer)
+    model = Qwen2ForCausalLM(config)
+    look_back(model)
+    return Policy(model.eval(), tokenizer)
+
+
+@torch.no_grad()
+def look_back(model: Qwen2ForCausalLM, strength: float = 8.0, pairs: int = 6) -> None:
+    """Start two heads of the first layer as heads that look one and two tokens back.
+
+    Copying needs such heads, and rotary positions make them slow to find: without this, the copy warm-up stayed at
+    guessing among the tokens in sight for 600 steps; with it, it copies after 150. Only the biases of queries and
+    keys are set, on the fastest `pairs` of rotary dimensions, so that the score of a key peaks at the wanted offset.
+    """
+    layer = model.model.layers[0].self_attn
+    width = layer.head_dim
+    frequencies = model.model.rotary_emb.inv_freq[:pairs]
+    amplitude = math.sqrt(strength * math.sqrt(width))
+    for head, offset in ((0, 1), (1, 2)):
+        own = slice(head * width, (head + 1) * width)
+        for linear in (layer.q_proj, layer.k_proj):
+            linear.weight[own], linear.bias[own] = 0.0, 0.0
+        layer.q_proj.bias[own][:pairs] = amplitude
+        layer.k_proj.bias[own][:pairs] = amplitude * torch.cos(offset * frequencies)
+        layer.k_proj.bias[own][width // 2 : width // 2 + pairs] = amplitude * torch.sin(offset * frequencies)
 
 
 # ------------------------------------------------------------------------------------------- demonstrations
@@ -198,7 +222,7 @@ def copying(vocabulary: int, seed: int, step: int) -> list[tuple[list[int], list
     for _ in range(32):
         ids, mask = [], []
         while len(ids) < 160:
-            count = rng.choice([1, 1, 2, 4])
+            count = 1 if step < -200 else rng.choice([1, 2, 4])  # at first next to each other, then apart
             spans = [[rng.randrange(vocabulary) for _ in range(rng.randint(3, 12))] for _ in range(count)]
             for span in spans:
                 ids += span

@@ -412,3 +412,28 @@ def control_tokens(chat: Chat, format: str) -> dict[str, int]:
         written = [i for i in chat.encode(body) if chat.decode([i]).strip()]
         ids |= {written[0], written[-1]}
     return {chat.decode([i]): i for i in sorted(ids)}
+
+
+ROLE_COLORS = {"system": "90", "user": "36", "assistant": "32", "tool": "33"}
+
+
+def readable(text: str, color: bool = False) -> str:
+    """A ChatML conversation for people: one line per message, control tokens of the layout left out, those a model
+    misplaced left in. The system message is cut to its first line."""
+    lines = []
+    for part in text.split("<|im_start|>"):
+        role, _, body = part.partition("\n")
+        body = body.rstrip("\n").removesuffix("<|im_end|>")
+        if role == "user" and body.startswith("<tool_response>"):
+            role, body = "tool", body.replace("<tool_response>\n", "").replace("\n</tool_response>", "")
+        if role == "system":
+            body = body.partition("\n")[0] + " ..."
+        if role not in ROLE_COLORS:
+            if part:
+                lines.append(part)
+            continue
+        lines += [f"{role if i == 0 else '':>9} | {line}" for i, line in enumerate(body.split("\n"))]
+        if color:
+            first = len(lines) - body.count("\n") - 1
+            lines[first:] = [f"\x1b[{ROLE_COLORS[role]}m{line}\x1b[0m" for line in lines[first:]]
+    return "\n".join(lines)

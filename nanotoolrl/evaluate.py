@@ -77,3 +77,8 @@ def table(columns: dict[str, Scores]) -> str:
             cells.append(f"{100 * share:.1f} [{100 * low:.1f}, {100 * high:.1f}] n={n}")
         lines.append(f"{name:<14}" + "".join(f"{cell:>24}" for cell in cells))
     return "\n".join(lines)
+
+
+def fits(policy: Policy, task: Task, format: str, room: int) -> bool:
+    """Whether the prompt of a task has at most `room` tokens."""
+    return len(policy.chat.prompt_ids(*Episode(task, format).prompt(), format)) <= room

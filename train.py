@@ -1,0 +1,508 @@
+"""Train a model to use tools over several turns: `python train.py --scheme hint`.
+
+Read it top to bottom: the config, the setup of a run, the loop, saving. What one step does is a scheme's business
+(nanotoolrl/schemes.py); the loop does not know which one it runs.
+"""
+
+import argparse
+import csv
+import dataclasses
+import difflib
+import json
+import math
+import os
+import platform
+import random
+import signal
+import subprocess
+import sys
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+import transformers
+from tqdm import tqdm
+
+from nanotoolrl.chat import FORMATS, MESSAGE_STATES, UNHEALTHY_STATES, readable
+from nanotoolrl.env import MAX_MESSAGES, Task
+from nanotoolrl.evaluate import evaluate, fits, table
+from nanotoolrl.model import NANO, ModelError, Policy, load
+from nanotoolrl.probes import ProbeSet
+from nanotoolrl.sampler import Sampler, Trajectory
+from nanotoolrl.schemes import SCHEMES, Run, Step
+from nanotoolrl.tasks import SPLITS, load_tasks
+
+METRICS = [
+    *("step", "reward", "success", "contrast_groups", "loss", "kl", "entropy", "grad_norm", "clip_fraction", "tokens"),
+    *("sample_tok_s", "train_tok_s", "logprob_gap"),
+    *(f"state_{state}" for state in MESSAGE_STATES),
+    *("spurious_control", "required_control", "nll_control", "nll_content"),
+    *("skipped_updates", "skipped_tasks", "sample_seconds", "seconds"),
+]
+STATE_JUMP = 0.2  # a share of an unhealthy message state this far above the first step's raises the alarm
+
+
+def setting(default: object, about: str, choices: tuple = ()) -> object:
+    """A config field: its one default, and the line that --help prints."""
+    return dataclasses.field(default=default, metadata={"about": about, "choices": choices})
+
+
+@dataclass
+class Config:
+    """Every setting, flat. The command line is made from it."""
+
+    # what runs
+    scheme: str = setting("hint", "trainer variant; see --list", tuple(SCHEMES))
+    preset: str = setting("nano", "named set of settings, overridden by flags", ("nano", "smoke", "paper"))
+    model: str = setting(str(NANO), "checkpoint directory or hub name")
+    tasks: str = setting("train", f"training tasks: {', '.join(SPLITS)} or a JSONL file")
+    format: str = setting("hermes", "syntax of tool calls", tuple(FORMATS))
+    steps: int = setting(24, "RL steps")
+    seed: int = setting(0, "of task order and sampling noise")
+    out: str = setting("", "run directory (default: runs/SCHEME-PRESET-sSEED)")
+    # one step
+    prompts: int = setting(8, "tasks per step")
+    group: int = setting(8, "rollouts per task")
+    updates: int = setting(2, "optimiser steps per RL step, each on an equal share of the prompts")
+    temperature: float = setting(1.0, "of sampling, and of the log-probs that are trained")
+    max_new_tokens: int = setting(128, "tokens per assistant message; longer ones are cut and fail")
+    max_messages: int = setting(MAX_MESSAGES, "assistant messages per episode")
+    context: int = setting(2048, "tokens per episode")
+    strict_empty_turn: bool = setting(False, "fail a task that calls a tool in a turn whose ground truth is empty")
+    # the loss
+    lr: float = setting(3e-4, "learning rate of AdamW (the paper's 1e-6 is for models a thousand times larger)")
+    warmup: int = setting(5, "RL steps of linear learning-rate warm-up")
+    weight_decay: float = setting(0.01, "of AdamW")
+    grad_clip: float = setting(1.0, "largest gradient norm")
+    clip: float = setting(0.2, "ratios outside 1 +- clip get no gradient")
+    dual_clip: float = setting(3.0, "bound of the loss of a negative advantage, in advantages")
+    kl: float = setting(0.0, "coefficient of KL(policy || start) in the loss (published: 1e-4)")
+    adv_std: bool = setting(True, "divide advantages by the group's standard deviation")
+    # hints
+    hint_count: int = setting(2, "rollouts of a group that see a hint; 0 is grpo")
+    hint_keep: bool = setting(False, "train hinted rollouts under the hinted prompt")
+    # looking
+    eval_tasks: str = setting("test", "tasks of the evaluation before and after training")
+    eval_count: int = setting(400, "of them, evenly spread; 0: no evaluation")
+    probe_every: int = setting(2, "steps between measurements on the probe set")
+    probe_tasks: int = setting(16, "ground-truth conversations in the probe set")
+    show_every: int = setting(8, "steps between printed trajectories; 0: none")
+    rollout_groups: int = setting(2, "groups per step written to rollouts.jsonl")
+    # running
+    tokens_at_once: int = setting(4096, "padded tokens per training micro-batch")
+    slots: int = setting(64, "episodes sampled at a time")
+    save_every: int = setting(5, "steps between checkpoints")
+    threads: int = setting(0, "CPU threads; 0: all cores")
+
+
+PRESETS: dict[str, dict] = {
+    "nano": {},
+    "smoke": dict(steps=2, prompts=2, group=4, eval_count=16, probe_tasks=4, show_every=1, warmup=1),
+    "paper": dict(steps=300, prompts=60, updates=3, lr=1e-6, warmup=10, kl=1e-4, context=8192, max_new_tokens=1024),
+}
+
+
+class Refused(Exception):
+    """The command cannot run as given; the text is the message, the exit code is 2."""
+
+
+# ---------------------------------------------------------------------------------------------- command line
+def parse(argv: list[str] | None) -> tuple[Config, set[str], bool]:
+    """(config, names given as flags, whether to resume). Defaults < preset < flags. Exits 2 on what it cannot read."""
+    parser = argparse.ArgumentParser(
+        description="Train a model to use tools over several turns.", allow_abbrev=False, argument_default=argparse.SUPPRESS
+    )
+    parser.add_argument("--list", action="store_true", help="list the schemes and exit")
+    parser.add_argument("--resume", action="store_true", help="go on with the run in --out; only --steps may grow")
+    for f in dataclasses.fields(Config):
+        flag = "--" + f.name.replace("_", "-")
+        about = f"{f.metadata['about']} (default: {'the built-in model' if f.name == 'model' else f.default})"
+        if f.type is bool:
+            parser.add_argument(flag, action=argparse.BooleanOptionalAction, help=about)
+        else:
+            parser.add_argument(flag, type=f.type, help=about, choices=f.metadata["choices"] or None, metavar=f.name.upper())
+    given, unknown = parser.parse_known_args(argv)
+    if unknown:
+        flags = sorted(flag for action in parser._actions for flag in action.option_strings if flag.startswith("--"))
+        near = difflib.get_close_matches(unknown[0], flags, 1)
+        parser.error(
+            f"unknown argument {unknown[0]}{f' (did you mean {near[0]}?)' if near else ''}; known: {' '.join(flags)}"
+        )
+    given = vars(given)
+    if given.pop("list", False):
+        print(scheme_table())
+        raise SystemExit(0)
+    resume = given.pop("resume", False)
+    config = Config(**(PRESETS[given.get("preset", "nano")] | given))
+    config.out = config.out or f"runs/{config.scheme}-{config.preset}-s{config.seed}"
+    try:
+        check(config)
+    except Refused as error:
+        parser.error(str(error))
+    return config, set(given), resume
+
+
+def check(config: Config) -> None:
+    """Refuse values that cannot work."""
+    positive = ("steps", "prompts", "group", "updates", "max_new_tokens", "max_messages", "context", "lr", "temperature")
+    for name in (*positive, "probe_every", "probe_tasks", "tokens_at_once", "slots", "save_every", "dual_clip", "grad_clip"):
+        if not getattr(config, name) > 0:
+            raise Refused(f"--{name.replace('_', '-')} must be positive, not {getattr(config, name)}")
+    for name in ("hint_count", "eval_count", "show_every", "rollout_groups", "kl", "warmup", "threads", "seed"):
+        if not getattr(config, name) >= 0:
+            raise Refused(f"--{name.replace('_', '-')} must not be negative, it is {getattr(config, name)}")
+    if config.hint_count > config.group:
+        raise Refused(f"--hint-count {config.hint_count} is more than --group {config.group}")
+    if config.updates > config.prompts:
+        raise Refused(f"--updates {config.updates} needs at least as many --prompts, not {config.prompts}")
+
+
+def scheme_table() -> str:
+    """What --list prints."""
+    lines = [f"{'scheme':<10} {'what it does':<82} {'settings':<24} source"]
+    for one in SCHEMES.values():
+        settings = " ".join("--" + name.replace("_", "-") for name in one.settings) or "-"
+        lines.append(f"{one.name:<10} {one.about:<82} {settings:<24} {one.source}")
+    return "\n".join(lines)
+
+
+# ------------------------------------------------------------------------------------------- the run directory
+class RunDirectory:
+    """config.json, metrics.csv, rollouts.jsonl, checkpoint.pt, result.json and model/ of one run."""
+
+    def __init__(self, path: str) -> None:
+        self.path = Path(path)
+        self.config, self.metrics = self.path / "config.json", self.path / "metrics.csv"
+        self.rollouts, self.checkpoint = self.path / "rollouts.jsonl", self.path / "checkpoint.pt"
+        self.result, self.model = self.path / "result.json", self.path / "model"
+
+    def create(self, config: Config) -> None:
+        """Make a new one. Refuses a directory that exists."""
+        if self.path.exists() and (not self.path.is_dir() or any(self.path.iterdir())):
+            raise Refused(f"{self.path} exists: choose another --out, or go on with --resume")
+        self.path.mkdir(parents=True, exist_ok=True)
+        with self.metrics.open("w", newline="") as file:
+            csv.writer(file).writerow(METRICS)
+        self.rollouts.touch()
+        self.write_config(config)
+
+    def write_config(self, config: Config) -> None:
+        """Resolved settings with versions and git revision."""
+        versions = {"python": platform.python_version(), "torch": torch.__version__}
+        versions |= {"transformers": transformers.__version__, "git": git_revision()}
+        write_atomically(self.config, json.dumps(dataclasses.asdict(config) | {"versions": versions}, indent=1))
+
+    def reopen(self, config: Config, given: set[str]) -> tuple[Config, dict]:
+        """(config of the run with grown steps, checkpoint); cuts metrics and rollouts newer than the checkpoint."""
+        if not self.config.is_file():
+            raise Refused(f"no run to resume in {self.path}: it has no config.json")
+        try:
+            stored = json.loads(self.config.read_text())
+            old = Config(**{f.name: stored[f.name] for f in dataclasses.fields(Config)})
+        except (ValueError, KeyError, TypeError) as error:
+            raise Refused(f"{self.config} cannot be read: {type(error).__name__}: {error}") from None
+        for name in sorted(given - {"steps", "out", "preset"}):
+            if getattr(config, name) != getattr(old, name):
+                raise Refused(
+                    f"only --steps may change on --resume; {name} is {getattr(old, name)!r}, not {getattr(config, name)!r}"
+                )
+        if "steps" in given and config.steps < old.steps:
+            raise Refused(f"--steps may only grow on --resume: the run has {old.steps}")
+        saved = self.read_checkpoint()
+        cut(self.metrics, lambda line: int(line.split(",")[0]) <= saved["step"], header=True)
+        cut(self.rollouts, lambda line: json.loads(line)["step"] <= saved["step"])
+        resumed = dataclasses.replace(old, steps=config.steps if "steps" in given else old.steps, out=str(self.path))
+        self.write_config(resumed)
+        return resumed, saved
+
+    def read_checkpoint(self) -> dict:
+        """The saved state. Refuses, by name, a checkpoint that is missing, half-written or not one."""
+        if not self.checkpoint.is_file():
+            raise Refused(f"{self.path} has no checkpoint.pt: the run ended before its first save; remove it and start anew")
+        try:
+            saved = torch.load(self.checkpoint, weights_only=True)
+            return {name: saved[name] for name in ("step", "model", "optimizer", "state", "torch_rng", "before")}
+        except (OSError, RuntimeError, ValueError, KeyError, TypeError, EOFError, ImportError, AttributeError) as error:
+            raise corrupt(self.checkpoint, error) from None
+        except Exception as error:  # noqa: BLE001: torch.load raises pickle and zip errors of many types
+            raise corrupt(self.checkpoint, error) from None
+
+    def save(self, run: Run, before: dict | None) -> None:
+        """Write the checkpoint atomically: a reader sees the old one or the new one."""
+        state = {
+            "step": run.step,
+            "model": run.policy.model.state_dict(),
+            "optimizer": run.optimizer.state_dict(),
+            "state": run.state,
+            "torch_rng": torch.get_rng_state(),
+            "before": before,
+        }
+        half = self.checkpoint.with_suffix(".tmp")
+        torch.save(state, half)
+        os.replace(half, self.checkpoint)
+
+    def log(self, config: Config, run: Run, row: dict, step: Step) -> None:
+        """One metrics row, flushed, and the first `rollout_groups` groups of the step."""
+        with self.metrics.open("a", newline="") as file:
+            csv.writer(file).writerow([text(row.get(name)) for name in METRICS])
+        with self.rollouts.open("a") as file:
+            shown = min(config.rollout_groups * config.group, len(step.trajectories))
+            for i, one in enumerate(step.trajectories[:shown]):
+                entry = {"step": run.step, "group": i // config.group, "rollout": i % config.group}
+                entry |= {"advantage": round(step.advantages[i].item(), 4), "text": run.policy.chat.decode(one.tokens)}
+                entry |= dataclasses.asdict(one)
+                entry["logprobs"] = [round(x, 4) for x in one.logprobs]
+                entry["loss_mask"] = [int(x) for x in one.loss_mask]
+                file.write(json.dumps(entry) + "\n")
+
+
+def corrupt(path: Path, error: Exception) -> Refused:
+    return Refused(
+        f"{path} is not a checkpoint of this program, or is half-written ({type(error).__name__}); nothing was changed"
+    )
+
+
+def text(value: object) -> str:
+    """A metrics cell: empty where a column does not apply."""
+    if value is None or (isinstance(value, float) and math.isnan(value)):
+        return ""
+    return f"{value:.6g}" if isinstance(value, float) else str(value)
+
+
+def cut(path: Path, keep, header: bool = False) -> None:
+    """Keep the lines of a log for which `keep` holds (and the first, if it is a header); drop a half-written end."""
+    lines = path.read_text().splitlines(keepends=True) if path.exists() else []
+    kept = lines[:1] if header else []
+    for line in lines[len(kept) :]:
+        try:
+            kept += [line] if line.endswith("\n") and keep(line) else []
+        except ValueError:  # half-written
+            break
+    write_atomically(path, "".join(kept))
+
+
+def write_atomically(path: Path, content: str) -> None:
+    half = path.with_suffix(path.suffix + ".tmp")
+    half.write_text(content)
+    os.replace(half, path)
+
+
+def git_revision() -> str:
+    """Commit of the source tree, "+" if it was changed; "unknown" outside a git checkout."""
+    command = ["git", "describe", "--always", "--dirty=+", "--exclude=*"]
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, cwd=Path(__file__).parent, timeout=10)
+    except (OSError, subprocess.TimeoutExpired):
+        return "unknown"
+    return done.stdout.strip() or "unknown"
+
+
+# ----------------------------------------------------------------------------------------------------- one run
+def setup(config: Config) -> tuple[Run, list[Task], list[Task], int]:
+    """(run, training tasks, evaluation tasks, number of tasks left out because they do not fit the context)."""
+    torch.set_num_threads(config.threads or os.cpu_count() or 1)
+    torch.manual_seed(config.seed)
+    try:
+        policy = load(config.model)
+        tasks, held = load_tasks(config.tasks), load_tasks(config.eval_tasks) if config.eval_count else []
+    except (ModelError, FileNotFoundError, ValueError) as error:
+        raise Refused(str(error)) from None
+    held = held[:: max(1, len(held) // config.eval_count)][: config.eval_count] if held else []
+    room = min(config.context, policy.context) - config.max_new_tokens
+    fitting = [fits(policy, task, config.format, room) for task in tasks]
+    for task in [task for task, ok in zip(tasks, fitting, strict=True) if not ok]:
+        print(f"skipped: the prompt of task {task.id} is longer than {room} tokens")
+    tasks = [task for task, ok in zip(tasks, fitting, strict=True) if ok]
+    held = [task for task in held if fits(policy, task, config.format, room)]
+    if len(tasks) < config.prompts:
+        raise Refused(f"{len(tasks)} tasks fit into the context, fewer than --prompts {config.prompts}")
+    optimizer = torch.optim.AdamW(
+        policy.model.parameters(), lr=config.lr, weight_decay=config.weight_decay, foreach=True
+    )
+    sampler = Sampler(policy, config.max_new_tokens, config.context, config.slots, config.seed)
+    reference = load(config.model) if config.kl > 0 else None
+    return Run(config, policy, sampler, optimizer, reference), tasks, held, fitting.count(False)
+
+
+def tasks_of_step(config: Config, tasks: list[Task], step: int) -> list[Task]:
+    """The P tasks of a step: epochs of seeded shuffles, cut into steps; a pure function of its arguments."""
+    chosen = []
+    for i in range((step - 1) * config.prompts, step * config.prompts):
+        epoch, place = divmod(i, len(tasks))
+        order = list(range(len(tasks)))
+        random.Random(f"{config.seed}/{epoch}").shuffle(order)
+        chosen.append(tasks[order[place]])
+    return chosen
+
+
+def measures(step: Step, group: int) -> dict[str, float]:
+    """The metrics every scheme shares, from its trajectories."""
+    rows = step.trajectories
+    own = [row.reward for row in rows if row.source == "policy"]
+    states = [state for row in rows for state in row.states]
+    return {
+        "reward": sum(row.reward for row in rows) / len(rows),
+        "success": sum(own) / len(own) if own else math.nan,
+        "contrast_groups": int((step.advantages.view(-1, group) != 0).any(1).sum()),
+        "tokens": sum(row.sampled_tokens for row in rows),
+        **{f"state_{state}": states.count(state) / len(states) for state in MESSAGE_STATES},
+    }
+
+
+def alarm(row: dict, first: dict, spurious: str) -> str:
+    """What the progress bar warns of: a control token or an unhealthy message state that jumped."""
+    warnings = [spurious] if spurious else []
+    for state in UNHEALTHY_STATES:
+        share = row[f"state_{state}"]
+        if share - first[f"state_{state}"] > STATE_JUMP:
+            warnings.append(f"{state} {share:.0%}")
+    return " ALARM " + ", ".join(warnings) if warnings else ""
+
+
+def train(config: Config, resume: bool, given: set[str]) -> int:
+    """Run the loop; returns the exit code."""
+    directory = RunDirectory(config.out)
+    saved = None
+    if resume:
+        config, saved = directory.reopen(config, given)
+    run, tasks, held, left_out = setup(config)
+    if saved is None:
+        directory.create(config)
+    else:
+        restore(run, saved, directory)
+    per_step = config.prompts * config.group
+    print(
+        f"{config.scheme}: {config.prompts} prompts x {config.group} rollouts = {per_step} trajectories, "
+        f"{config.updates} updates; {config.steps} steps on {len(tasks)} tasks; {directory.path}"
+    )
+    probes = ProbeSet(load(config.model), tasks[:: max(1, len(tasks) // config.probe_tasks)][: config.probe_tasks], config.format)
+    before = saved["before"] if saved else score_tasks(run, held, "before")
+    stop = StopSignal()
+    bar = tqdm(total=config.steps, initial=run.step, unit="step", dynamic_ncols=True)
+    first: dict = {}
+    spurious = ""
+    code = 0
+    while run.step < config.steps and code == 0:
+        run.step += 1
+        started, sampled = time.perf_counter(), [0, 0.0]
+
+        def count(tokens: int, started: float = started, sampled: list = sampled) -> None:
+            sampled[0] += tokens
+            sampled[1] = time.perf_counter() - started
+
+        run.on_tokens = count
+        step = SCHEMES[config.scheme].step(run, tasks_of_step(config, tasks, run.step))
+        row = {"step": run.step, "skipped_tasks": left_out} | measures(step, config.group) | step.metrics
+        row |= {"sample_tok_s": sampled[0] / max(sampled[1], 1e-9), "sample_seconds": sampled[1]}
+        if run.step % config.probe_every == 0:
+            columns, spurious = probes.measure(run.policy)
+            row |= columns
+        row["seconds"] = time.perf_counter() - started
+        first = first or row
+        directory.log(config, run, row, step)
+        warning = alarm(row, first, spurious)
+        bar.set_postfix_str(
+            f"reward {row['reward']:.2f} success {row['success']:.2f} {row['sample_tok_s']:.0f} tok/s{warning}", refresh=False
+        )
+        bar.update()
+        if config.show_every and run.step % config.show_every == 0:
+            tqdm.write(show(run.policy, step.trajectories[-1], run.step))
+        if run.skipped_in_a_row >= 3:
+            print("three updates in a row had a loss or gradient that is not finite: stopped; lower --lr", file=sys.stderr)
+            code = 1
+        if stop.asked:
+            print(f"\nstopped after step {run.step}; go on with --resume --out {directory.path}", file=sys.stderr)
+            code = 130
+        if run.step % config.save_every == 0 or run.step == config.steps or code:
+            directory.save(run, before)
+    bar.close()
+    stop.restore()
+    if code == 0:
+        finish(run, directory, held, before)
+    return code
+
+
+def score_tasks(run: Run, held: list[Task], when: str) -> dict | None:
+    """Greedy scores on the evaluation tasks as plain data, or None if there are none."""
+    if not held:
+        return None
+    print(f"evaluating {when} training: {len(held)} tasks, greedy, {run.config.format} ...", flush=True)
+    settings = dict(max_new_tokens=run.config.max_new_tokens, context=run.config.context)
+    return dataclasses.asdict(evaluate(run.policy, held, run.config.format, **settings))
+
+
+def finish(run: Run, directory: RunDirectory, held: list[Task], before: dict | None) -> None:
+    """Save the model, evaluate, and print the closing table."""
+    run.policy.save(directory.model)
+    after = score_tasks(run, held, "after")
+    write_atomically(directory.result, json.dumps({"before": before, "after": after}, indent=1))
+    if before and after:
+        print(table({"before": before, "after": after}))
+    print(f"model: {directory.model}; metrics: {directory.metrics}; look: python sample.py --model {directory.model}")
+
+
+def restore(run: Run, saved: dict, directory: RunDirectory) -> None:
+    """Put the checkpoint into the run. Refuses one of another model size."""
+    try:
+        run.policy.model.load_state_dict(saved["model"])
+        run.optimizer.load_state_dict(saved["optimizer"])
+    except (RuntimeError, ValueError, KeyError) as error:
+        raise Refused(
+            f"{directory.checkpoint} does not fit the model {run.config.model}: {str(error).splitlines()[0]}"
+        ) from None
+    run.step, run.state = saved["step"], saved["state"]
+    torch.set_rng_state(saved["torch_rng"])
+
+
+def show(policy: Policy, trajectory: Trajectory, step: int) -> str:
+    """A trajectory for the terminal."""
+    verdicts = ", ".join("pass" if v.passed else f"fail ({v.reason})" for v in trajectory.verdicts)
+    head = f"--- step {step}, task {trajectory.task_id}, reward {trajectory.reward:.0f}; turns: {verdicts}"
+    body = readable(policy.chat.decode(trajectory.tokens), color=sys.stdout.isatty())
+    return f"{head}\n{body}\n---"
+
+
+class StopSignal:
+    """Ctrl-C asks the loop to save after the current step; a second one stops at once."""
+
+    def __init__(self) -> None:
+        self.asked = False
+        self.old = signal.getsignal(signal.SIGINT)
+        try:
+            signal.signal(signal.SIGINT, self._handle)
+        except ValueError:  # not in the main thread: Ctrl-C stays as it is
+            self.old = None
+
+    def _handle(self, *_: object) -> None:
+        if self.asked:
+            raise KeyboardInterrupt
+        self.asked = True
+        print("\nfinishing this step, then saving; Ctrl-C again stops at once", file=sys.stderr)
+
+    def restore(self) -> None:
+        """Give Ctrl-C back to who had it."""
+        if self.old is not None:
+            signal.signal(signal.SIGINT, self.old)
+
+
+def main(argv: list[str] | None = None) -> int:
+    """The command: returns 0 when done, 1 when training broke, 2 when refused, 130 after Ctrl-C."""
+    config, given, resume = parse(argv)
+    try:
+        return train(config, resume, given)
+    except Refused as error:
+        print(f"train.py: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print("\nstopped at once; the last checkpoint stands", file=sys.stderr)
+        return 130
+    except (torch.OutOfMemoryError, RuntimeError) as error:
+        if isinstance(error, torch.OutOfMemoryError) or "can't allocate memory" in str(error):
+            print("out of memory: lower --tokens-at-once (training) or --slots (sampling)", file=sys.stderr)
+            return 1
+        raise
+
+
+if __name__ == "__main__":
+    sys.exit(main())
