@@ -1,7 +1,7 @@
 """Train a model to use tools over several turns: `python train.py --scheme hint`.
 
-Read it top to bottom: the config, the setup of a run, the loop, saving. What one step does is a scheme's business
-(nanotoolrl/schemes.py); the loop does not know which one it runs.
+Read it top to bottom: the config, the setup of a run, the loop, saving. What one step does is a scheme's
+business (nanotoolrl/schemes.py); the loop does not know which one it runs.
 """
 
 import argparse
@@ -11,6 +11,7 @@ import difflib
 import json
 import math
 import os
+import pickle
 import platform
 import random
 import signal
@@ -19,6 +20,7 @@ import sys
 import time
 from dataclasses import dataclass
 from pathlib import Path
+from zipfile import BadZipFile
 
 import torch
 import transformers
@@ -26,7 +28,7 @@ from tqdm import tqdm
 
 from nanotoolrl.chat import FORMATS, MESSAGE_STATES, UNHEALTHY_STATES, readable
 from nanotoolrl.env import MAX_MESSAGES, Task
-from nanotoolrl.evaluate import evaluate, fits, table
+from nanotoolrl.evaluate import Scores, evaluate, fits, table
 from nanotoolrl.model import NANO, ModelError, Policy, load
 from nanotoolrl.probes import ProbeSet
 from nanotoolrl.sampler import Sampler, Trajectory
@@ -34,7 +36,18 @@ from nanotoolrl.schemes import SCHEMES, Run, Step
 from nanotoolrl.tasks import SPLITS, load_tasks
 
 METRICS = [
-    *("step", "reward", "success", "contrast_groups", "loss", "kl", "entropy", "grad_norm", "clip_fraction", "tokens"),
+    *(
+        "step",
+        "reward",
+        "success",
+        "contrast_groups",
+        "loss",
+        "kl",
+        "entropy",
+        "grad_norm",
+        "clip_fraction",
+        "tokens",
+    ),
     *("sample_tok_s", "train_tok_s", "logprob_gap"),
     *(f"state_{state}" for state in MESSAGE_STATES),
     *("spurious_control", "required_control", "nll_control", "nll_content"),
@@ -69,9 +82,13 @@ class Config:
     max_new_tokens: int = setting(128, "tokens per assistant message; longer ones are cut and fail")
     max_messages: int = setting(MAX_MESSAGES, "assistant messages per episode")
     context: int = setting(2048, "tokens per episode")
-    strict_empty_turn: bool = setting(False, "fail a task that calls a tool in a turn whose ground truth is empty")
+    strict_empty_turn: bool = setting(
+        False, "fail a task that calls a tool in a turn whose ground truth is empty"
+    )
     # the loss
-    lr: float = setting(3e-4, "learning rate of AdamW (the paper's 1e-6 is for models a thousand times larger)")
+    lr: float = setting(
+        3e-4, "learning rate of AdamW (the paper's 1e-6 is for models a thousand times larger)"
+    )
     warmup: int = setting(5, "RL steps of linear learning-rate warm-up")
     weight_decay: float = setting(0.01, "of AdamW")
     grad_clip: float = setting(1.0, "largest gradient norm")
@@ -98,9 +115,29 @@ class Config:
 
 PRESETS: dict[str, dict] = {
     "nano": {},
-    "smoke": dict(steps=2, prompts=2, group=4, eval_count=16, probe_tasks=4, show_every=1, warmup=1),
-    "paper": dict(steps=300, prompts=60, updates=3, lr=1e-6, warmup=10, kl=1e-4, context=8192, max_new_tokens=1024),
+    "smoke": {"steps": 2, "prompts": 2, "group": 4, "warmup": 1, "eval_count": 16, "probe_tasks": 4},
+    "paper": {
+        "steps": 300,
+        "prompts": 60,
+        "updates": 3,
+        "lr": 1e-6,
+        "warmup": 10,
+        "kl": 1e-4,
+        "context": 8192,
+    }
+    | {"max_new_tokens": 1024},
 }
+
+
+UNREADABLE = (
+    OSError,
+    RuntimeError,
+    EOFError,
+    AttributeError,
+    ImportError,
+    pickle.UnpicklingError,
+    BadZipFile,
+)
 
 
 class Refused(Exception):
@@ -109,25 +146,36 @@ class Refused(Exception):
 
 # ---------------------------------------------------------------------------------------------- command line
 def parse(argv: list[str] | None) -> tuple[Config, set[str], bool]:
-    """(config, names given as flags, whether to resume). Defaults < preset < flags. Exits 2 on what it cannot read."""
+    """(config, names given as flags, whether to resume). Defaults < preset < flags. Exits 2 on what it cannot
+    read."""
     parser = argparse.ArgumentParser(
-        description="Train a model to use tools over several turns.", allow_abbrev=False, argument_default=argparse.SUPPRESS
+        description="Train a model to use tools over several turns.",
+        allow_abbrev=False,
+        argument_default=argparse.SUPPRESS,
     )
     parser.add_argument("--list", action="store_true", help="list the schemes and exit")
-    parser.add_argument("--resume", action="store_true", help="go on with the run in --out; only --steps may grow")
+    parser.add_argument(
+        "--resume", action="store_true", help="go on with the run in --out; only --steps may grow"
+    )
     for f in dataclasses.fields(Config):
         flag = "--" + f.name.replace("_", "-")
         about = f"{f.metadata['about']} (default: {'the built-in model' if f.name == 'model' else f.default})"
         if f.type is bool:
             parser.add_argument(flag, action=argparse.BooleanOptionalAction, help=about)
         else:
-            parser.add_argument(flag, type=f.type, help=about, choices=f.metadata["choices"] or None, metavar=f.name.upper())
+            parser.add_argument(
+                flag, type=f.type, help=about, choices=f.metadata["choices"] or None, metavar=f.name.upper()
+            )
     given, unknown = parser.parse_known_args(argv)
     if unknown:
-        flags = sorted(flag for action in parser._actions for flag in action.option_strings if flag.startswith("--"))
+        flags = sorted(
+            flag for action in parser._actions for flag in action.option_strings if flag.startswith("--")
+        )
         near = difflib.get_close_matches(unknown[0], flags, 1)
         parser.error(
-            f"unknown argument {unknown[0]}{f' (did you mean {near[0]}?)' if near else ''}; known: {' '.join(flags)}"
+            f"unknown argument {unknown[0]}; "
+            + (f"did you mean {near[0]}? " if near else "")
+            + f"known: {' '.join(flags)}"
         )
     given = vars(given)
     if given.pop("list", False):
@@ -145,11 +193,39 @@ def parse(argv: list[str] | None) -> tuple[Config, set[str], bool]:
 
 def check(config: Config) -> None:
     """Refuse values that cannot work."""
-    positive = ("steps", "prompts", "group", "updates", "max_new_tokens", "max_messages", "context", "lr", "temperature")
-    for name in (*positive, "probe_every", "probe_tasks", "tokens_at_once", "slots", "save_every", "dual_clip", "grad_clip"):
+    positive = (
+        "steps",
+        "prompts",
+        "group",
+        "updates",
+        "max_new_tokens",
+        "max_messages",
+        "context",
+        "lr",
+        "temperature",
+    )
+    for name in (
+        *positive,
+        "probe_every",
+        "probe_tasks",
+        "tokens_at_once",
+        "slots",
+        "save_every",
+        "dual_clip",
+        "grad_clip",
+    ):
         if not getattr(config, name) > 0:
             raise Refused(f"--{name.replace('_', '-')} must be positive, not {getattr(config, name)}")
-    for name in ("hint_count", "eval_count", "show_every", "rollout_groups", "kl", "warmup", "threads", "seed"):
+    for name in (
+        "hint_count",
+        "eval_count",
+        "show_every",
+        "rollout_groups",
+        "kl",
+        "warmup",
+        "threads",
+        "seed",
+    ):
         if not getattr(config, name) >= 0:
             raise Refused(f"--{name.replace('_', '-')} must not be negative, it is {getattr(config, name)}")
     if config.hint_count > config.group:
@@ -167,7 +243,7 @@ def scheme_table() -> str:
     return "\n".join(lines)
 
 
-# ------------------------------------------------------------------------------------------- the run directory
+# ------------------------------------------------------------------------------------------ the run directory
 class RunDirectory:
     """config.json, metrics.csv, rollouts.jsonl, checkpoint.pt, result.json and model/ of one run."""
 
@@ -183,7 +259,7 @@ class RunDirectory:
             raise Refused(f"{self.path} exists: choose another --out, or go on with --resume")
         self.path.mkdir(parents=True, exist_ok=True)
         with self.metrics.open("w", newline="") as file:
-            csv.writer(file).writerow(METRICS)
+            csv.writer(file, lineterminator="\n").writerow(METRICS)
         self.rollouts.touch()
         self.write_config(config)
 
@@ -191,10 +267,13 @@ class RunDirectory:
         """Resolved settings with versions and git revision."""
         versions = {"python": platform.python_version(), "torch": torch.__version__}
         versions |= {"transformers": transformers.__version__, "git": git_revision()}
-        write_atomically(self.config, json.dumps(dataclasses.asdict(config) | {"versions": versions}, indent=1))
+        write_atomically(
+            self.config, json.dumps(dataclasses.asdict(config) | {"versions": versions}, indent=1)
+        )
 
     def reopen(self, config: Config, given: set[str]) -> tuple[Config, dict]:
-        """(config of the run with grown steps, checkpoint); cuts metrics and rollouts newer than the checkpoint."""
+        """(config of the run with grown steps, checkpoint); cuts metrics and rollouts newer than the
+        checkpoint."""
         if not self.config.is_file():
             raise Refused(f"no run to resume in {self.path}: it has no config.json")
         try:
@@ -205,30 +284,38 @@ class RunDirectory:
         for name in sorted(given - {"steps", "out", "preset"}):
             if getattr(config, name) != getattr(old, name):
                 raise Refused(
-                    f"only --steps may change on --resume; {name} is {getattr(old, name)!r}, not {getattr(config, name)!r}"
+                    f"only --steps may change on --resume; {name} is {getattr(old, name)!r}, "
+                    f"not {getattr(config, name)!r}"
                 )
         if "steps" in given and config.steps < old.steps:
             raise Refused(f"--steps may only grow on --resume: the run has {old.steps}")
         saved = self.read_checkpoint()
         cut(self.metrics, lambda line: int(line.split(",")[0]) <= saved["step"], header=True)
         cut(self.rollouts, lambda line: json.loads(line)["step"] <= saved["step"])
-        resumed = dataclasses.replace(old, steps=config.steps if "steps" in given else old.steps, out=str(self.path))
+        resumed = dataclasses.replace(
+            old, steps=config.steps if "steps" in given else old.steps, out=str(self.path)
+        )
         self.write_config(resumed)
         return resumed, saved
 
     def read_checkpoint(self) -> dict:
         """The saved state. Refuses, by name, a checkpoint that is missing, half-written or not one."""
         if not self.checkpoint.is_file():
-            raise Refused(f"{self.path} has no checkpoint.pt: the run ended before its first save; remove it and start anew")
+            raise Refused(
+                f"{self.path} has no checkpoint.pt: it ended before its first save; remove it and start anew"
+            )
         try:
             saved = torch.load(self.checkpoint, weights_only=True)
-            return {name: saved[name] for name in ("step", "model", "optimizer", "state", "torch_rng", "before")}
-        except (OSError, RuntimeError, ValueError, KeyError, TypeError, EOFError, ImportError, AttributeError) as error:
-            raise corrupt(self.checkpoint, error) from None
-        except Exception as error:  # noqa: BLE001: torch.load raises pickle and zip errors of many types
-            raise corrupt(self.checkpoint, error) from None
+            return {
+                name: saved[name] for name in ("step", "model", "optimizer", "state", "torch_rng", "before")
+            }
+        except (*UNREADABLE, ValueError, KeyError, TypeError) as error:
+            raise Refused(
+                f"{self.checkpoint} is not a checkpoint of this program, or is half-written "
+                f"({type(error).__name__}); nothing was changed"
+            ) from None
 
-    def save(self, run: Run, before: dict | None) -> None:
+    def save(self, run: Run, before: Scores | None) -> None:
         """Write the checkpoint atomically: a reader sees the old one or the new one."""
         state = {
             "step": run.step,
@@ -236,7 +323,7 @@ class RunDirectory:
             "optimizer": run.optimizer.state_dict(),
             "state": run.state,
             "torch_rng": torch.get_rng_state(),
-            "before": before,
+            "before": dataclasses.asdict(before) if before else None,
         }
         half = self.checkpoint.with_suffix(".tmp")
         torch.save(state, half)
@@ -245,22 +332,19 @@ class RunDirectory:
     def log(self, config: Config, run: Run, row: dict, step: Step) -> None:
         """One metrics row, flushed, and the first `rollout_groups` groups of the step."""
         with self.metrics.open("a", newline="") as file:
-            csv.writer(file).writerow([text(row.get(name)) for name in METRICS])
+            csv.writer(file, lineterminator="\n").writerow([text(row.get(name)) for name in METRICS])
         with self.rollouts.open("a") as file:
             shown = min(config.rollout_groups * config.group, len(step.trajectories))
             for i, one in enumerate(step.trajectories[:shown]):
                 entry = {"step": run.step, "group": i // config.group, "rollout": i % config.group}
-                entry |= {"advantage": round(step.advantages[i].item(), 4), "text": run.policy.chat.decode(one.tokens)}
+                entry |= {
+                    "advantage": round(step.advantages[i].item(), 4),
+                    "text": run.policy.chat.decode(one.tokens),
+                }
                 entry |= dataclasses.asdict(one)
                 entry["logprobs"] = [round(x, 4) for x in one.logprobs]
                 entry["loss_mask"] = [int(x) for x in one.loss_mask]
                 file.write(json.dumps(entry) + "\n")
-
-
-def corrupt(path: Path, error: Exception) -> Refused:
-    return Refused(
-        f"{path} is not a checkpoint of this program, or is half-written ({type(error).__name__}); nothing was changed"
-    )
 
 
 def text(value: object) -> str:
@@ -271,7 +355,8 @@ def text(value: object) -> str:
 
 
 def cut(path: Path, keep, header: bool = False) -> None:
-    """Keep the lines of a log for which `keep` holds (and the first, if it is a header); drop a half-written end."""
+    """Keep the lines of a log for which `keep` holds (and the first, if it is a header); drop a half-written
+    end."""
     lines = path.read_text().splitlines(keepends=True) if path.exists() else []
     kept = lines[:1] if header else []
     for line in lines[len(kept) :]:
@@ -298,9 +383,10 @@ def git_revision() -> str:
     return done.stdout.strip() or "unknown"
 
 
-# ----------------------------------------------------------------------------------------------------- one run
+# ---------------------------------------------------------------------------------------------------- one run
 def setup(config: Config) -> tuple[Run, list[Task], list[Task], int]:
-    """(run, training tasks, evaluation tasks, number of tasks left out because they do not fit the context)."""
+    """(run, training tasks, evaluation tasks, number of tasks left out because they do not fit the
+    context)."""
     torch.set_num_threads(config.threads or os.cpu_count() or 1)
     torch.manual_seed(config.seed)
     try:
@@ -376,8 +462,15 @@ def train(config: Config, resume: bool, given: set[str]) -> int:
         f"{config.scheme}: {config.prompts} prompts x {config.group} rollouts = {per_step} trajectories, "
         f"{config.updates} updates; {config.steps} steps on {len(tasks)} tasks; {directory.path}"
     )
-    probes = ProbeSet(load(config.model), tasks[:: max(1, len(tasks) // config.probe_tasks)][: config.probe_tasks], config.format)
-    before = saved["before"] if saved else score_tasks(run, held, "before")
+    probes = ProbeSet(
+        load(config.model),
+        tasks[:: max(1, len(tasks) // config.probe_tasks)][: config.probe_tasks],
+        config.format,
+    )
+    if saved:
+        before = Scores(**saved["before"]) if saved["before"] else None
+    else:
+        before = score_tasks(run, held, "before")
     stop = StopSignal()
     bar = tqdm(total=config.steps, initial=run.step, unit="step", dynamic_ncols=True)
     first: dict = {}
@@ -403,16 +496,24 @@ def train(config: Config, resume: bool, given: set[str]) -> int:
         directory.log(config, run, row, step)
         warning = alarm(row, first, spurious)
         bar.set_postfix_str(
-            f"reward {row['reward']:.2f} success {row['success']:.2f} {row['sample_tok_s']:.0f} tok/s{warning}", refresh=False
+            f"reward {row['reward']:.2f} success {row['success']:.2f} "
+            f"{row['sample_tok_s']:.0f} tok/s{warning}",
+            refresh=False,
         )
         bar.update()
         if config.show_every and run.step % config.show_every == 0:
             tqdm.write(show(run.policy, step.trajectories[-1], run.step))
         if run.skipped_in_a_row >= 3:
-            print("three updates in a row had a loss or gradient that is not finite: stopped; lower --lr", file=sys.stderr)
+            print(
+                "three updates in a row had a loss or gradient that is not finite: stopped; lower --lr",
+                file=sys.stderr,
+            )
             code = 1
         if stop.asked:
-            print(f"\nstopped after step {run.step}; go on with --resume --out {directory.path}", file=sys.stderr)
+            print(
+                f"\nstopped after step {run.step}; go on with --resume --out {directory.path}",
+                file=sys.stderr,
+            )
             code = 130
         if run.step % config.save_every == 0 or run.step == config.steps or code:
             directory.save(run, before)
@@ -423,23 +524,29 @@ def train(config: Config, resume: bool, given: set[str]) -> int:
     return code
 
 
-def score_tasks(run: Run, held: list[Task], when: str) -> dict | None:
-    """Greedy scores on the evaluation tasks as plain data, or None if there are none."""
+def score_tasks(run: Run, held: list[Task], when: str) -> Scores | None:
+    """Greedy scores on the evaluation tasks, or None if there are none."""
     if not held:
         return None
     print(f"evaluating {when} training: {len(held)} tasks, greedy, {run.config.format} ...", flush=True)
-    settings = dict(max_new_tokens=run.config.max_new_tokens, context=run.config.context)
-    return dataclasses.asdict(evaluate(run.policy, held, run.config.format, **settings))
+    settings = {"max_new_tokens": run.config.max_new_tokens, "context": run.config.context}
+    return evaluate(run.policy, held, run.config.format, **settings)
 
 
-def finish(run: Run, directory: RunDirectory, held: list[Task], before: dict | None) -> None:
+def finish(run: Run, directory: RunDirectory, held: list[Task], before: Scores | None) -> None:
     """Save the model, evaluate, and print the closing table."""
     run.policy.save(directory.model)
     after = score_tasks(run, held, "after")
-    write_atomically(directory.result, json.dumps({"before": before, "after": after}, indent=1))
     if before and after:
-        print(table({"before": before, "after": after}))
-    print(f"model: {directory.model}; metrics: {directory.metrics}; look: python sample.py --model {directory.model}")
+        scores = {"before": before, "after": after}
+        print(table(scores))
+        write_atomically(
+            directory.result, json.dumps({k: dataclasses.asdict(v) for k, v in scores.items()}, indent=1)
+        )
+    print(
+        f"model: {directory.model}; metrics: {directory.metrics}\n"
+        f"look: python sample.py --model {directory.model}"
+    )
 
 
 def restore(run: Run, saved: dict, directory: RunDirectory) -> None:

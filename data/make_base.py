@@ -1,10 +1,10 @@
 """Make the built-in model from nothing: `python data/make_base.py --seed 0` (writes data/nano; resumable).
 
-A tokenizer, a copy warm-up (without it, arguments are never copied: a plateau), then demonstrations over all pools
-and formats. The demonstrations are imperfect on purpose, because the base decides what reinforcement learning can
-amplify: some calls are preceded by wrong ones and the error they got, every unhealthy message state appears in about
-one percent of messages, some prompts hold a hint. Training stops when greedy success on `test` is 15 to 40 % in every
-format, at least 20 % in hermes and one other: room to rise and room to fall.
+A tokenizer, a copy warm-up (without it, arguments are never copied: a plateau), then demonstrations over all
+pools and formats. The demonstrations are imperfect on purpose, because the base decides what reinforcement
+learning can amplify: some calls are preceded by wrong ones and the error they got, every unhealthy message
+state appears in about one percent of messages, some prompts hold a hint. Training stops when greedy success
+on `test` is 15 to 40 % in every format, at least 20 % in hermes and one other: room to rise and room to fall.
 """
 
 import argparse
@@ -34,20 +34,27 @@ SPECIAL = ["<|endoftext|>", "<|im_start|>", "<|im_end|>"]
 TAGS = ["<tool_call>", "</tool_call>", "<tool_response>", "</tool_response>"]
 # Words, digits, and what stands between them: a value is the same ids wherever it stands, easy to copy.
 PIECES = r"[\p{L}_]+|\p{N}|\n+|[^\p{L}\p{N}_\n]+"
-ARCHITECTURE = dict(
-    hidden_size=128,
-    num_hidden_layers=4,
-    num_attention_heads=4,
-    num_key_value_heads=4,
-    intermediate_size=384,
-    max_position_embeddings=4096,
-    tie_word_embeddings=True,
-    initializer_range=0.05,
-)
+ARCHITECTURE = {
+    "hidden_size": 128,
+    "num_hidden_layers": 4,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 4,
+    "intermediate_size": 384,
+    "max_position_embeddings": 4096,
+    "tie_word_embeddings": True,
+    "initializer_range": 0.05,
+}
 MESSAGE_LIMIT = 128  # tokens of a message that never ends
 POOLS = ["train", "train", "foreign", "ood"]  # in these shares
 HINTED, RETRIED, RETRIED_AGAIN = 0.2, 0.15, 0.35
-FLAWS = {"empty": 0.012, "bare": 0.012, "malformed": 0.012, "polluted": 0.012, "foreign": 0.012, "overlong": 0.008}
+FLAWS = {
+    "empty": 0.012,
+    "bare": 0.012,
+    "malformed": 0.012,
+    "polluted": 0.012,
+    "foreign": 0.012,
+    "overlong": 0.008,
+}
 WARM_UP_STEPS, WARM_UP_RATE = 400, 3e-3
 BATCH, LEARNING_RATE = 24, 2e-3
 TEMPLATE = """\
@@ -75,7 +82,8 @@ TEMPLATE = """\
 
 
 def make_tokenizer(seed: int) -> PreTrainedTokenizerFast:
-    """Byte-level BPE over generated conversations, with Qwen's control tokens and the one-line tool template."""
+    """Byte-level BPE over generated conversations, with Qwen's control tokens and the one-line tool
+    template."""
     rng = random.Random(f"tokenizer/{seed}")
     texts = ["system user assistant"] * 100
     for n in range(600):
@@ -89,8 +97,12 @@ def make_tokenizer(seed: int) -> PreTrainedTokenizerFast:
     bpe.decoder = decoders.ByteLevel()
     alphabet = pre_tokenizers.ByteLevel.alphabet()
     size = VOCABULARY - len(SPECIAL) - len(TAGS)
-    bpe.train_from_iterator(texts, trainers.BpeTrainer(vocab_size=size, initial_alphabet=alphabet, show_progress=False))
-    tokenizer = PreTrainedTokenizerFast(tokenizer_object=bpe, eos_token="<|im_end|>", pad_token="<|endoftext|>")
+    bpe.train_from_iterator(
+        texts, trainers.BpeTrainer(vocab_size=size, initial_alphabet=alphabet, show_progress=False)
+    )
+    tokenizer = PreTrainedTokenizerFast(
+        tokenizer_object=bpe, eos_token="<|im_end|>", pad_token="<|endoftext|>"
+    )
     tokenizer.add_special_tokens({"additional_special_tokens": ["<|im_start|>"]})
     tokenizer.add_tokens(TAGS)
     tokenizer.chat_template = TEMPLATE
@@ -102,7 +114,10 @@ def new_policy(seed: int) -> Policy:
     tokenizer = make_tokenizer(seed)
     torch.manual_seed(seed)
     config = Qwen2Config(
-        vocab_size=len(tokenizer), eos_token_id=tokenizer.eos_token_id, pad_token_id=tokenizer.pad_token_id, **ARCHITECTURE
+        vocab_size=len(tokenizer),
+        eos_token_id=tokenizer.eos_token_id,
+        pad_token_id=tokenizer.pad_token_id,
+        **ARCHITECTURE,
     )
     model = Qwen2ForCausalLM(config)
     look_back(model)
@@ -113,9 +128,10 @@ def new_policy(seed: int) -> Policy:
 def look_back(model: Qwen2ForCausalLM, strength: float = 8.0, pairs: int = 6) -> None:
     """Start two heads of the first layer as heads that look one and two tokens back.
 
-    Copying needs such heads, and rotary positions make them slow to find: without this, the copy warm-up stayed at
-    guessing among the tokens in sight for 600 steps; with it, it copies after 150. Only the biases of queries and
-    keys are set, on the fastest `pairs` of rotary dimensions, so that the score of a key peaks at the wanted offset.
+    Copying needs such heads, and rotary positions make them slow to find: without this, the copy warm-up
+    stayed at guessing among the tokens in sight for 600 steps; with it, it copies after 150. Only the biases
+    of queries and keys are set, on the fastest `pairs` of rotary dimensions, so that the score of a key peaks
+    at the wanted offset.
     """
     layer = model.model.layers[0].self_attn
     width = layer.head_dim
@@ -154,10 +170,14 @@ def flaw(rng: random.Random, state: str, call: Call, format: str) -> str:
     if state == "empty":
         return ""
     if state == "bare":
-        return rng.choice([prefix, prefix.strip(), render_calls([], format) if format == "python" else prefix])
+        return rng.choice(
+            [prefix, prefix.strip(), render_calls([], format) if format == "python" else prefix]
+        )
     if state == "malformed":
         cut = rng.randint(len(prefix) + 2, len(text) - 2)
-        return text[:cut] + rng.choice(["", {"hermes": "\n</tool_call>", "python": ")]", "xml": "\n</function>"}[format]])
+        return text[:cut] + rng.choice(
+            ["", {"hermes": "\n</tool_call>", "python": ")]", "xml": "\n</function>"}[format]]
+        )
     if state == "polluted":
         return rng.choice(["Let me see. " + text, text + "\nDone.", "Done." + text])
     if state == "foreign":
@@ -166,7 +186,8 @@ def flaw(rng: random.Random, state: str, call: Call, format: str) -> str:
 
 
 def demonstrate(chat: Chat, task: Task, format: str, rng: random.Random) -> tuple[list[int], list[bool]]:
-    """One imperfect conversation as (ids, loss mask): what the assistant wrote is True, stop tokens included."""
+    """One imperfect conversation as (ids, loss mask): what the assistant wrote is True, stop tokens
+    included."""
     episode = Episode(task, format)
     hint = hint_text(task, format) if rng.random() < HINTED else ""
     ids = chat.prompt_ids(*episode.prompt(), format, hint)
@@ -191,7 +212,10 @@ def demonstrate(chat: Chat, task: Task, format: str, rng: random.Random) -> tupl
             state = rng.choices([*FLAWS, ""], [*FLAWS.values(), 1 - sum(FLAWS.values())])[0]
             if state and (call or turn.calls):
                 text = flaw(rng, state, call or turn.calls[-1], format)
-                if state in ("overlong", message_state(text, format)):  # a cut may leave another state: then no flaw
+                if state in (
+                    "overlong",
+                    message_state(text, format),
+                ):  # a cut may leave another state: then no flaw
                     emit(text, overlong=state == "overlong")
                     if episode.done or episode.turn != number:
                         break
@@ -204,7 +228,9 @@ def demonstrate(chat: Chat, task: Task, format: str, rng: random.Random) -> tupl
     return ids, mask
 
 
-def demonstrations(chat: Chat, seed: int, step: int, weights: dict[str, float]) -> list[tuple[list[int], list[bool]]]:
+def demonstrations(
+    chat: Chat, seed: int, step: int, weights: dict[str, float]
+) -> list[tuple[list[int], list[bool]]]:
     """The batch of one step: a pure function of its arguments."""
     rng = random.Random(f"base/{seed}/{step}")
     batch = []
@@ -235,8 +261,11 @@ def copying(vocabulary: int, seed: int, step: int) -> list[tuple[list[int], list
 
 
 # ------------------------------------------------------------------------------------------------- training
-def train_step(policy: Policy, optimizer: torch.optim.Optimizer, batch: list, tokens_at_once: int = 4096) -> float:
-    """One update on the mean loss over all trained tokens; rows are sorted into micro-batches. Returns that loss."""
+def train_step(
+    policy: Policy, optimizer: torch.optim.Optimizer, batch: list, tokens_at_once: int = 4096
+) -> float:
+    """One update on the mean loss over all trained tokens; rows are sorted into micro-batches. Returns that
+    loss."""
     rows = sorted(batch, key=lambda row: len(row[0]))
     trained = sum(sum(mask) for _, mask in rows)
     loss_sum, i = 0.0, 0
@@ -277,12 +306,18 @@ def save_state(path: Path, **state: object) -> None:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--out", type=Path, default=Path(__file__).parent / "nano")
-    parser.add_argument("--max-steps", type=int, default=4000, help="give up after so many demonstration steps")
-    parser.add_argument("--eval-every", type=int, default=200, help="steps between evaluations on 100 test tasks")
-    parser.add_argument("--eval-from", type=int, default=400)
+    parser.add_argument(
+        "--max-steps", type=int, default=4000, help="give up after so many demonstration steps"
+    )
+    parser.add_argument(
+        "--eval-every", type=int, default=100, help="steps between evaluations on 100 test tasks"
+    )
+    parser.add_argument("--eval-from", type=int, default=200)
     parser.add_argument("--threads", type=int, default=2)
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
@@ -295,17 +330,26 @@ def main() -> None:
         state = {"step": -WARM_UP_STEPS, "minutes": 0.0, "weights": dict.fromkeys(FORMATS, 1.0)}
         policy = new_policy(args.seed)
         policy.save(args.out)
-    optimizer = torch.optim.AdamW(policy.model.parameters(), lr=LEARNING_RATE, betas=(0.9, 0.95), weight_decay=0.01)
+    optimizer = torch.optim.AdamW(
+        policy.model.parameters(), lr=LEARNING_RATE, betas=(0.9, 0.95), weight_decay=0.01
+    )
     if "model" in state:
         policy.model.load_state_dict(state.pop("model"))
         optimizer.load_state_dict(state.pop("optimizer"))
     step, minutes, weights = state["step"], state["minutes"], state["weights"]
-    print(f"{sum(p.numel() for p in policy.model.parameters()):,} parameters, {len(policy.tokenizer)} tokens", flush=True)
+    print(
+        f"{sum(p.numel() for p in policy.model.parameters()):,} parameters, {len(policy.tokenizer)} tokens",
+        flush=True,
+    )
     test = load_tasks("test")
     started, losses = time.time(), []
     while step < args.max_steps:
         copy = step < 0
-        rows = copying(len(policy.tokenizer), args.seed, step) if copy else demonstrations(policy.chat, args.seed, step, weights)
+        rows = (
+            copying(len(policy.tokenizer), args.seed, step)
+            if copy
+            else demonstrations(policy.chat, args.seed, step, weights)
+        )
         rate = WARM_UP_RATE if copy else LEARNING_RATE
         for group in optimizer.param_groups:
             group["lr"] = rate * min(1.0, (step % WARM_UP_STEPS + 1) / 50 if step < WARM_UP_STEPS else 1.0)

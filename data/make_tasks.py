@@ -1,4 +1,5 @@
-"""Write the committed task files from their seeds: `python data/make_tasks.py` (under a minute; a test compares)."""
+"""Write the committed task files from their seeds: `python data/make_tasks.py` (under a minute; a test
+compares)."""
 
 import sys
 from pathlib import Path

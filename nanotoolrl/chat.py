@@ -1,8 +1,8 @@
 """Conversations as token ids, and tool calls as text.
 
-Two halves. The first writes and reads tool calls in three formats and names the state of a message (Hao et al. 2026
-and our reading of its transcripts). The second, `Chat`, lays a conversation out in ChatML as Qwen2.5 and Qwen3 do, as
-ids that are only ever appended to: nothing a model sampled is decoded and encoded again.
+Two halves. The first writes and reads tool calls in three formats and names the state of a message (Hao et
+al. 2026 and our reading of its transcripts). The second, `Chat`, lays a conversation out in ChatML as Qwen2.5
+and Qwen3 do, as ids that are only ever appended to: nothing a model sampled is decoded and encoded again.
 """
 
 import ast
@@ -35,9 +35,9 @@ class BadCall:
 
 @dataclass(frozen=True)
 class CallFormat:
-    """A syntax for tool calls. All formats are read with the same leniency: every block from `opener` to `closer` is
-    tried, text around blocks is ignored, and a message without `closer` holds no call (Hao et al. 2026, published
-    environment)."""
+    """A syntax for tool calls. All formats are read with the same leniency: every block from `opener` to
+    `closer` is tried, text around blocks is ignored, and a message without `closer` holds no call (Hao et al.
+    2026, published environment)."""
 
     prefix: str  # the canonical start of a message that calls
     opener: re.Pattern
@@ -51,7 +51,8 @@ class CallFormat:
 
 
 def render_calls(calls: list[Call], format: str) -> str:
-    """Text of an assistant message that makes these calls; strings are escaped so that no parser can cut in them.
+    """Text of an assistant message that makes these calls; strings are escaped so that no parser can cut in
+    them.
 
     Example: `render_calls([Call("read_file", {"name": "a"})], "python")` is `[read_file(name="a")]`.
     """
@@ -79,18 +80,22 @@ def parse_calls(text: str, format: str) -> list[Call | BadCall]:
 
 
 def message_state(text: str, format: str, overlong: bool = False) -> str:
-    """One of MESSAGE_STATES for an assistant message without its stop token; the first that fits, in that order.
+    """One of MESSAGE_STATES for an assistant message without its stop token; the first that fits, in that
+    order.
 
-    overlong: the message was cut at the token limit. empty: nothing. bare: a tag and nothing to call. malformed: a
-    tag with an unreadable body, or unbalanced tags. polluted: a readable call with other text around or inside it.
-    call: only readable calls. foreign: a call in another syntax than `format`. reply: text.
+    overlong: the message was cut at the token limit. empty: nothing. bare: a tag and nothing to call.
+    malformed: a tag with an unreadable body, or unbalanced tags. polluted: a readable call with other text
+    around or inside it. call: only readable calls. foreign: a call in another syntax than `format`. reply:
+    text.
     """
     form = FORMATS[format]
     if overlong:
         return "overlong"
     if not text.strip():
         return "empty"
-    tagged = form.opener.search(text) or form.closer.search(text) or text.lstrip().startswith(form.prefix.strip())
+    tagged = (
+        form.opener.search(text) or form.closer.search(text) or text.lstrip().startswith(form.prefix.strip())
+    )
     if tagged and not re.search(r"\w", form.opener.sub("", form.closer.sub("", text))):
         return "bare"
     calls = parse_calls(text, format)
@@ -127,7 +132,8 @@ def _loads(text: str) -> object:
 
 
 def _clean(value: object) -> object:
-    """Text that UTF-8 can hold, lists for tuples, finite floats; anything but JSON values raises ValueError."""
+    """Text that UTF-8 can hold, lists for tuples, finite floats; anything but JSON values raises
+    ValueError."""
     if isinstance(value, str):
         return value.encode("utf-8", "replace").decode()
     if isinstance(value, list | tuple):
@@ -136,7 +142,11 @@ def _clean(value: object) -> object:
         if not all(isinstance(key, str) for key in value):
             raise ValueError("the keys of an object must be strings")
         return {_clean(key): _clean(item) for key, item in value.items()}
-    if value is None or isinstance(value, bool | int) or (isinstance(value, float) and abs(value) < float("inf")):
+    if (
+        value is None
+        or isinstance(value, bool | int)
+        or (isinstance(value, float) and abs(value) < float("inf"))
+    ):
         return value
     raise ValueError(f"{str(value)[:40]} is no JSON value")
 
@@ -187,7 +197,9 @@ def _literal(value: object) -> str:
 
 
 def _render_python(calls: list[Call]) -> str:
-    bodies = (", ".join(f"{key}={_literal(value)}" for key, value in call.arguments.items()) for call in calls)
+    bodies = (
+        ", ".join(f"{key}={_literal(value)}" for key, value in call.arguments.items()) for call in calls
+    )
     return "[" + ", ".join(f"{call.name}({body})" for call, body in zip(calls, bodies, strict=True)) + "]"
 
 
@@ -219,7 +231,9 @@ def _salvage_python(body: str) -> bool:
 
 def _render_xml(calls: list[Call]) -> str:
     def one(call: Call) -> str:
-        lines = [f"<parameter={key}>{escaped_json(value)}</parameter>" for key, value in call.arguments.items()]
+        lines = [
+            f"<parameter={key}>{escaped_json(value)}</parameter>" for key, value in call.arguments.items()
+        ]
         return "\n".join([f"<function={call.name}>", *lines, "</function>"])
 
     return "\n".join(one(call) for call in calls)
@@ -243,7 +257,9 @@ def _salvage_xml(body: str) -> bool:
     return bool(parameters and _read_xml(f"{name}>{parameters}"))
 
 
-def _format(prefix: str, opener: str, closer: str, block: str, tags: Iterable[str], *rest: object) -> CallFormat:
+def _format(
+    prefix: str, opener: str, closer: str, block: str, tags: Iterable[str], *rest: object
+) -> CallFormat:
     compiled = (re.compile(pattern, re.DOTALL) for pattern in (opener, closer, block))
     return CallFormat(prefix, *compiled, tuple(tags), *rest)
 
@@ -301,8 +317,8 @@ def signature(tool: dict) -> str:
 class Chat:
     """ChatML for one tokenizer: messages to ids, by appending only.
 
-    Trusted text (the template's own and rendered calls) may hold control tokens; text from users, tools and models
-    goes through `guard` first, and can then spell a control token but never become its id.
+    Trusted text (the template's own and rendered calls) may hold control tokens; text from users, tools and
+    models goes through `guard` first, and can then spell a control token but never become its id.
     """
 
     MARK = "\ufdd0"  # a Unicode noncharacter: a place where `encode` must not join
@@ -311,15 +327,20 @@ class Chat:
         self.tokenizer = tokenizer
         self.control = dict(sorted(tokenizer.get_added_vocab().items()))
         if "<|im_start|>" not in self.control or "<|im_end|>" not in self.control:
-            raise ValueError("the tokenizer has no <|im_start|> and <|im_end|>: only ChatML models are supported")
+            raise ValueError(
+                "the tokenizer has no <|im_start|> and <|im_end|>: only ChatML models are supported"
+            )
         longest_first = sorted(self.control, key=len, reverse=True)
         self._split = re.compile("(" + "|".join(map(re.escape, longest_first)) + ")")
         self.end_id = self.control["<|im_end|>"]
-        self.stop_ids = sorted({self.end_id, tokenizer.eos_token_id, self.control.get("<|endoftext|>", self.end_id)})
+        self.stop_ids = sorted(
+            {self.end_id, tokenizer.eos_token_id, self.control.get("<|endoftext|>", self.end_id)}
+        )
         self.newline_ids = self.encode("\n")
 
     def guard(self, text: str, keep: tuple[str, ...] = ()) -> str:
-        """`text` with a mark inside every control string but those of `keep`, so that `encode` reads plain text."""
+        """`text` with a mark inside every control string but those of `keep`, so that `encode` reads plain
+        text."""
         text = text.encode("utf-8", "replace").decode().replace(self.MARK, "")
         while True:  # breaking one string can leave another that overlaps it
             broken = self._split.sub(lambda m: m[0] if m[0] in keep else m[0][0] + self.MARK + m[0][1:], text)
@@ -345,8 +366,9 @@ class Chat:
     def prompt_ids(self, messages: list[dict], tools: list[dict], format: str, hint: str = "") -> list[int]:
         """Ids up to and including the opening of the first assistant message.
 
-        The system block is written by the checkpoint's own chat template, with `hint` at the end of its text. A
-        template that teaches the hermes format does not get the tools of another format: they are listed here.
+        The system block is written by the checkpoint's own chat template, with `hint` at the end of its text.
+        A template that teaches the hermes format does not get the tools of another format: they are listed
+        here.
         """
         system, rest = messages[0], messages[1:]
         content = "\n\n".join(filter(None, [system["content"], hint]))
@@ -361,7 +383,8 @@ class Chat:
         return self.encode(head) + self._messages_ids(rest)
 
     def extend_ids(self, messages: list[dict], stop_id: int | None) -> list[int]:
-        """Ids that follow an assistant message which ended with `stop_id`: new messages, next assistant opening.
+        """Ids that follow an assistant message which ended with `stop_id`: new messages, next assistant
+        opening.
 
         Any stop token but <|im_end|> (or none at all) is followed by one, so that the layout stays ChatML.
         """
@@ -401,10 +424,18 @@ class Chat:
 def control_tokens(chat: Chat, format: str) -> dict[str, int]:
     """The tokens that carry call structure, text -> id, found from tokenizer and format.
 
-    They are the added tokens of ChatML and tools, and those that open and close the body of a rendered call (`{"`,
-    `}}` and `"}}` in hermes), as this tokenizer splits it. Hao et al. 2026 name `<tool_call>`, `{"`, `<|im_end|>`.
+    They are the added tokens of ChatML and tools, and those that open and close the body of a rendered call
+    (`{"`, `}}` and `"}}` in hermes), as this tokenizer splits it. Hao et al. 2026 name `<tool_call>`, `{"`,
+    `<|im_end|>`.
     """
-    structure = ("<|im_start|>", "<|im_end|>", "<tool_call>", "</tool_call>", "<tool_response>", "</tool_response>")
+    structure = (
+        "<|im_start|>",
+        "<|im_end|>",
+        "<tool_call>",
+        "</tool_call>",
+        "<tool_response>",
+        "</tool_response>",
+    )
     ids = {chat.control[name] for name in structure if name in chat.control}
     for value in (1, "a"):
         text = render_calls([Call("name", {"key": value})], format)
@@ -418,8 +449,8 @@ ROLE_COLORS = {"system": "90", "user": "36", "assistant": "32", "tool": "33"}
 
 
 def readable(text: str, color: bool = False) -> str:
-    """A ChatML conversation for people: one line per message, control tokens of the layout left out, those a model
-    misplaced left in. The system message is cut to its first line."""
+    """A ChatML conversation for people: one line per message, control tokens of the layout left out, those a
+    model misplaced left in. The system message is cut to its first line."""
     lines = []
     for part in text.split("<|im_start|>"):
         role, _, body = part.partition("\n")

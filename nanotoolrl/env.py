@@ -1,13 +1,17 @@
-"""The tool environment: play one task, check it, reward it (Hao et al. 2026, §3 and the published environment).
+"""The tool environment: play one task, check it, reward it (Hao et al. 2026, §3 and the published
+environment).
 
 The rules that matter, collapse lives on some of them:
-- A message is read leniently: every marked block is tried, text around it is ignored, an unreadable block is answered
+- A message is read leniently: every marked block is tried, text around it is ignored, an unreadable block is
+answered
   with an error the model can read.
-- A message without a call ENDS THE TURN and brings the next user message. An opening tag and nothing else is therefore
+- A message without a call ENDS THE TURN and brings the next user message. An opening tag and nothing else is
+therefore
   a legal, short, free end of a turn.
-- After each turn that has ground-truth calls, the state of every API object must equal the state the ground truth
-  reaches, and the results of the ground-truth calls must be contained (in any order, counted) in the results seen so
-  far. The reward is 1 if every turn passes, else 0; the episode goes on after a failed turn.
+- After each turn that has ground-truth calls, the state of every API object must equal the state the ground
+truth
+  reaches, and the results of the ground-truth calls must be contained (in any order, counted) in the results
+  seen so far. The reward is 1 if every turn passes, else 0; the episode goes on after a failed turn.
 - Calls in a turn without ground-truth calls are not punished, unless `strict_empty_turn`.
 One rule is ours: a tool that the task hides cannot be called until a user message offers it.
 """
@@ -30,8 +34,8 @@ CATEGORIES = ("base", "miss_func", "miss_param", "long_context")
 
 @dataclass
 class Turn:
-    """One user message, the calls that answer it (none: the model should ask or say what is missing), a fitting reply,
-    and the tools the message offers from now on."""
+    """One user message, the calls that answer it (none: the model should ask or say what is missing), a
+    fitting reply, and the tools the message offers from now on."""
 
     user: str
     calls: list[Call]
@@ -41,8 +45,8 @@ class Turn:
 
 @dataclass
 class Task:
-    """A conversation with ground truth. `state` maps API class names to the fields of the instance; `tools` are the
-    tools shown from the start."""
+    """A conversation with ground truth. `state` maps API class names to the fields of the instance; `tools`
+    are the tools shown from the start."""
 
     id: str
     category: str
@@ -88,7 +92,7 @@ class Task:
         if not turns or not used:
             raise ValueError("a task needs at least one turn and one ground-truth call")
         try:
-            task.expected  # noqa: B018: replays the ground truth
+            _ = task.expected  # replays the ground truth
         except (TypeError, *TOOL_FAULTS) as error:
             raise ValueError(f"the ground truth does not replay: {error}") from None
         return task
@@ -132,8 +136,17 @@ def _check_arguments(parameters: dict, arguments: dict) -> None:
 
 
 def _check_value(name: str, kind: dict, value: object) -> None:
-    types = {"string": str, "integer": int, "number": (int, float), "boolean": bool, "array": list, "object": dict}
-    right = isinstance(value, types[kind["type"]]) and (kind["type"] == "boolean" or not isinstance(value, bool))
+    types = {
+        "string": str,
+        "integer": int,
+        "number": (int, float),
+        "boolean": bool,
+        "array": list,
+        "object": dict,
+    }
+    right = isinstance(value, types[kind["type"]]) and (
+        kind["type"] == "boolean" or not isinstance(value, bool)
+    )
     if not right:
         raise ToolError(f"argument '{name}' must be of type {kind['type']}")
     if isinstance(value, int) and abs(value) > MAX_INT:
@@ -147,11 +160,16 @@ def _check_value(name: str, kind: dict, value: object) -> None:
 class Episode:
     """One play of one task. Owns its API objects; answers whatever it is given and never raises.
 
-    Attributes: `done`; `turn_verdicts`, one Verdict per finished turn; `reward`, 1.0 or 0.0 once done (0.0 before).
+    Attributes: `done`; `turn_verdicts`, one Verdict per finished turn; `reward`, 1.0 or 0.0 once done (0.0
+    before).
     """
 
     def __init__(
-        self, task: Task, format: str = "hermes", max_messages: int = MAX_MESSAGES, strict_empty_turn: bool = False
+        self,
+        task: Task,
+        format: str = "hermes",
+        max_messages: int = MAX_MESSAGES,
+        strict_empty_turn: bool = False,
     ) -> None:
         if format not in FORMATS:
             raise ValueError(f"unknown format {format!r}; known: {', '.join(FORMATS)}")
@@ -170,7 +188,8 @@ class Episode:
         return [system, self._user_message()], [schema(tool) for tool in self.task.tools]
 
     def step(self, text: str, overlong: bool = False) -> list[dict] | None:
-        """Take one assistant message and return the messages that answer it, or None when the episode is over.
+        """Take one assistant message and return the messages that answer it, or None when the episode is
+        over.
 
         overlong: the message was cut at the token limit; it has no end, so the task fails here.
         """
@@ -183,8 +202,14 @@ class Episode:
         if calls:
             answers = [{"role": "tool", "content": to_json(self._answer(call))} for call in calls[:MAX_CALLS]]
             if len(calls) > MAX_CALLS:
-                answers.append({"role": "tool", "content": to_json(_error(f"only {MAX_CALLS} calls a message"))})
-            return answers if self.messages < self.max_messages else self.abort("the cap on messages was reached")
+                answers.append(
+                    {"role": "tool", "content": to_json(_error(f"only {MAX_CALLS} calls a message"))}
+                )
+            return (
+                answers
+                if self.messages < self.max_messages
+                else self.abort("the cap on messages was reached")
+            )
         self.turn_verdicts.append(self._check_turn())
         self.turn += 1
         self._calls = 0
@@ -203,7 +228,8 @@ class Episode:
 
     @property
     def calls_left(self) -> int:
-        """Ground-truth calls of the current turn minus the tool calls made in it: whether the next message should call."""
+        """Ground-truth calls of the current turn minus the tool calls made in it: whether the next message
+        should call."""
         return 0 if self.done else max(0, len(self.task.turns[self.turn].calls) - self._calls)
 
     def _answer(self, call: Call | BadCall) -> object:

@@ -1,8 +1,8 @@
 """Log-probabilities of given tokens, straight from hidden states: logits of the whole batch never exist.
 
-`token_logprob` is the one function that policy, reference, evaluation and probes share. The CPU path walks over the
-vocabulary in tiles and recomputes each tile in the backward pass; `reference_logprob` is the obvious version it is
-tested against.
+`token_logprob` is the one function that policy, reference, evaluation and probes share. The CPU path walks
+over the vocabulary in tiles and recomputes each tile in the backward pass; `reference_logprob` is the obvious
+version it is tested against.
 """
 
 import torch
@@ -15,13 +15,17 @@ TILE = 2048  # vocabulary columns held at a time
 def token_logprob(
     hidden: Tensor, weight: Tensor, ids: Tensor, temperature: float = 1.0, want_entropy: bool = False
 ) -> tuple[Tensor, Tensor | None]:
-    """(log-prob [N] of `ids` [N], entropy [N] or None) of softmax(hidden @ weight.T / temperature), in fp32 nats.
+    """(log-prob [N] of `ids` [N], entropy [N] or None) of softmax(hidden @ weight.T / temperature), in fp32
+    nats.
 
-    hidden [N, D] and weight [V, D] share dtype (fp32, bf16 or fp16) and device; sums are in fp32. Differentiable in
-    both. N may be 0. Raises ValueError on shapes that do not fit or a temperature that is not positive.
+    hidden [N, D] and weight [V, D] share dtype (fp32, bf16 or fp16) and device; sums are in fp32.
+    Differentiable in both. N may be 0. Raises ValueError on shapes that do not fit or a temperature that is
+    not positive.
     """
     if hidden.ndim != 2 or weight.ndim != 2 or hidden.shape[1] != weight.shape[1]:
-        raise ValueError(f"hidden is [N, D], weight [V, D]; got {tuple(hidden.shape)} and {tuple(weight.shape)}")
+        raise ValueError(
+            f"hidden is [N, D], weight [V, D]; got {tuple(hidden.shape)} and {tuple(weight.shape)}"
+        )
     if ids.shape != hidden.shape[:1]:
         raise ValueError(f"ids must have shape {tuple(hidden.shape[:1])}, not {tuple(ids.shape)}")
     if not temperature > 0:

@@ -1,7 +1,8 @@
 """Advantages and token losses: pure functions on tensors.
 
-Shapes: P prompts, G rollouts per prompt, N trained tokens. Losses are per token [N]; whoever calls them divides their
-sum by the number of trained tokens of the whole mini-batch, so that the size of micro-batches never matters.
+Shapes: P prompts, G rollouts per prompt, N trained tokens. Losses are per token [N]; whoever calls them
+divides their sum by the number of trained tokens of the whole mini-batch, so that the size of micro-batches
+never matters.
 """
 
 import torch
@@ -13,8 +14,8 @@ MAX_LOG_RATIO = 20.0  # exp of more is no ratio anybody should learn from
 def group_advantages(rewards: Tensor, divide_by_std: bool = True) -> Tensor:
     """Group-relative advantages [P, G] of rewards [P, G] (GRPO, arXiv 2402.03300; Hao et al. 2026, §4).
 
-    A = R - mean, over the group's standard deviation (of a sample, + 1e-6) if `divide_by_std`. A group whose rewards
-    are all equal gets exactly 0. Example: rewards [1, 0, 0] give [1.1547, -0.5774, -0.5774].
+    A = R - mean, over the group's standard deviation (of a sample, + 1e-6) if `divide_by_std`. A group whose
+    rewards are all equal gets exactly 0. Example: rewards [1, 0, 0] give [1.1547, -0.5774, -0.5774].
     """
     centred = rewards - rewards.mean(1, keepdim=True)
     equal = (rewards == rewards[:, :1]).all(1, keepdim=True)
@@ -31,10 +32,11 @@ def policy_loss(
     clip_high: float = 0.2,
     dual_clip: float = 3.0,
 ) -> tuple[Tensor, Tensor]:
-    """PPO's clipped loss per token and whether it was clipped, both [N] (arXiv 1707.06347, dual clip 1912.09729).
+    """PPO's clipped loss per token and whether it was clipped, both [N] (arXiv 1707.06347, dual clip
+    1912.09729).
 
-    loss = max(-A r, -A clamp(r, 1 - clip_low, 1 + clip_high)) with r = exp(logprob - old); where A < 0 at most
-    -A dual_clip. Clipped tokens have no gradient. All inputs are [N].
+    loss = max(-A r, -A clamp(r, 1 - clip_low, 1 + clip_high)) with r = exp(logprob - old); where A < 0 at
+    most -A dual_clip. Clipped tokens have no gradient. All inputs are [N].
     """
     ratio = (logprobs - old_logprobs).clamp(-MAX_LOG_RATIO, MAX_LOG_RATIO).exp()
     plain = -advantages * ratio
@@ -45,7 +47,7 @@ def policy_loss(
 
 
 def kl_k3(logprobs: Tensor, reference_logprobs: Tensor) -> Tensor:
-    """The k3 estimate of KL(policy || reference) per token [N], >= 0: exp(d) - d - 1 with d = reference - policy
-    (J. Schulman's note; the "low_var_kl" of the published code, which also bounds it by 10)."""
+    """The k3 estimate of KL(policy || reference) per token [N], >= 0: exp(d) - d - 1 with d = reference -
+    policy (J. Schulman's note; the "low_var_kl" of the published code, which also bounds it by 10)."""
     d = (reference_logprobs - logprobs).clamp(-MAX_LOG_RATIO, MAX_LOG_RATIO)
     return (d.exp() - d - 1).clamp(max=10.0)

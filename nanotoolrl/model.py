@@ -1,4 +1,5 @@
-"""A transformers causal language model with its tokenizer and chat layout: load, save, hidden states, log-probs.
+"""A transformers causal language model with its tokenizer and chat layout: load, save, hidden states,
+log-probs.
 
 The built-in model and a hub model take the same path; whatever is saved here opens with
 `AutoModelForCausalLM.from_pretrained`.
@@ -53,9 +54,11 @@ class Policy:
     def logprobs(
         self, ids: Tensor, mask: Tensor, temperature: float = 1.0, want_entropy: bool = False
     ) -> tuple[Tensor, Tensor | None]:
-        """(log-prob [N], entropy [N] or None) of the tokens of `ids` [B, T] where `mask` [B, T] is True, row by row.
+        """(log-prob [N], entropy [N] or None) of the tokens of `ids` [B, T] where `mask` [B, T] is True, row
+        by row.
 
-        Only those N positions pass through the head. `mask[:, 0]` must be False: nothing predicts a first token.
+        Only those N positions pass through the head. `mask[:, 0]` must be False: nothing predicts a first
+        token.
         """
         if mask[:, 0].any():
             raise ValueError("the first token of a row has no log-probability: mask[:, 0] must be False")
@@ -72,19 +75,25 @@ class Policy:
         transformers_logging.set_verbosity(level)
 
 
-def load(name_or_dir: str | os.PathLike, device: str | None = None, dtype: torch.dtype | None = None) -> Policy:
+def load(
+    name_or_dir: str | os.PathLike, device: str | None = None, dtype: torch.dtype | None = None
+) -> Policy:
     """Load a checkpoint directory or a hub name.
 
-    device: "cuda" where there is one, else "cpu". dtype: fp32 on the CPU, bf16 on a GPU that has it, else fp16.
-    Raises ModelError, with the path or name and what was expected.
+    device: "cuda" where there is one, else "cpu". dtype: fp32 on the CPU, bf16 on a GPU that has it, else
+    fp16. Raises ModelError, with the path or name and what was expected.
     """
     name = os.fspath(name_or_dir)
     local = Path(name).exists() or Path(name).parent.is_dir()  # "data/nan0" is a slip, not a hub name
     if local and not (Path(name) / "config.json").is_file():
-        raise ModelError(f"no model in {name}: expected a directory with config.json, weights and tokenizer files")
+        raise ModelError(
+            f"no model in {name}: expected a directory with config.json, weights and tokenizer files"
+        )
     device = device or ("cuda" if torch.cuda.is_available() else "cpu")
     if dtype is None:
-        half = torch.bfloat16 if device.startswith("cuda") and torch.cuda.is_bf16_supported() else torch.float16
+        half = (
+            torch.bfloat16 if device.startswith("cuda") and torch.cuda.is_bf16_supported() else torch.float16
+        )
         dtype = half if device.startswith("cuda") else torch.float32
     level = transformers_logging.get_verbosity()
     transformers_logging.set_verbosity(logging.ERROR)
@@ -93,7 +102,9 @@ def load(name_or_dir: str | os.PathLike, device: str | None = None, dtype: torch
         tokenizer = AutoTokenizer.from_pretrained(name)
         model = AutoModelForCausalLM.from_pretrained(name, dtype=dtype, attn_implementation="sdpa")
     except (OSError, ValueError, KeyError, RuntimeError) as error:
-        where = "a readable checkpoint" if local else "a checkpoint directory here, or a model the hub gives you"
+        where = (
+            "a readable checkpoint" if local else "a checkpoint directory here, or a model the hub gives you"
+        )
         raise ModelError(f"cannot load {name}: expected {where}. {type(error).__name__}: {error}") from None
     finally:
         transformers_logging.set_verbosity(level)

@@ -15,11 +15,12 @@ SPURIOUS_FLOOR = 1e-6
 
 
 class ProbeSet:
-    """Ground-truth conversations, the positions the assistant writes in them, and the model they are compared with.
+    """Ground-truth conversations, the positions the assistant writes in them, and the model they are compared
+    with.
 
-    Keeps the start's hidden states [N, D] and a copy of its head [V, D]. "Control" positions are those whose next
-    token is a control token. The first position of a message, where calling and answering can both be honest, is left
-    out of the spurious probabilities.
+    Keeps the start's hidden states [N, D] and a copy of its head [V, D]. "Control" positions are those whose
+    next token is a control token. The first position of a message, where calling and answering can both be
+    honest, is left out of the spurious probabilities.
     """
 
     def __init__(self, policy: Policy, tasks: Sequence[Task], format: str) -> None:
@@ -57,7 +58,9 @@ class ProbeSet:
         spurious = (p * wrong).sum(0) / wrong.sum(0)  # [C]
         required = (p * is_next).sum(0) / is_next.sum(0)  # [C], nan where a token is never next
         control = is_next.any(1)
-        kl = [_kl(hidden[i], policy.head, self.start_hidden[i], self.start_head) for i in _chunks(len(hidden))]
+        kl = [
+            _kl(hidden[i], policy.head, self.start_hidden[i], self.start_head) for i in _chunks(len(hidden))
+        ]
         columns = {
             "kl": sum(kl) / len(hidden),
             "spurious_control": spurious.mean().item(),
@@ -69,8 +72,8 @@ class ProbeSet:
 
     @torch.inference_mode()
     def measure(self, policy: Policy) -> tuple[dict[str, float], str]:
-        """(metrics columns, alarm): the alarm names the control token whose spurious probability (over 1e-6) has grown
-        tenfold or more since the start, the worst one; "" if there is none.
+        """(metrics columns, alarm): the alarm names the control token whose spurious probability (over 1e-6)
+        has grown tenfold or more since the start, the worst one; "" if there is none.
 
         Columns: kl, mean KL(policy || start) in nats over the assistant's positions; spurious_control and
         required_control, mean probability over control tokens where they are not, and are, the next token;
@@ -86,8 +89,8 @@ class ProbeSet:
 
 
 def ground_truth_ids(policy: Policy, task: Task, format: str) -> tuple[list[int], list[bool], list[int]]:
-    """(ids, mask, starts) of a task's ground-truth conversation: the mask is True on what the assistant writes, starts
-    are the positions at which its messages begin. Laid out exactly as a rollout would be."""
+    """(ids, mask, starts) of a task's ground-truth conversation: the mask is True on what the assistant
+    writes, starts are the positions at which its messages begin. Laid out exactly as a rollout would be."""
     chat, episode = policy.chat, Episode(task, format)
     ids = chat.prompt_ids(*episode.prompt(), format)
     mask, starts = [False] * len(ids), []

@@ -1,9 +1,10 @@
-"""Batched multi-turn rollouts with a KV cache of our own, and `Trajectory`, the object every other part exchanges.
+"""Batched multi-turn rollouts with a KV cache of our own, and `Trajectory`, the object every other part
+exchanges.
 
-Each row of the batch is one episode. Rows are never left-padded (position = length), never wait for each other's
-turns, and only tokens that are not in the cache yet pass through the model: one new token per row in a decode step,
-the ids of an observation after a tool call, the prompt once per group. What a row samples depends on its own noise
-stream and its own tokens alone.
+Each row of the batch is one episode. Rows are never left-padded (position = length), never wait for each
+other's turns, and only tokens that are not in the cache yet pass through the model: one new token per row in
+a decode step, the ids of an observation after a tool call, the prompt once per group. What a row samples
+depends on its own noise stream and its own tokens alone.
 """
 
 from collections.abc import Callable, Sequence
@@ -28,8 +29,9 @@ class Trajectory:
     """One episode as tokens. `tokens`, `loss_mask` and `logprobs` are equally long and append-only.
 
     loss_mask is True exactly on sampled tokens, stop tokens included, in every turn; logprobs holds their
-    log-probability (nats, under the policy, the temperature and the prompt they were sampled with) and 0.0 elsewhere.
-    `tokens` never holds a hint: a hinted rollout keeps the prompt it was sampled under in `sampled_prompt`.
+    log-probability (nats, under the policy, the temperature and the prompt they were sampled with) and 0.0
+    elsewhere. `tokens` never holds a hint: a hinted rollout keeps the prompt it was sampled under in
+    `sampled_prompt`.
 
     Example, prompt [5, 6], sampled [7, stop], observation [8], sampled [stop]:
     tokens [5, 6, 7, stop, 8, stop], loss_mask [F, F, T, T, F, T].
@@ -79,8 +81,9 @@ class Trajectory:
 class Cache:
     """Keys and values of all rows in preallocated memory, [rows, heads, capacity, head_dim] per layer.
 
-    The transformers attention layers call `update`; `at` says which rows and positions the next forward writes, and
-    that it reads the first `width` positions. Nothing else of transformers' cache classes is used.
+    The transformers attention layers call `update`; `at` says which rows and positions the next forward
+    writes, and that it reads the first `width` positions. Nothing else of transformers' cache classes is
+    used.
     """
 
     def __init__(self) -> None:
@@ -129,7 +132,8 @@ class Cache:
 
 @dataclass
 class _Row:
-    """A live episode: its trajectory, the ids that are not in the cache yet, and the message being written."""
+    """A live episode: its trajectory, the ids that are not in the cache yet, and the message being
+    written."""
 
     episode: Episode
     trajectory: Trajectory
@@ -143,12 +147,18 @@ class _Row:
 class Sampler:
     """Plays episodes with a policy.
 
-    max_new_tokens: tokens of one assistant message; a longer one is cut, and its task fails. context: tokens of a
-    whole episode (default: what the model was made for). slots: rows decoded at a time. seed: of the noise.
+    max_new_tokens: tokens of one assistant message; a longer one is cut, and its task fails. context: tokens
+    of a whole episode (default: what the model was made for). slots: rows decoded at a time. seed: of the
+    noise.
     """
 
     def __init__(
-        self, policy: Policy, max_new_tokens: int = 128, context: int | None = None, slots: int = 64, seed: int = 0
+        self,
+        policy: Policy,
+        max_new_tokens: int = 128,
+        context: int | None = None,
+        slots: int = 64,
+        seed: int = 0,
     ) -> None:
         self.policy, self.chat = policy, policy.chat
         self.max_new_tokens, self.slots, self.seed = max_new_tokens, slots, seed
@@ -166,11 +176,12 @@ class Sampler:
     ) -> list[Trajectory]:
         """Play the episodes to their end and return their trajectories in the same order.
 
-        hints: a text per episode for the system prompt ("" for none). temperature 0 is greedy (log-probs are then
-        those of temperature 1). stream: together with the seed and the episode's index it keys the noise; give every
-        call of a run its own. force_prefix: write the canonical prefix of a call (unmasked) at the start of every
-        message for which the turn's ground truth still has calls. on_tokens: called with the number of tokens of
-        each decode step. Raises ValueError if a prompt leaves no room in the context.
+        hints: a text per episode for the system prompt ("" for none). temperature 0 is greedy (log-probs are
+        then those of temperature 1). stream: together with the seed and the episode's index it keys the
+        noise; give every call of a run its own. force_prefix: write the canonical prefix of a call (unmasked)
+        at the start of every message for which the turn's ground truth still has calls. on_tokens: called
+        with the number of tokens of each decode step. Raises ValueError if a prompt leaves no room in the
+        context.
         """
         queue = []
         for i, (episode, hint) in enumerate(zip(episodes, hints or [""] * len(episodes), strict=True)):
@@ -213,7 +224,9 @@ class Sampler:
         prompt = self.chat.prompt_ids(messages, tools, episode.format)
         seen = self.chat.prompt_ids(messages, tools, episode.format, hint) if hint else prompt
         if len(seen) >= self.context:
-            raise ValueError(f"task {episode.task.id}: a prompt of {len(seen)} tokens leaves no room in {self.context}")
+            raise ValueError(
+                f"task {episode.task.id}: a prompt of {len(seen)} tokens leaves no room in {self.context}"
+            )
         task = episode.task
         trajectory = Trajectory(task.id, task.category, episode.format, [], [], [], len(prompt))
         trajectory.append(prompt, sampled=False)
@@ -260,7 +273,8 @@ class Sampler:
         return order, torch.stack(hidden)
 
     def _forward(self, cache: Cache, rows: list[_Row | None], part: list[int]) -> Tensor:
-        """Feed the pending ids of the rows `part`; returns the hidden state [len(part), D] after each one's last."""
+        """Feed the pending ids of the rows `part`; returns the hidden state [len(part), D] after each one's
+        last."""
         device = self.policy.device
         counts = torch.tensor([len(rows[i].pending) for i in part], device=device)
         starts = torch.tensor([rows[i].cached for i in part], device=device)
@@ -269,7 +283,8 @@ class Sampler:
         for k, i in enumerate(part):
             ids[k, : len(rows[i].pending)] = torch.tensor(rows[i].pending)
             rows[i].cached += len(rows[i].pending)
-        # Padding writes behind the row's end, where real tokens overwrite it before anything can attend to it.
+        # Padding writes behind the row's end, where real tokens overwrite it before anything can attend to
+        # it.
         positions = starts[:, None] + torch.arange(widest, device=device)  # [rows, T]
         cache.at(torch.tensor(part, device=device), positions, int(positions.max()) + 1, len(rows))
         hidden = self._backbone(ids.to(device), positions, cache)  # [rows, T, D]
@@ -278,12 +293,14 @@ class Sampler:
     def _decode(self, cache: Cache, rows: list[_Row | None]) -> tuple[list[int], Tensor]:
         """Feed one token to every row that has exactly one pending.
 
-        All rows of the cache pass through the model, so that nothing is copied; what a waiting or empty row writes
-        stands behind its end and is overwritten.
+        All rows of the cache pass through the model, so that nothing is copied; what a waiting or empty row
+        writes stands behind its end and is overwritten.
         """
         device = self.policy.device
         ready = [i for i, row in enumerate(rows) if row is not None and len(row.pending) == 1]
-        ids = torch.tensor([[row.pending[0] if row is not None and len(row.pending) == 1 else 0] for row in rows])
+        ids = torch.tensor(
+            [[row.pending[0] if row is not None and len(row.pending) == 1 else 0] for row in rows]
+        )
         positions = torch.tensor([[row.cached if row is not None else 0] for row in rows])
         cache.at(None, positions.to(device), int(positions.max()) + 1, len(rows))
         hidden = self._backbone(ids.to(device), positions.to(device), cache)[:, 0]  # [rows, D]
@@ -298,9 +315,14 @@ class Sampler:
             input_ids=ids, position_ids=positions, attention_mask=mask, past_key_values=cache, use_cache=True
         ).last_hidden_state
 
-    def _sample(self, rows: list[_Row | None], fed: list[int], hidden: Tensor, temperature: float) -> list[int]:
-        """Sample one token for each row in `fed` from its hidden state; returns the rows whose message ended."""
-        logprobs = torch.log_softmax((hidden @ self.policy.head.T).float() / (temperature or 1.0), dim=-1)  # [N, V]
+    def _sample(
+        self, rows: list[_Row | None], fed: list[int], hidden: Tensor, temperature: float
+    ) -> list[int]:
+        """Sample one token for each row in `fed` from its hidden state; returns the rows whose message
+        ended."""
+        logprobs = torch.log_softmax(
+            (hidden @ self.policy.head.T).float() / (temperature or 1.0), dim=-1
+        )  # [N, V]
         if temperature == 0:
             ids = logprobs.argmax(-1)
         else:
@@ -345,8 +367,8 @@ class Sampler:
 
 
 def uniform(seed: int, streams: np.ndarray, places: np.ndarray) -> np.ndarray:
-    """Random numbers in [0, 1), one per (seed, stream, place): a counter-based generator (splitmix64), so that a
-    sequence's noise depends on nothing but its own key."""
+    """Random numbers in [0, 1), one per (seed, stream, place): a counter-based generator (splitmix64), so
+    that a sequence's noise depends on nothing but its own key."""
 
     def mix(x: np.ndarray) -> np.ndarray:
         x = (x ^ (x >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)

@@ -1,8 +1,8 @@
 """Trainer variants: one short function each, and the table of them.
 
-A scheme makes one training step: it takes the run and the step's P tasks and returns a `Step`. It is composed of few
-verbs (`rollout`, `advantages`, `policy_update`) and reads like the paper's algorithm. To add one, write the function
-and put `@scheme(...)` on it (README, "Add a scheme").
+A scheme makes one training step: it takes the run and the step's P tasks and returns a `Step`. It is composed
+of few verbs (`rollout`, `advantages`, `policy_update`) and reads like the paper's algorithm. To add one,
+write the function and put `@scheme(...)` on it (README, "Add a scheme").
 
 Shapes: P prompts, G rollouts per prompt, B = P G rows in group order, T tokens, N trained tokens.
 """
@@ -74,13 +74,15 @@ def scheme(about: str, source: str, settings: Sequence[str] = ()) -> Callable:
     return register
 
 
-# ------------------------------------------------------------------------------------------------------ schemes
+# ---------------------------------------------------------------------------------------------------- schemes
 @scheme("groups of rollouts, reward above the group's mean is good", "Hao et al. 2026, §4; arXiv 2402.03300")
 def grpo(run: Run, tasks: list[Task]) -> Step:
-    """GRPO: G rollouts of every task; a rollout's tokens share the advantage A = (R - mean) / std of its group.
+    """GRPO: G rollouts of every task; a rollout's tokens share the advantage A = (R - mean) / std of its
+    group.
 
     loss = mean over trained tokens of max(-A r, -A clamp(r, 0.8, 1.2)), dual clip 3, plus kl * k3.
-    Published: kl 1e-4; our small preset has 0, which lets the rows without contrast be left out of the update.
+    Published: kl 1e-4; our small preset has 0, which lets the rows without contrast be left out of the
+    update.
     """
     trajectories = rollout(run, tasks)
     scores = advantages(run, trajectories)
@@ -95,19 +97,23 @@ def grpo(run: Run, tasks: list[Task]) -> Step:
 def hint(run: Run, tasks: list[Task]) -> Step:
     """Like grpo, but the first `hint_count` of the G rollouts are sampled with a hint in the system prompt.
 
-    The hint is removed before the update and their old log-probs are computed anew without it, so that the ratio
-    starts at 1: tokens sampled from pi(. | hint) are trained as if from pi(.). `--hint-keep` trains them under the
-    prompt they were sampled with instead. hint_count 0 is grpo, to the bit.
+    The hint is removed before the update and their old log-probs are computed anew without it, so that the
+    ratio starts at 1: tokens sampled from pi(. | hint) are trained as if from pi(.). `--hint-keep` trains
+    them under the prompt they were sampled with instead. hint_count 0 is grpo, to the bit.
     """
     group = run.config.group
-    hints = [hint_text(task, run.config.format) if k < run.config.hint_count else "" for task in tasks for k in range(group)]
+    hints = [
+        hint_text(task, run.config.format) if k < run.config.hint_count else ""
+        for task in tasks
+        for k in range(group)
+    ]
     trajectories = rollout(run, tasks, hints)
     scores = advantages(run, trajectories)
     trained = [row.with_sampled_prompt() for row in trajectories] if run.config.hint_keep else trajectories
     return Step(trajectories, scores, policy_update(run, trained, scores))
 
 
-# -------------------------------------------------------------------------------------------------------- verbs
+# ------------------------------------------------------------------------------------------------------ verbs
 def rollout(run: Run, tasks: Sequence[Task], hints: Sequence[str] | None = None) -> list[Trajectory]:
     """G rollouts of every task with the current policy: B trajectories in group order. hints: one per row."""
     config = run.config
@@ -129,14 +135,18 @@ def policy_update(run: Run, trajectories: list[Trajectory], scores: Tensor) -> d
     """`updates` optimiser steps of the clipped policy loss, each on an equal share of the prompts.
 
     Returns metrics: loss, entropy, grad_norm, clip_fraction, train_tok_s, logprob_gap, skipped_updates. Old
-    log-probs are the sampler's; rows whose prompt changed since (hints) get new ones from a scoring forward first.
+    log-probs are the sampler's; rows whose prompt changed since (hints) get new ones from a scoring forward
+    first.
     """
     config, started = run.config, time.perf_counter()
     fresh = [row.source == "policy" for row in trajectories]
     old = [
-        row.logprobs if row.sampled_prompt is None else score(run.policy, row, config.temperature) for row in trajectories
+        row.logprobs if row.sampled_prompt is None else score(run.policy, row, config.temperature)
+        for row in trajectories
     ]
-    sums: dict[str, float] = dict.fromkeys(("loss", "tokens", "clipped", "compared", "entropy", "measured", "seen"), 0.0)
+    sums: dict[str, float] = dict.fromkeys(
+        ("loss", "tokens", "clipped", "compared", "entropy", "measured", "seen"), 0.0
+    )
     gap, norms, skipped = 0.0, [], 0
     groups = list(range(0, len(trajectories), config.group))
     for update in range(config.updates):
@@ -150,8 +160,12 @@ def policy_update(run: Run, trajectories: list[Trajectory], scores: Tensor) -> d
             ids, mask = pad([trajectories[i] for i in batch], run.policy.device)
             logprobs, entropy = run.policy.logprobs(ids, mask, config.temperature, want_entropy=update == 0)
             counts = [trajectories[i].sampled_tokens for i in batch]
-            before = logprobs.new_tensor([x for i in batch for x, m in zip(old[i], trajectories[i].loss_mask) if m])
-            weights = scores[batch].to(logprobs).repeat_interleave(torch.tensor(counts, device=logprobs.device))
+            before = logprobs.new_tensor(
+                [x for i in batch for x, m in zip(old[i], trajectories[i].loss_mask) if m]
+            )
+            weights = (
+                scores[batch].to(logprobs).repeat_interleave(torch.tensor(counts, device=logprobs.device))
+            )
             loss, clipped = policy_loss(logprobs, before, weights, config.clip, config.clip, config.dual_clip)
             if config.kl > 0:
                 with torch.no_grad():
@@ -184,7 +198,8 @@ def policy_update(run: Run, trajectories: list[Trajectory], scores: Tensor) -> d
 
 
 def optimizer_step(run: Run, loss: float) -> float | None:
-    """Clip the gradient and step; returns its norm, or None if loss or gradient are not finite (nothing changes)."""
+    """Clip the gradient and step; returns its norm, or None if loss or gradient are not finite (nothing
+    changes)."""
     parameters = list(run.policy.model.parameters())
     norm = torch.nn.utils.clip_grad_norm_(parameters, run.config.grad_clip).item()
     finite = math.isfinite(loss) and math.isfinite(norm)
@@ -199,14 +214,16 @@ def optimizer_step(run: Run, loss: float) -> float | None:
 
 
 def zero_gradients(policy: Policy) -> None:
-    """Zeros, not None: an update without any contrast still decays Adam's momentum, as in the published code."""
+    """Zeros, not None: an update without any contrast still decays Adam's momentum, as in the published
+    code."""
     for parameter in policy.model.parameters():
         parameter.grad = torch.zeros_like(parameter)
 
 
 @torch.no_grad()
 def score(policy: Policy, row: Trajectory, temperature: float) -> list[float]:
-    """Log-probs of the row's sampled tokens under its (unhinted) tokens; 0.0 elsewhere, as `Trajectory.logprobs`."""
+    """Log-probs of the row's sampled tokens under its (unhinted) tokens; 0.0 elsewhere, as
+    `Trajectory.logprobs`."""
     ids, mask = pad([row], policy.device)
     values = iter(policy.logprobs(ids, mask, temperature)[0].tolist())
     return [next(values) if sampled else 0.0 for sampled in row.loss_mask]

@@ -1,12 +1,12 @@
 """Tasks: `load_tasks`, and the seeded generator that wrote the committed ones.
 
-A `Goal` is one thing a user may want: paraphrases, the calls that do it, and what is said if a parameter is missing.
-A scenario is one to three turns of goals played on a random world; its twins are the four categories of Hao et al.
-2026 (after BFCL-v3 multi-turn): `base`; `miss_func`, a needed tool is hidden until a later message offers it;
-`miss_param`, the request lacks a value and the user must be asked; `long_context`, the world is many times larger.
+A `Goal` is one thing a user may want: paraphrases, the calls that do it, and what is said if a parameter is
+missing. A scenario is one to three turns of goals played on a random world; its twins are the four categories
+of Hao et al. 2026 (after BFCL-v3 multi-turn): `base`; `miss_func`, a needed tool is hidden until a later
+message offers it; `miss_param`, the request lacks a value and the user must be asked; `long_context`, the
+world is many times larger.
 """
 
-import json
 import random
 from collections.abc import Callable
 from dataclasses import dataclass, replace
@@ -21,35 +21,159 @@ SMALL, LARGE = 4, 45  # records per kind in an ordinary and in a long_context wo
 MAX_TURN_CALLS = 5
 LISTING = ("list_files", "find_tickets", "list_events", "find_books", "find_songs", "find_doctors")
 
-PEOPLE = (
-    "Mara Jonas Lena Piet Olga Hugo Nina Emil Rosa Karl Ida Felix Vera Otto Lisa Bruno Anna Paul Greta Max Clara Leon "
-    "Tilda Oskar Frida Anton Hanna Theo Elsa Simon Ruth David Ella Jakob Maria Noah Sofia Adam Carla Tom"
-).split()
-NOUNS = (
-    "apple river stone cloud garden paper silver orange window candle forest mirror bottle pencil button carpet basket "
-    "ladder hammer guitar saddle pepper copper cherry velvet marble anchor ribbon tunnel harbor lantern compass "
-    "blanket kettle pillow rocket turtle falcon meadow castle"
-).split()
-ADJECTIVES = "red blue green old new small big cold warm dark bright quiet fast slow round flat soft dry wild lost".split()
-FOLDERS = "docs photos work home music notes drafts archive reports plans".split()
-ENDINGS = "txt md csv log".split()
-ACCOUNTS = "savings checking travel family business school garden rent".split()
-PAYEES = "water power phone gas internet insurance tax school doctor club".split()
-DAYS = "Monday Tuesday Wednesday Thursday Friday Saturday Sunday".split()
-CITIES = "Oslo Rome Paris Bern Riga Lyon Porto Ghent Turin Malmo Bonn Cork Graz Split Leeds Kiel".split()
-ROOMS = "kitchen bedroom bathroom office hall cellar attic nursery library garage".split()
-DOORS = "front back side cellar garden garage roof balcony".split()
-BRANCHES = "heart skin eyes teeth bones ears lungs nerves".split()
-CARS = "van jeep truck coupe wagon minibus roadster pickup".split()
+PEOPLE = [
+    "Mara",
+    "Jonas",
+    "Lena",
+    "Piet",
+    "Olga",
+    "Hugo",
+    "Nina",
+    "Emil",
+    "Rosa",
+    "Karl",
+    "Ida",
+    "Felix",
+    "Vera",
+    "Otto",
+    "Lisa",
+    "Bruno",
+    "Anna",
+    "Paul",
+    "Greta",
+    "Max",
+    "Clara",
+    "Leon",
+    "Tilda",
+    "Oskar",
+    "Frida",
+    "Anton",
+    "Hanna",
+    "Theo",
+    "Elsa",
+    "Simon",
+    "Ruth",
+    "David",
+    "Ella",
+    "Jakob",
+    "Maria",
+    "Noah",
+    "Sofia",
+    "Adam",
+    "Carla",
+    "Tom",
+]
+NOUNS = [
+    "apple",
+    "river",
+    "stone",
+    "cloud",
+    "garden",
+    "paper",
+    "silver",
+    "orange",
+    "window",
+    "candle",
+    "forest",
+    "mirror",
+    "bottle",
+    "pencil",
+    "button",
+    "carpet",
+    "basket",
+    "ladder",
+    "hammer",
+    "guitar",
+    "saddle",
+    "pepper",
+    "copper",
+    "cherry",
+    "velvet",
+    "marble",
+    "anchor",
+    "ribbon",
+    "tunnel",
+    "harbor",
+    "lantern",
+    "compass",
+    "blanket",
+    "kettle",
+    "pillow",
+    "rocket",
+    "turtle",
+    "falcon",
+    "meadow",
+    "castle",
+]
+ADJECTIVES = [
+    "red",
+    "blue",
+    "green",
+    "old",
+    "new",
+    "small",
+    "big",
+    "cold",
+    "warm",
+    "dark",
+    "bright",
+    "quiet",
+    "fast",
+    "slow",
+    "round",
+    "flat",
+    "soft",
+    "dry",
+    "wild",
+    "lost",
+]
+FOLDERS = ["docs", "photos", "work", "home", "music", "notes", "drafts", "archive", "reports", "plans"]
+ENDINGS = ["txt", "md", "csv", "log"]
+ACCOUNTS = ["savings", "checking", "travel", "family", "business", "school", "garden", "rent"]
+PAYEES = ["water", "power", "phone", "gas", "internet", "insurance", "tax", "school", "doctor", "club"]
+DAYS = ["Monday", "Tuesday", "Wednesday", "Thursday", "Friday", "Saturday", "Sunday"]
+CITIES = [
+    "Oslo",
+    "Rome",
+    "Paris",
+    "Bern",
+    "Riga",
+    "Lyon",
+    "Porto",
+    "Ghent",
+    "Turin",
+    "Malmo",
+    "Bonn",
+    "Cork",
+    "Graz",
+    "Split",
+    "Leeds",
+    "Kiel",
+]
+ROOMS = [
+    "kitchen",
+    "bedroom",
+    "bathroom",
+    "office",
+    "hall",
+    "cellar",
+    "attic",
+    "nursery",
+    "library",
+    "garage",
+]
+DOORS = ["front", "back", "side", "cellar", "garden", "garage", "roof", "balcony"]
+BRANCHES = ["heart", "skin", "eyes", "teeth", "bones", "ears", "lungs", "nerves"]
+CARS = ["van", "jeep", "truck", "coupe", "wagon", "minibus", "roadster", "pickup"]
 
 
 @dataclass(frozen=True)
 class Goal:
-    """One wish. `calls` reads "tool argument argument=binding; tool ...": an argument takes the binding of its own
-    name unless another is named; bindings are drawn from the world and extended by every result.
+    """One wish. `calls` reads "tool argument argument=binding; tool ...": an argument takes the binding of
+    its own name unless another is named; bindings are drawn from the world and extended by every result.
 
-    `says` are paraphrases divided by `|`; `vague`, `question`, `answer` serve miss_param and are empty where every
-    parameter can be looked up.
+    `says` are paraphrases divided by `|`; `vague`, `question`, `answer` serve miss_param and are empty where
+    every parameter can be looked up.
     """
 
     says: str
@@ -76,7 +200,7 @@ class Goal:
         return API_CLASSES[owner_of(self.steps()[0][0])].pool
 
 
-# ------------------------------------------------------------------------- worlds: state and bindings per class
+# ----------------------------------------------------------------------- worlds: state and bindings per class
 Random = random.Random
 
 
@@ -102,13 +226,22 @@ def _file(rng: Random) -> str:
 
 def _files(rng: Random, size: int) -> dict:
     folders = rng.sample(FOLDERS, 3)
-    return {"folders": {f: {_file(rng): _title(rng) for _ in range(rng.randint(2, min(size, 30)))} for f in folders}}
+    return {
+        "folders": {
+            f: {_file(rng): _title(rng) for _ in range(rng.randint(2, min(size, 30)))} for f in folders
+        }
+    }
 
 
 def _draw_files(rng: Random, api) -> dict:
     folder = rng.choice([f for f, files in api.folders.items() if files])
     target = rng.choice([f for f in api.folders if f != folder])
-    return {"folder": folder, "name": rng.choice(list(api.folders[folder])), "target": target, "new_name": _file(rng)}
+    return {
+        "folder": folder,
+        "name": rng.choice(list(api.folders[folder])),
+        "target": target,
+        "new_name": _file(rng),
+    }
 
 
 def _contacts(rng: Random, size: int) -> dict:
@@ -127,7 +260,13 @@ def _draw_contacts(rng: Random, api) -> dict:
 def _tickets(rng: Random, size: int) -> dict:
     rows = zip(_ids(rng, size), _titles(rng, size), strict=True)
     tickets = [
-        {"id": i, "title": title, "priority": rng.choice(["low", "normal", "high"]), "status": "open", "owner": "nobody"}
+        {
+            "id": i,
+            "title": title,
+            "priority": rng.choice(["low", "normal", "high"]),
+            "status": "open",
+            "owner": "nobody",
+        }
         for i, title in rows
     ]
     for ticket in tickets[:: max(3, size // 3)]:
@@ -146,20 +285,30 @@ def _draw_tickets(rng: Random, api) -> dict:
 
 def _bank(rng: Random, size: int) -> dict:
     accounts = {account: rng.randint(300, 999) for account in rng.sample(ACCOUNTS, min(size, 6))}
-    return {"accounts": accounts, "bills": {p: rng.randint(11, 199) for p in rng.sample(PAYEES, min(size, 8))}}
+    return {
+        "accounts": accounts,
+        "bills": {p: rng.randint(11, 199) for p in rng.sample(PAYEES, min(size, 8))},
+    }
 
 
 def _draw_bank(rng: Random, api) -> dict:
     account = rng.choice([a for a, money in api.accounts.items() if money >= 200])
     target = rng.choice([a for a in api.accounts if a != account])
-    return {"account": account, "to": target, "coins": rng.randint(11, 99), "payee": rng.choice(list(api.bills))}
+    return {
+        "account": account,
+        "to": target,
+        "coins": rng.randint(11, 99),
+        "payee": rng.choice(list(api.bills)),
+    }
 
 
 def _calendar(rng: Random, size: int) -> dict:
     days = rng.sample(DAYS, 2)
     rows = zip(_ids(rng, size), _titles(rng, size), strict=True)
     return {
-        "events": [{"id": i, "day": rng.choice(days), "hour": rng.randint(7, 21), "title": t} for i, t in rows],
+        "events": [
+            {"id": i, "day": rng.choice(days), "hour": rng.randint(7, 21), "title": t} for i, t in rows
+        ],
     }
 
 
@@ -174,7 +323,12 @@ def _shop(rng: Random, size: int) -> dict:
     rows = zip(_ids(rng, size), rng.sample(NOUNS, min(size, 30)), strict=False)
     items = [{"id": i, "name": name, "price": rng.randint(2, 99)} for i, name in rows]
     orders = [
-        {"id": i, "address": f"{rng.choice(NOUNS)} street {rng.randint(1, 99)}", "items": [], "status": status}
+        {
+            "id": i,
+            "address": f"{rng.choice(NOUNS)} street {rng.randint(1, 99)}",
+            "items": [],
+            "status": status,
+        }
         for i, status in zip(_ids(rng, 3), rng.sample(["packed", "sent", "late", "paid"], 3), strict=True)
     ]
     return {"items": items, "cart": [], "orders": orders}
@@ -183,7 +337,12 @@ def _shop(rng: Random, size: int) -> dict:
 def _draw_shop(rng: Random, api) -> dict:
     order = rng.choice([order["id"] for order in api.orders if order["status"] != "cancelled"])
     address = f"{rng.choice(NOUNS)} street {rng.randint(1, 99)}"
-    return {"item": rng.choice(api.items)["name"], "quantity": rng.randint(2, 9), "address": address, "order": order}
+    return {
+        "item": rng.choice(api.items)["name"],
+        "quantity": rng.randint(2, 9),
+        "address": address,
+        "order": order,
+    }
 
 
 def _travel(rng: Random, size: int) -> dict:
@@ -244,7 +403,9 @@ def _draw_library(rng: Random, api) -> dict:
 
 def _garage(rng: Random, size: int) -> dict:
     cars = rng.sample(CARS, min(size, 7))
-    return {"cars": {car: {"litres": rng.randint(5, 40), "route": "none", "driver": "nobody"} for car in cars}}
+    return {
+        "cars": {car: {"litres": rng.randint(5, 40), "route": "none", "driver": "nobody"} for car in cars}
+    }
 
 
 def _draw_garage(rng: Random, api) -> dict:
@@ -281,7 +442,12 @@ def _draw_clinic(rng: Random, api) -> dict:
     doctor, visit = rng.choice(api.doctors), rng.choice(api.visits)
     patient = rng.choice([p for p in PEOPLE if p not in [v["patient"] for v in api.visits]])
     new_day = rng.choice([day for day in DAYS if day != visit["day"]])
-    drawn = {"doctor": doctor["name"], "branch": doctor["branch"], "patient": patient, "visit_day": rng.choice(DAYS)}
+    drawn = {
+        "doctor": doctor["name"],
+        "branch": doctor["branch"],
+        "patient": patient,
+        "visit_day": rng.choice(DAYS),
+    }
     return drawn | {"known": visit["patient"], "later": new_day}
 
 
@@ -302,7 +468,10 @@ WORLDS: dict[str, tuple[Callable[[Random, int], dict], Callable[[Random, object]
 
 GOALS = [
     # Files
-    Goal("Show me what is in {folder}.|List the files in {folder}.|What files are in {folder}?", "list_files folder"),
+    Goal(
+        "Show me what is in {folder}.|List the files in {folder}.|What files are in {folder}?",
+        "list_files folder",
+    ),
     Goal(
         "Read {name} in {folder}.|What does {name} in {folder} say?|Open {name} from {folder} and read it.",
         "read_file folder name",
@@ -337,8 +506,10 @@ GOALS = [
         "To {target}.|Put it into {target}.",
     ),
     Goal(
-        "List {folder}, then rename {name} there to {new_name}.|Look into {folder} and call {name} {new_name} from now on.",
-        "list_files folder; read_file folder name; write_file folder name=new_name text; delete_file folder name",
+        "List {folder}, then rename {name} there to {new_name}.|"
+        "Look into {folder} and call {name} {new_name} from now on.",
+        "list_files folder; read_file folder name; write_file folder name=new_name text; "
+        "delete_file folder name",
         "Renamed.",
     ),
     # Contacts, alone and with Files
@@ -350,7 +521,11 @@ GOALS = [
         "What should it say?",
         "It should say '{words}'.|Write '{words}'.",
     ),
-    Goal("What is the number of {person}?|Look up the phone of {person}.", "find_phone person", "It is {phone}."),
+    Goal(
+        "What is the number of {person}?|Look up the phone of {person}.",
+        "find_phone person",
+        "It is {phone}.",
+    ),
     Goal(
         "Add {stranger} with the number {new_phone}.|Save {new_phone} as the phone of {stranger}.",
         "add_contact person=stranger phone=new_phone",
@@ -359,7 +534,11 @@ GOALS = [
         "What is the number?",
         "It is {new_phone}.|The number is {new_phone}.",
     ),
-    Goal("What did {sender} write?|Read me the last message from {sender}.", "read_inbox person=sender", "{text}."),
+    Goal(
+        "What did {sender} write?|Read me the last message from {sender}.",
+        "read_inbox person=sender",
+        "{text}.",
+    ),
     Goal(
         "Forward the last message from {sender} to {person}.|Send {person} what {sender} wrote last.",
         "read_inbox person=sender; find_phone person; send_message phone text",
@@ -374,12 +553,16 @@ GOALS = [
         "Sent.",
     ),
     Goal(
-        "Save the last message from {sender} as {new_name} in {folder}.|Store what {sender} wrote in {folder} as {new_name}.",
+        "Save the last message from {sender} as {new_name} in {folder}.|"
+        "Store what {sender} wrote in {folder} as {new_name}.",
         "read_inbox person=sender; write_file folder name=new_name text",
         "Saved.",
     ),
     # Tickets
-    Goal("Close the ticket '{open_title}'.|The ticket '{open_title}' is solved.", "find_tickets; close_ticket ticket_id=id"),
+    Goal(
+        "Close the ticket '{open_title}'.|The ticket '{open_title}' is solved.",
+        "find_tickets; close_ticket ticket_id=id",
+    ),
     Goal(
         "Give the ticket '{open_title}' to {worker}.|{worker} takes the ticket '{open_title}'.",
         "find_tickets; assign_ticket ticket_id=id person=worker",
@@ -397,7 +580,8 @@ GOALS = [
         "Call it '{new_title}'.|'{new_title}'.",
     ),
     Goal(
-        "Open a {priority} ticket '{new_title}' for {worker}.|New {priority} ticket '{new_title}', {worker} takes it.",
+        "Open a {priority} ticket '{new_title}' for {worker}.|"
+        "New {priority} ticket '{new_title}', {worker} takes it.",
         "open_ticket title=new_title priority; assign_ticket ticket_id=id person=worker",
     ),
     Goal(
@@ -448,7 +632,11 @@ GOALS = [
         "To which day?",
         "To {new_day}.|{new_day}.",
     ),
-    Goal("Cancel '{event}' on {day}.|'{event}' on {day} is off.", "list_events day; cancel_event event_id=id", "Cancelled."),
+    Goal(
+        "Cancel '{event}' on {day}.|'{event}' on {day} is off.",
+        "list_events day; cancel_event event_id=id",
+        "Cancelled.",
+    ),
     Goal(
         "When does '{event}' start on {day}?|At what hour is '{event}' on {day}?",
         "list_events day; event_time event_id=id",
@@ -465,15 +653,24 @@ GOALS = [
         "{quantity}.|Take {quantity}.",
     ),
     Goal(
-        "Order {quantity} of the {item} to {address}.|Buy the {item}, {quantity} of it, and send it to {address}.",
+        "Order {quantity} of the {item} to {address}.|"
+        "Buy the {item}, {quantity} of it, and send it to {address}.",
         "find_item name=item; add_to_cart item_id quantity; checkout address",
         "Ordered as {order_id}.",
         "Order {quantity} of the {item}.|Buy the {item}, {quantity} of it.",
         "To which address?",
         "To {address}.|Send it to {address}.",
     ),
-    Goal("Where is order {order}?|Is order {order} on its way?", "order_status order_id=order", "It is {status}."),
-    Goal("Cancel order {order}.|I do not want order {order} any more.", "cancel_order order_id=order", "Cancelled."),
+    Goal(
+        "Where is order {order}?|Is order {order} on its way?",
+        "order_status order_id=order",
+        "It is {status}.",
+    ),
+    Goal(
+        "Cancel order {order}.|I do not want order {order} any more.",
+        "cancel_order order_id=order",
+        "Cancelled.",
+    ),
     # Travel
     Goal(
         "What is a flight from {origin} to {destination}?|Find a flight to {destination} from {origin}.",
@@ -481,7 +678,8 @@ GOALS = [
         "It costs {price}.",
     ),
     Goal(
-        "Book {passenger} a flight from {origin} to {destination}.|{passenger} flies from {origin} to {destination}.",
+        "Book {passenger} a flight from {origin} to {destination}.|"
+        "{passenger} flies from {origin} to {destination}.",
         "find_flight origin destination; book_flight flight_id passenger",
         "Booked as {booking_id}.",
         "Book a flight from {origin} to {destination}.|Somebody flies from {origin} to {destination}.",
@@ -500,7 +698,9 @@ GOALS = [
         "Changed.",
     ),
     # Home
-    Goal("How warm is the {room}?|What is the temperature of the {room}?", "get_temperature room", "{degrees}."),
+    Goal(
+        "How warm is the {room}?|What is the temperature of the {room}?", "get_temperature room", "{degrees}."
+    ),
     Goal(
         "Heat the {room} to {degrees}.|Set the {room} to {degrees} degrees.",
         "set_heating room degrees",
@@ -555,7 +755,8 @@ GOALS = [
         "To {city}.|{city}.",
     ),
     Goal(
-        "Fill as much into the {car} as the {other_car} has.|The {car} gets the litres that the {other_car} has.",
+        "Fill as much into the {car} as the {other_car} has.|"
+        "The {car} gets the litres that the {other_car} has.",
         "get_fuel car=other_car; add_fuel car litres",
         "Filled {litres}.",
     ),
@@ -570,22 +771,28 @@ GOALS = [
         "{playlist}.|The one called {playlist}.",
     ),
     Goal(
-        "Make a playlist {new_playlist} with '{song}' by {artist}.|Start the playlist {new_playlist} with '{song}' by {artist}.",
+        "Make a playlist {new_playlist} with '{song}' by {artist}.|"
+        "Start the playlist {new_playlist} with '{song}' by {artist}.",
         "make_playlist playlist=new_playlist; find_songs artist; add_song playlist=new_playlist song_id=id",
         "Made.",
     ),
-    Goal("Clear the playlist {playlist}.|Empty the playlist {playlist}.", "clear_playlist playlist", "Cleared."),
+    Goal(
+        "Clear the playlist {playlist}.|Empty the playlist {playlist}.", "clear_playlist playlist", "Cleared."
+    ),
     # Clinic
     Goal("Which doctors treat {branch}?|List the doctors for {branch}.", "find_doctors branch"),
     Goal(
-        "Book {patient} a visit at {doctor} for {branch} on {visit_day}.|{patient} sees {doctor}, {branch}, on {visit_day}.",
+        "Book {patient} a visit at {doctor} for {branch} on {visit_day}.|"
+        "{patient} sees {doctor}, {branch}, on {visit_day}.",
         "find_doctors branch; book_visit doctor_id=id patient day=visit_day",
         "Booked as {visit_id}.",
         "Book {patient} a visit at {doctor} for {branch}.|{patient} sees {doctor}, {branch}.",
         "On which day?",
         "On {visit_day}.|{visit_day}.",
     ),
-    Goal("When is the visit of {known}?|Look up the visit of {known}.", "find_visit patient=known", "On {day}."),
+    Goal(
+        "When is the visit of {known}?|Look up the visit of {known}.", "find_visit patient=known", "On {day}."
+    ),
     Goal(
         "Move the visit of {known} to {later}.|{known} comes on {later} instead.",
         "find_visit patient=known; move_visit visit_id day=later",
@@ -595,7 +802,9 @@ GOALS = [
         "To {later}.|{later}.",
     ),
     Goal(
-        "Cancel the visit of {known}.|{known} does not come.", "find_visit patient=known; cancel_visit visit_id", "Cancelled."
+        "Cancel the visit of {known}.|{known} does not come.",
+        "find_visit patient=known; cancel_visit visit_id",
+        "Cancelled.",
     ),
 ]
 
@@ -608,8 +817,8 @@ OFFERS = ("You can use this tool now:", "Here is a tool for it:")
 # -------------------------------------------------------------------------------------------------- generator
 @dataclass
 class Scenario:
-    """What all twins of one index share: the goals per turn with their bindings, the turn that twins tamper with, the
-    tools shown, and the seed of every choice of words."""
+    """What all twins of one index share: the goals per turn with their bindings, the turn that twins tamper
+    with, the tools shown, and the seed of every choice of words."""
 
     goals: list[list[tuple[Goal, dict]]]
     missing: int
@@ -635,7 +844,10 @@ def generate(pool: str, name: str) -> dict[str, Task]:
         large = {api: WORLDS[api][0](rng, LARGE) for api in chosen}
         try:
             scenario = _scenario(rng, state, seed)
-            tasks = {category: _twin(scenario, state, category, name) for category in ("base", "miss_func", "miss_param")}
+            tasks = {
+                category: _twin(scenario, state, category, name)
+                for category in ("base", "miss_func", "miss_param")
+            }
             wide = {api: _enlarge(state[api], large[api]) for api in state}
             tasks["long_context"] = _twin(scenario, wide, "long_context", name)
         except (Rejected, IndexError):  # IndexError: nothing to choose from, e.g. every bill is paid
@@ -680,7 +892,8 @@ def _draw(rng: Random, goal: Goal, world: dict) -> dict:
 
 
 def _play(goal: Goal, bindings: dict, world: dict) -> tuple[list[Call], dict]:
-    """Execute a goal's calls; every result extends the bindings (of a list: the record that a binding names)."""
+    """Execute a goal's calls; every result extends the bindings (of a list: the record that a binding
+    names)."""
     bindings, calls = dict(bindings), []
     for tool, arguments in goal.steps():
         call = Call(tool, {name: bindings[binding] for name, binding in arguments.items()})
@@ -698,14 +911,21 @@ def _play(goal: Goal, bindings: dict, world: dict) -> tuple[list[Call], dict]:
     return calls, bindings
 
 
-NAMED = ("open_title", "event", "book", "lent_book", "song", "doctor")  # bindings that name a record in a list
+NAMED = (
+    "open_title",
+    "event",
+    "book",
+    "lent_book",
+    "song",
+    "doctor",
+)  # bindings that name a record in a list
 
 
 def _enlarge(small: dict, large: dict) -> dict:
     """`small` with the records of `large` that collide with none of its keys, ids, titles, names and people.
 
-    New records join the days, authors, artists and branches of `small`, and the new files its folders, so that the
-    listings of the ordinary world grow.
+    New records join the days, authors, artists and branches of `small`, and the new files its folders, so
+    that the listings of the ordinary world grow.
     """
     merged = {}
     for name, value in small.items():
@@ -716,7 +936,9 @@ def _enlarge(small: dict, large: dict) -> dict:
                     merged[name][key] = {**more, **inner}
         else:
             unique = [{(key, row[key]) for key in UNIQUE if key in row} for row in value]
-            extra = [row for row in large[name] if not set().union(*unique) & {(k, row.get(k)) for k in UNIQUE}]
+            extra = [
+                row for row in large[name] if not set().union(*unique) & {(k, row.get(k)) for k in UNIQUE}
+            ]
             for i, row in enumerate(extra):
                 row |= {key: value[i % len(value)][key] for key in GROUPS if key in row}
             merged[name] = value + extra
@@ -779,7 +1001,9 @@ def mutations(task: Task) -> list[list[list[Call]]]:
     for i, turn in enumerate(truth):
         for j, call in enumerate(turn):
             variants = [[], *([alter(call, argument)] for argument in call.arguments)]
-            changed += [[*truth[:i], [*turn[:j], *variant, *turn[j + 1 :]], *truth[i + 1 :]] for variant in variants]
+            changed += [
+                [*truth[:i], [*turn[:j], *variant, *turn[j + 1 :]], *truth[i + 1 :]] for variant in variants
+            ]
     return changed
 
 
@@ -789,9 +1013,10 @@ def _honest(task: Task) -> bool:
     )
 
 
-# ------------------------------------------------------------------------------------------------------ splits
+# ----------------------------------------------------------------------------------------------------- splits
 def make_split(split: str) -> list[Task]:
-    """The tasks of a committed split, in file order. train and test are 100 indices each of the train pool."""
+    """The tasks of a committed split, in file order. train and test are 100 indices each of the train
+    pool."""
     pool = split if split in ("foreign", "ood") else "train"
     wanted = ("base", "miss_func", "miss_param", "long_context")
     wanted = wanted[:3] if split in ("train", "foreign") else wanted
@@ -802,7 +1027,8 @@ def make_split(split: str) -> list[Task]:
 def load_tasks(name_or_path: str) -> list[Task]:
     """Tasks of a committed split (`train`, `test`, `foreign`, `ood`) or of a JSONL file.
 
-    Raises FileNotFoundError with the path and the known names, ValueError with file and line for a malformed line.
+    Raises FileNotFoundError with the path and the known names, ValueError with file and line for a malformed
+    line.
     """
     path = TASK_DIR / f"{name_or_path}.jsonl" if name_or_path in SPLITS else Path(name_or_path)
     if not path.is_file():

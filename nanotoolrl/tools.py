@@ -1,13 +1,14 @@
 """The API classes a model may call, and the place to add one.
 
 A class is plain typed Python. Its public methods are the tools: the signature gives name, types, required
-parameters, choices (`Literal`) and defaults; the docstring's first line is the description, and every following line
-`parameter: text` describes one parameter. Its dataclass fields are its state: JSON-like values, comparable with
-`==`, copied with `copy.deepcopy`. A method answers with a JSON-like value, or raises `ToolError` with a sentence that
-helps the model to correct itself. Nothing else in the repository needs to know a new class (README, "Add a tool").
+parameters, choices (`Literal`) and defaults; the docstring's first line is the description, and every
+following line `parameter: text` describes one parameter. Its dataclass fields are its state: JSON-like
+values, comparable with `==`, copied with `copy.deepcopy`. A method answers with a JSON-like value, or raises
+`ToolError` with a sentence that helps the model to correct itself. Nothing else in the repository needs to
+know a new class (README, "Add a tool").
 
-Classes live in three disjoint pools: `train` (reinforcement learning sees them), `foreign` (supervised data from
-another domain) and `ood` (held out).
+Classes live in three disjoint pools: `train` (reinforcement learning sees them), `foreign` (supervised data
+from another domain) and `ood` (held out).
 """
 
 import inspect
@@ -40,12 +41,15 @@ class API:
 
 def method_names(cls: type[API]) -> list[str]:
     """Names of the tools a class offers, in the order of its source."""
-    return [name for name, value in vars(cls).items() if inspect.isfunction(value) and not name.startswith("_")]
+    return [
+        name for name, value in vars(cls).items() if inspect.isfunction(value) and not name.startswith("_")
+    ]
 
 
 @cache
 def owner_of(tool: str) -> str | None:
-    """Name of the class that has the tool, or None. Tool names are unique over all classes (a test holds it)."""
+    """Name of the class that has the tool, or None. Tool names are unique over all classes (a test holds
+    it)."""
     return next((name for name, cls in API_CLASSES.items() if tool in method_names(cls)), None)
 
 
@@ -53,8 +57,8 @@ def owner_of(tool: str) -> str | None:
 def schema(tool: str) -> dict:
     """JSON schema of one tool, in the layout of OpenAI and Qwen tool lists.
 
-    Example: `schema("delete_file")` has name "delete_file", a description, and parameters of type "object" with
-    properties folder and name, both required. Raises KeyError for an unknown tool.
+    Example: `schema("delete_file")` has name "delete_file", a description, and parameters of type "object"
+    with properties folder and name, both required. Raises KeyError for an unknown tool.
     """
     owner = owner_of(tool)
     if owner is None:
@@ -102,7 +106,7 @@ def _new_id(records: list[dict]) -> int:
     return max((record["id"] for record in records), default=10) + 1
 
 
-# ------------------------------------------------------------------------------------------------- pool: train
+# ------------------------------------------------------------------------------------------------ pool: train
 
 
 @dataclass
@@ -198,7 +202,9 @@ class Tickets(API):
     def open_ticket(self, title: str, priority: Literal["low", "normal", "high"] = "normal") -> dict:
         """Open a new ticket."""
         number = _new_id(self.tickets)
-        self.tickets.append({"id": number, "title": title, "priority": priority, "status": "open", "owner": "nobody"})
+        self.tickets.append(
+            {"id": number, "title": title, "priority": priority, "status": "open", "owner": "nobody"}
+        )
         return {"id": number}
 
     def close_ticket(self, ticket_id: int) -> str:
@@ -340,7 +346,7 @@ class Shop(API):
         return "cancelled"
 
 
-# ----------------------------------------------------------------------------------------------- pool: foreign
+# ---------------------------------------------------------------------------------------------- pool: foreign
 
 
 @dataclass
@@ -446,7 +452,7 @@ class Library(API):
         return "returned"
 
 
-# --------------------------------------------------------------------------------------------------- pool: ood
+# -------------------------------------------------------------------------------------------------- pool: ood
 
 
 @dataclass
@@ -527,7 +533,11 @@ class Clinic(API):
     def find_doctors(self, branch: str) -> list[dict]:
         """List the doctors of a branch of medicine."""
         _known("branch", branch, sorted({doctor["branch"] for doctor in self.doctors}))
-        return [{"id": doctor["id"], "name": doctor["name"]} for doctor in self.doctors if doctor["branch"] == branch]
+        return [
+            {"id": doctor["id"], "name": doctor["name"]}
+            for doctor in self.doctors
+            if doctor["branch"] == branch
+        ]
 
     def book_visit(self, doctor_id: int, patient: str, day: Day) -> dict:
         """Book a visit for a patient."""

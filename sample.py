@@ -1,0 +1,133 @@
+"""Watch a model use tools: `python sample.py` plays a test task; `--chat` lets you talk to it with live
+tools."""
+
+import argparse
+import sys
+
+import torch
+
+from nanotoolrl.chat import FORMATS, readable
+from nanotoolrl.env import Episode, Task, Turn, oracle
+from nanotoolrl.model import NANO, ModelError, load
+from nanotoolrl.sampler import Sampler, Trajectory
+from nanotoolrl.tasks import SPLITS, load_tasks
+
+CHAT_TURNS = 50
+
+
+def play(sampler: Sampler, task: Task, args: argparse.Namespace, color: bool) -> Trajectory:
+    """Play one task and print the conversation with a verdict per turn."""
+    episode = Episode(task, args.format)
+    row = sampler.rollout([episode], temperature=args.temperature, force_prefix=args.force_prefix)[0]
+    print(f"task {task.id}: {len(task.turns)} turns, {len(task.tools)} tools shown, format {args.format}")
+    print(readable(sampler.chat.decode(row.tokens), color))
+    print("message states:", ", ".join(row.states))
+    for number, verdict in enumerate(row.verdicts, 1):
+        word = paint("pass", 32, color) if verdict.passed else paint("FAIL", 31, color)
+        print(f"turn {number}: {word} {verdict.reason}")
+    print(f"reward {row.reward:.0f}")
+    return row
+
+
+class Talk(Episode):
+    """An episode whose user messages come from a person. There is no ground truth, so nothing is checked."""
+
+    def __init__(self, task: Task, format: str, first: str) -> None:
+        blank = [Turn(first, [], "")] + [Turn("", [], "") for _ in range(CHAT_TURNS)]
+        super().__init__(Task("chat", "base", task.state, task.tools, blank), format, max_messages=10**6)
+
+    def step(self, text: str, overlong: bool = False) -> list[dict] | None:
+        """Show what the model wrote and what the tools answer; a turn's end asks the person for the next
+        message."""
+        show("assistant", text, self.color)
+        if overlong:
+            print("(cut at the token limit)")
+        answer = super().step(text, overlong)
+        if answer and answer[0]["role"] == "user":
+            said = ask()
+            if said is None:
+                self.done = True
+                return None
+            answer = [{"role": "user", "content": said}]
+        for message in answer or []:
+            if message["role"] == "tool":
+                show("tool", message["content"], self.color)
+        return answer
+
+    color = sys.stdout.isatty()
+
+
+def ask() -> str | None:
+    """A line from the person; None for an empty line or the end of input."""
+    try:
+        return input("     user > ").strip() or None
+    except EOFError:
+        return None
+
+
+def show(role: str, text: str, color: bool) -> None:
+    print(readable(f"<|im_start|>{role}\n{text}<|im_end|>\n", color))
+
+
+def talk(sampler: Sampler, task: Task, args: argparse.Namespace) -> None:
+    """Chat on the world of a task until an empty line."""
+    print(f"the world of task {task.id}; its tools: {', '.join(task.tools)}. An empty line ends the chat.")
+    for api, state in task.state.items():
+        print(f"{api}: {str(state)[:300]}")
+    first = ask()
+    if first:
+        sampler.rollout([Talk(task, args.format, first)], temperature=args.temperature)
+
+
+def paint(text: str, code: int, color: bool) -> str:
+    return f"\x1b[{code}m{text}\x1b[0m" if color else text
+
+
+def main(argv: list[str] | None = None) -> int:
+    """The command; returns 0, or 2 when refused."""
+    parser = argparse.ArgumentParser(description=__doc__, allow_abbrev=False)
+    parser.add_argument(
+        "--model", default=str(NANO), help="checkpoint directory or hub name (default: the built-in model)"
+    )
+    parser.add_argument(
+        "--tasks", default="test", help=f"{', '.join(SPLITS)} or a JSONL file (default: test)"
+    )
+    parser.add_argument("--task", default="", help="id of the task (default: the first)")
+    parser.add_argument(
+        "--format", default="hermes", choices=tuple(FORMATS), help="syntax of calls (default: hermes)"
+    )
+    parser.add_argument("--temperature", type=float, default=0.0, help="0 is greedy (default: 0)")
+    parser.add_argument("--seed", type=int, default=0, help="of the noise (default: 0)")
+    parser.add_argument(
+        "--force-prefix", action="store_true", help="start every message that should call with the tag"
+    )
+    parser.add_argument("--oracle", action="store_true", help="print the ground-truth conversation instead")
+    parser.add_argument("--chat", action="store_true", help="talk to the model on the task's world")
+    args = parser.parse_args(argv)
+    torch.set_num_threads(2)
+    color = sys.stdout.isatty()
+    try:
+        if args.temperature < 0:
+            raise ValueError("--temperature must not be negative")
+        tasks = {task.id: task for task in load_tasks(args.tasks)}
+        if args.task and args.task not in tasks:
+            raise ValueError(
+                f"no task {args.task!r} in {args.tasks}; it holds {', '.join(list(tasks)[:5])}, ..."
+            )
+        task = tasks[args.task] if args.task else next(iter(tasks.values()))
+        if args.oracle:
+            for message in oracle(task, args.format):
+                show(message["role"], message["content"], color)
+            return 0
+        sampler = Sampler(load(args.model), seed=args.seed)
+        talk(sampler, task, args) if args.chat else play(sampler, task, args, color)
+    except (ModelError, FileNotFoundError, ValueError) as error:
+        print(f"sample.py: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        return 130
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
