@@ -19,7 +19,7 @@ from pathlib import Path
 
 import torch
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
-from transformers import PreTrainedTokenizerFast, Qwen2Config, Qwen2ForCausalLM
+from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
@@ -34,6 +34,7 @@ SPECIAL = ["<|endoftext|>", "<|im_start|>", "<|im_end|>"]
 TAGS = ["<tool_call>", "</tool_call>", "<tool_response>", "</tool_response>"]
 # Words, digits, and what stands between them: a value is the same ids wherever it stands, easy to copy.
 PIECES = r"[\p{L}_]+|\p{N}|\n+|[^\p{L}\p{N}_\n]+"
+# Qwen2 in all but name: AutoTokenizer gives a "qwen2" checkpoint Qwen's pre-tokenizer, whatever was saved.
 ARCHITECTURE = {
     "hidden_size": 128,
     "num_hidden_layers": 4,
@@ -42,6 +43,7 @@ ARCHITECTURE = {
     "intermediate_size": 384,
     "max_position_embeddings": 4096,
     "tie_word_embeddings": True,
+    "attention_bias": True,
     "initializer_range": 0.05,
 }
 MESSAGE_LIMIT = 128  # tokens of a message that never ends
@@ -113,19 +115,19 @@ def new_policy(seed: int) -> Policy:
     """Random weights with a fresh tokenizer."""
     tokenizer = make_tokenizer(seed)
     torch.manual_seed(seed)
-    config = Qwen2Config(
+    config = LlamaConfig(
         vocab_size=len(tokenizer),
         eos_token_id=tokenizer.eos_token_id,
         pad_token_id=tokenizer.pad_token_id,
         **ARCHITECTURE,
     )
-    model = Qwen2ForCausalLM(config)
+    model = LlamaForCausalLM(config)
     look_back(model)
     return Policy(model.eval(), tokenizer)
 
 
 @torch.no_grad()
-def look_back(model: Qwen2ForCausalLM, strength: float = 8.0, pairs: int = 6) -> None:
+def look_back(model: LlamaForCausalLM, strength: float = 8.0, pairs: int = 6) -> None:
     """Start two heads of the first layer as heads that look one and two tokens back.
 
     Copying needs such heads, and rotary positions make them slow to find: without this, the copy warm-up

@@ -21,150 +21,29 @@ SMALL, LARGE = 4, 45  # records per kind in an ordinary and in a long_context wo
 MAX_TURN_CALLS = 5
 LISTING = ("list_files", "find_tickets", "list_events", "find_books", "find_songs", "find_doctors")
 
-PEOPLE = [
-    "Mara",
-    "Jonas",
-    "Lena",
-    "Piet",
-    "Olga",
-    "Hugo",
-    "Nina",
-    "Emil",
-    "Rosa",
-    "Karl",
-    "Ida",
-    "Felix",
-    "Vera",
-    "Otto",
-    "Lisa",
-    "Bruno",
-    "Anna",
-    "Paul",
-    "Greta",
-    "Max",
-    "Clara",
-    "Leon",
-    "Tilda",
-    "Oskar",
-    "Frida",
-    "Anton",
-    "Hanna",
-    "Theo",
-    "Elsa",
-    "Simon",
-    "Ruth",
-    "David",
-    "Ella",
-    "Jakob",
-    "Maria",
-    "Noah",
-    "Sofia",
-    "Adam",
-    "Carla",
-    "Tom",
-]
-NOUNS = [
-    "apple",
-    "river",
-    "stone",
-    "cloud",
-    "garden",
-    "paper",
-    "silver",
-    "orange",
-    "window",
-    "candle",
-    "forest",
-    "mirror",
-    "bottle",
-    "pencil",
-    "button",
-    "carpet",
-    "basket",
-    "ladder",
-    "hammer",
-    "guitar",
-    "saddle",
-    "pepper",
-    "copper",
-    "cherry",
-    "velvet",
-    "marble",
-    "anchor",
-    "ribbon",
-    "tunnel",
-    "harbor",
-    "lantern",
-    "compass",
-    "blanket",
-    "kettle",
-    "pillow",
-    "rocket",
-    "turtle",
-    "falcon",
-    "meadow",
-    "castle",
-]
-ADJECTIVES = [
-    "red",
-    "blue",
-    "green",
-    "old",
-    "new",
-    "small",
-    "big",
-    "cold",
-    "warm",
-    "dark",
-    "bright",
-    "quiet",
-    "fast",
-    "slow",
-    "round",
-    "flat",
-    "soft",
-    "dry",
-    "wild",
-    "lost",
-]
-FOLDERS = ["docs", "photos", "work", "home", "music", "notes", "drafts", "archive", "reports", "plans"]
+PEOPLE = (
+    "Mara Jonas Lena Piet Olga Hugo Nina Emil Rosa Karl Ida Felix Vera Otto Lisa Bruno Anna Paul Greta "
+    "Max Clara Leon Tilda Oskar Frida Anton Hanna Theo Elsa Simon Ruth David Ella Jakob Maria Noah "
+    "Sofia Adam Carla Tom"
+).split()
+NOUNS = (
+    "apple river stone cloud garden paper silver orange window candle forest mirror bottle pencil "
+    "button carpet basket ladder hammer guitar saddle pepper copper cherry velvet marble anchor ribbon "
+    "tunnel harbor lantern compass blanket kettle pillow rocket turtle falcon meadow castle"
+).split()
+ADJECTIVES = (
+    "red blue green old new small big cold warm dark bright quiet fast slow round flat soft dry wild lost"
+).split()
+FOLDERS = "docs photos work home music notes drafts archive reports plans".split()
 ENDINGS = ["txt", "md", "csv", "log"]
-ACCOUNTS = ["savings", "checking", "travel", "family", "business", "school", "garden", "rent"]
-PAYEES = ["water", "power", "phone", "gas", "internet", "insurance", "tax", "school", "doctor", "club"]
-DAYS = ["Monday", "Tuesday", "Wednesday", "Thursday", "Friday", "Saturday", "Sunday"]
-CITIES = [
-    "Oslo",
-    "Rome",
-    "Paris",
-    "Bern",
-    "Riga",
-    "Lyon",
-    "Porto",
-    "Ghent",
-    "Turin",
-    "Malmo",
-    "Bonn",
-    "Cork",
-    "Graz",
-    "Split",
-    "Leeds",
-    "Kiel",
-]
-ROOMS = [
-    "kitchen",
-    "bedroom",
-    "bathroom",
-    "office",
-    "hall",
-    "cellar",
-    "attic",
-    "nursery",
-    "library",
-    "garage",
-]
-DOORS = ["front", "back", "side", "cellar", "garden", "garage", "roof", "balcony"]
-BRANCHES = ["heart", "skin", "eyes", "teeth", "bones", "ears", "lungs", "nerves"]
-CARS = ["van", "jeep", "truck", "coupe", "wagon", "minibus", "roadster", "pickup"]
+ACCOUNTS = "savings checking travel family business school garden rent".split()
+PAYEES = "water power phone gas internet insurance tax school doctor club".split()
+DAYS = "Monday Tuesday Wednesday Thursday Friday Saturday Sunday".split()
+CITIES = ("Oslo Rome Paris Bern Riga Lyon Porto Ghent Turin Malmo Bonn Cork Graz Split Leeds Kiel").split()
+ROOMS = "kitchen bedroom bathroom office hall cellar attic nursery library garage".split()
+DOORS = "front back side cellar garden garage roof balcony".split()
+BRANCHES = "heart skin eyes teeth bones ears lungs nerves".split()
+CARS = "van jeep truck coupe wagon minibus roadster pickup".split()
 
 
 @dataclass(frozen=True)
