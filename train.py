@@ -33,7 +33,7 @@ from nanotoolrl.model import NANO, ModelError, Policy, load
 from nanotoolrl.probes import ProbeSet
 from nanotoolrl.sampler import Sampler, Trajectory
 from nanotoolrl.schemes import SCHEMES, Run, Step
-from nanotoolrl.tasks import SPLITS, load_tasks
+from nanotoolrl.tasks import SPLITS, load_tasks, subset
 
 METRICS = [
     *(
@@ -53,6 +53,15 @@ METRICS = [
     *("spurious_control", "required_control", "nll_control", "nll_content"),
     *("skipped_updates", "skipped_tasks", "sample_seconds", "seconds"),
 ]
+PORTABLE = (
+    "steps",
+    "prompts",
+    "group",
+    "updates",
+    "lr",
+    "hint_count",
+    "kl",
+)  # what makes two runs comparable
 STATE_JUMP = 0.2  # a share of an unhealthy message state this far above the first step's raises the alarm
 
 
@@ -101,7 +110,7 @@ class Config:
     hint_keep: bool = setting(False, "train hinted rollouts under the hinted prompt")
     # looking
     eval_tasks: str = setting("test", "tasks of the evaluation before and after training")
-    eval_count: int = setting(400, "of them, evenly spread; 0: no evaluation")
+    eval_count: int = setting(400, "a fixed sample of so many of them; 0: no evaluation")
     probe_every: int = setting(2, "steps between measurements on the probe set")
     probe_tasks: int = setting(16, "ground-truth conversations in the probe set")
     show_every: int = setting(8, "steps between printed trajectories; 0: none")
@@ -394,7 +403,7 @@ def setup(config: Config) -> tuple[Run, list[Task], list[Task], int]:
         tasks, held = load_tasks(config.tasks), load_tasks(config.eval_tasks) if config.eval_count else []
     except (ModelError, FileNotFoundError, ValueError) as error:
         raise Refused(str(error)) from None
-    held = held[:: max(1, len(held) // config.eval_count)][: config.eval_count] if held else []
+    held = subset(held, config.eval_count)
     room = min(config.context, policy.context) - config.max_new_tokens
     fitting = [fits(policy, task, config.format, room) for task in tasks]
     for task in [task for task, ok in zip(tasks, fitting, strict=True) if not ok]:
@@ -462,11 +471,7 @@ def train(config: Config, resume: bool, given: set[str]) -> int:
         f"{config.scheme}: {config.prompts} prompts x {config.group} rollouts = {per_step} trajectories, "
         f"{config.updates} updates; {config.steps} steps on {len(tasks)} tasks; {directory.path}"
     )
-    probes = ProbeSet(
-        load(config.model),
-        tasks[:: max(1, len(tasks) // config.probe_tasks)][: config.probe_tasks],
-        config.format,
-    )
+    probes = ProbeSet(load(config.model), subset(tasks, config.probe_tasks), config.format)
     if saved:
         before = Scores(**saved["before"]) if saved["before"] else None
     else:

@@ -1,13 +1,26 @@
-"""Success of a model on tasks, by category, with intervals (the table of Hao et al. 2026, Table 1)."""
+"""Success of a model on tasks, by category and call format, with intervals (Hao et al. 2026, Table 1).
 
+`python -m nanotoolrl.evaluate --model DIR` prints the table; `--help` lists the rest.
+"""
+
+import argparse
+import dataclasses
+import json
 import math
+import os
+import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 
+import torch
+
+from nanotoolrl.chat import FORMATS, MESSAGE_STATES
 from nanotoolrl.env import CATEGORIES, Episode, Task
-from nanotoolrl.model import Policy
-from nanotoolrl.sampler import Sampler, Trajectory
+from nanotoolrl.model import NANO, ModelError, Policy, load
+from nanotoolrl.sampler import Sampler
+from nanotoolrl.supervise import hint_text
+from nanotoolrl.tasks import SPLITS, load_tasks, subset
 
 EVAL_SLOTS = 128
 
@@ -48,21 +61,23 @@ def evaluate(
     temperature: float = 0.0,
     hints: Sequence[str] | None = None,
     seed: int = 0,
-    on_done: Callable[[list[Trajectory]], None] | None = None,
     **sampler: object,
 ) -> Scores:
-    """Play every task once (greedily by default) and score it. `sampler` passes settings to `Sampler`."""
+    """Play every task once (greedily by default) and score it. `sampler` passes settings to `Sampler`.
+
+    Tasks are played in order of the size of their world: long episodes then run beside long ones.
+    """
     started = time.perf_counter()
+    order = sorted(range(len(tasks)), key=lambda i: len(str(tasks[i].state)))
     player = Sampler(policy, seed=seed, **({"slots": EVAL_SLOTS} | sampler))
-    trajectories = player.rollout([Episode(task, format) for task in tasks], hints, temperature)
+    hints = [hints[i] for i in order] if hints else None
+    trajectories = player.rollout([Episode(tasks[i], format) for i in order], hints, temperature)
     scores = Scores()
     for trajectory in trajectories:
         scores.rewards.setdefault(trajectory.category, []).append(trajectory.reward)
         for state in trajectory.states:
             scores.states[state] = scores.states.get(state, 0) + 1
     scores.seconds = time.perf_counter() - started
-    if on_done:
-        on_done(trajectories)
     return scores
 
 
@@ -79,6 +94,67 @@ def table(columns: dict[str, Scores]) -> str:
     return "\n".join(lines)
 
 
+def states_table(columns: dict[str, Scores]) -> str:
+    """Share of assistant messages in each state in %, a row per state and a column per evaluation."""
+    lines = [f"{'messages %':<14}" + "".join(f"{title:>24}" for title in columns)]
+    for state in MESSAGE_STATES:
+        shares = [s.states.get(state, 0) / max(1, sum(s.states.values())) for s in columns.values()]
+        lines.append(f"{state:<14}" + "".join(f"{100 * share:>24.1f}" for share in shares))
+    return "\n".join(lines)
+
+
 def fits(policy: Policy, task: Task, format: str, room: int) -> bool:
     """Whether the prompt of a task has at most `room` tokens."""
     return len(policy.chat.prompt_ids(*Episode(task, format).prompt(), format)) <= room
+
+
+def main(argv: list[str] | None = None) -> int:
+    """The command; returns 0, or 2 when refused."""
+    parser = argparse.ArgumentParser(
+        prog="python -m nanotoolrl.evaluate", description="Score a model on tasks.", allow_abbrev=False
+    )
+    parser.add_argument(
+        "--model", default=str(NANO), help="checkpoint directory or hub name (default: built-in)"
+    )
+    parser.add_argument(
+        "--tasks", default="test", help=f"{', '.join(SPLITS)} or a JSONL file (default: test)"
+    )
+    parser.add_argument(
+        "--format", choices=(*FORMATS, "all"), default="all", help="syntax of calls (default: all)"
+    )
+    parser.add_argument(
+        "--count", type=int, default=0, help="a fixed sample of so many tasks (default: 0, all)"
+    )
+    parser.add_argument("--temperature", type=float, default=0.0, help="0 is greedy (default: 0)")
+    parser.add_argument("--hint", action="store_true", help="put each task's hint into the system prompt")
+    parser.add_argument("--seed", type=int, default=0, help="of the sampling noise (default: 0)")
+    parser.add_argument("--context", type=int, default=2048, help="tokens per episode (default: 2048)")
+    parser.add_argument("--json", metavar="FILE", help="write the scores there, too")
+    args = parser.parse_args(argv)
+    torch.set_num_threads(os.cpu_count() or 1)
+    try:
+        if args.count < 0 or args.temperature < 0:
+            raise ValueError("--count and --temperature must not be negative")
+        policy, tasks = load(args.model), load_tasks(args.tasks)
+        tasks = subset(tasks, args.count) if args.count else tasks
+        columns = {}
+        for format in FORMATS if args.format == "all" else [args.format]:
+            hints = [hint_text(task, format) for task in tasks] if args.hint else None
+            columns[format] = evaluate(
+                policy, tasks, format, args.temperature, hints, args.seed, context=args.context
+            )
+            print(f"{format}: {len(tasks)} tasks in {columns[format].seconds:.0f} s", file=sys.stderr)
+    except (ModelError, FileNotFoundError, ValueError) as error:
+        print(f"evaluate: {error}", file=sys.stderr)
+        return 2
+    print(table(columns))
+    print(states_table(columns))
+    if args.json:
+        stored = {"arguments": vars(args), "scores": {k: dataclasses.asdict(v) for k, v in columns.items()}}
+        with open(args.json, "w") as file:
+            json.dump(stored, file)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

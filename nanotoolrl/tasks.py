@@ -926,6 +926,12 @@ def load_tasks(name_or_path: str) -> list[Task]:
     return tasks
 
 
+def subset(tasks: list[Task], count: int) -> list[Task]:
+    """A fixed random sample of `count` tasks in their order; all of them if there are no more."""
+    chosen = random.Random(0).sample(range(len(tasks)), min(count, len(tasks)))
+    return [tasks[i] for i in sorted(chosen)]
+
+
 def save_tasks(tasks: list[Task], path: Path) -> None:
     """Write tasks as JSONL; `load_tasks(path)` gives them back."""
     path.write_text("".join(task.to_json() + "\n" for task in tasks), encoding="utf-8")

@@ -1,0 +1,17 @@
+"""What all tests share."""
+
+import pytest
+import torch
+from hypothesis import settings
+
+from nanotoolrl.model import NANO, Policy, load
+
+torch.set_num_threads(2)
+settings.register_profile("untimed", deadline=None)  # a busy machine is no failure
+settings.load_profile("untimed")
+
+
+@pytest.fixture(scope="session")
+def policy() -> Policy:
+    """The built-in model on the CPU. Tests must not change it."""
+    return load(NANO, device="cpu")

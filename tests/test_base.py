@@ -1,0 +1,105 @@
+"""The built-in model: its directory, and the recipe that made it."""
+
+import importlib.util
+import json
+import random
+from collections import Counter
+from pathlib import Path
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from nanotoolrl.chat import FORMATS, message_state
+from nanotoolrl.env import Episode
+from nanotoolrl.model import NANO
+from nanotoolrl.tasks import SPLITS, load_tasks
+
+spec = importlib.util.spec_from_file_location("make_base", NANO.parent / "make_base.py")
+make_base = importlib.util.module_from_spec(spec)
+spec.loader.exec_module(make_base)
+
+
+def test_directory_is_small_and_standard(policy):
+    assert sum(file.stat().st_size for file in NANO.iterdir()) <= 8e6
+    assert 0.5e6 <= sum(p.numel() for p in policy.model.parameters()) <= 1.5e6
+    model = AutoModelForCausalLM.from_pretrained(NANO)
+    tokenizer = AutoTokenizer.from_pretrained(NANO)
+    ids = tokenizer("Move apple.txt from docs to work.", return_tensors="pt").input_ids
+    assert tokenizer.decode(ids[0]) == "Move apple.txt from docs to work."
+    with torch.no_grad():
+        assert torch.equal(model(ids).logits, policy.model(ids).logits)
+
+
+def test_tokenizer_is_made_again_from_its_seed(policy):
+    again = make_base.make_tokenizer(seed=0)
+    assert (
+        json.loads(again.backend_tokenizer.to_str())["model"]
+        == json.loads(policy.tokenizer.backend_tokenizer.to_str())["model"]
+    )
+    assert again.get_added_vocab() == policy.tokenizer.get_added_vocab()
+
+
+def test_scores_are_in_the_window_of_the_recipe():
+    """The stopping rule, on the scores that evaluate.py wrote."""
+    scores = json.loads((NANO.parent / "results" / "base" / "greedy.json").read_text())["scores"]
+    success = {}
+    for format in FORMATS:
+        rewards = sum(scores[format]["rewards"].values(), [])
+        assert len(rewards) == 400
+        success[format] = sum(rewards) / 400
+    assert make_base.ready(success)
+
+
+def test_training_names_exclude_every_committed_task():
+    """Scenarios are seeded by name: no demonstration or tokenizer text has the name of a committed one."""
+    for split in SPLITS:
+        assert not any(task.id.startswith(("base-", "tokenizer-")) for task in load_tasks(split))
+
+
+def test_demonstrations_hold_every_state_and_stay_aligned(policy):
+    counts = Counter()
+    rng = random.Random(0)
+    for task in load_tasks("train")[::2]:
+        format = rng.choice(list(FORMATS))
+        ids, mask = make_base.demonstrate(policy.chat, task, format, rng)
+        assert len(ids) == len(mask)
+        prompt = len(policy.chat.prompt_ids(*Episode(task, format).prompt(), format))
+        assert not any(mask[:prompt]) and mask[-1]
+        message = []
+        for token, own in zip([*ids, -1], [*mask, False], strict=True):
+            if own:
+                message.append(token)
+            elif message:
+                stopped = message[-1] == policy.chat.end_id
+                text = policy.chat.decode(message[:-1] if stopped else message)
+                counts[message_state(text, format, overlong=not stopped)] += 1
+                message = []
+    total = sum(counts.values())
+    for state in ("empty", "bare", "malformed", "polluted", "foreign", "overlong"):
+        assert 0.001 < counts[state] / total < 0.04, (state, counts)
+    assert counts["call"] > counts["reply"] > 0.1 * total
+
+
+def test_demonstrations_and_copying_are_pure_functions(policy):
+    weights = dict.fromkeys(FORMATS, 1.0)
+    assert make_base.demonstrations(policy.chat, 0, 3, weights) == make_base.demonstrations(
+        policy.chat, 0, 3, weights
+    )
+    for ids, mask in make_base.copying(100, 0, 1):
+        assert len(ids) == len(mask) == 160 and any(mask)
+
+
+@pytest.mark.parametrize("offset", [1, 2])
+def test_look_back_heads_look_back(offset):
+    """The first head of a fresh model attends to the previous token, the second to the one before."""
+    policy = make_base.new_policy(seed=1)
+    policy.model.set_attn_implementation("eager")
+    ids = torch.randint(0, 1000, (1, 40))
+    with torch.no_grad():
+        attention = policy.model(ids, output_attentions=True).attentions[0][0, offset - 1]  # [T, T]
+    assert (attention.argmax(-1)[offset:] == torch.arange(40)[offset:] - offset).all()
+
+
+def test_readme_of_the_model_exists():
+    assert "seed 0" in Path(NANO / "README.md").read_text()

@@ -1,0 +1,96 @@
+"""The README's promises: its examples run, its numbers come from data/results, its names exist."""
+
+import csv
+import json
+import re
+from pathlib import Path
+
+import train
+from nanotoolrl import env, schemes, tools
+from nanotoolrl.evaluate import Scores, table
+
+ROOT = Path(train.__file__).parent
+README = (ROOT / "README.md").read_text()
+RESULTS = ROOT / "data" / "results"
+
+
+def blocks(language):
+    return re.findall(rf"^```{language}\n(.*?)^```", README, re.MULTILINE | re.DOTALL)
+
+
+def test_the_two_commands_stand_where_ci_looks():
+    lines = README.splitlines()
+    assert "pip install -r requirements.txt && python train.py --scheme hint" in lines
+    assert "pip install -r requirements.txt pytest hypothesis && python -m pytest" in lines
+
+
+def test_add_a_tool(monkeypatch):
+    code = next(block for block in blocks("python") if "(API)" in block)
+    monkeypatch.setattr(tools, "API_CLASSES", dict(tools.API_CLASSES))
+    monkeypatch.setattr(env, "API_CLASSES", tools.API_CLASSES)
+    for cached in (tools.owner_of, tools.schema):
+        cached.cache_clear()
+    exec(code, vars(tools).copy())  # the example, in the file it belongs to
+    line = {"id": "w", "category": "base", "state": {"Weather": {"rain": {"Oslo": 3}}}, "tools": ["get_rain"]}
+    turn = {
+        "user": "Rain in Oslo?",
+        "calls": [{"name": "get_rain", "arguments": {"city": "Oslo"}}],
+        "reply": "3.",
+    }
+    task = env.Task.from_json(json.dumps(line | {"turns": [turn]}))
+    assert env.replay(task, [[env.Call("get_rain", {"city": "Oslo"})]]) == 1
+    assert "there is Oslo" in str(env.call_tool(task.new_world(), env.Call("get_rain", {"city": "Rome"})))
+    for cached in (tools.owner_of, tools.schema):
+        cached.cache_clear()
+
+
+def test_add_a_scheme(monkeypatch, tmp_path):
+    code = next(block for block in blocks("python") if "@scheme" in block)
+    table_copy = dict(schemes.SCHEMES)
+    monkeypatch.setattr(schemes, "SCHEMES", table_copy)
+    monkeypatch.setattr(train, "SCHEMES", table_copy)
+    exec(code, vars(schemes))
+    config = train.Config(**train.PRESETS["smoke"], scheme="good_news", out=str(tmp_path / "run"), threads=1)
+    config.eval_count, config.steps = 0, 1
+    assert train.train(config, resume=False, given=set()) == 0
+
+
+def test_the_results_table_is_made_from_the_committed_results():
+    for seed in range(3):
+        scores = json.loads((RESULTS / "hint" / f"seed{seed}" / "result.json").read_text())
+        for line in table(
+            {f"before {seed}": Scores(**scores["before"]), f"after {seed}": Scores(**scores["after"])}
+        ):
+            assert line in README
+
+
+def test_every_metric_is_explained():
+    columns = re.findall(r"`(\w+\*?)`", README.split("## Metrics")[1].split("## A real model")[0])
+    explained = {
+        name
+        for name in train.METRICS
+        if name in columns or "state_*" in columns and name.startswith("state_")
+    }
+    assert set(train.METRICS) - explained - {"step"} == set()
+
+
+def test_files_and_flags_named_in_the_readme_exist():
+    for name in re.findall(r"`((?:nanotoolrl|data|tests)/[\w./]+|\w+\.py)`", README):
+        assert any((ROOT / place / name).exists() for place in ("", "nanotoolrl", "data")), name
+    known = {"--" + name.replace("_", "-") for name in train.Config.__dataclass_fields__}
+    known |= {"--resume", "--list", "--chat", "--oracle", "--task", "--index-url"}
+    assert set(re.findall(r"--[a-z][a-z-]+", README)) <= known
+
+
+def test_committed_runs_are_whole():
+    for seed in range(3):
+        directory = RESULTS / "hint" / f"seed{seed}"
+        stored = json.loads((directory / "config.json").read_text())
+        with (directory / "metrics.csv").open() as file:
+            rows = list(csv.DictReader(file))
+        assert stored["seed"] == seed and stored["scheme"] == "hint"
+        assert [int(row["step"]) for row in rows] == list(range(1, stored["steps"] + 1))
+        now = train.Config(seed=seed)
+        assert all(stored[name] == getattr(now, name) for name in train.PORTABLE), (
+            "made with the present defaults"
+        )

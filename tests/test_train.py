@@ -1,0 +1,288 @@
+"""The command line, the run directory, and the promise that an interrupted run ends as an uninterrupted one."""
+
+import csv
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+import train
+from nanotoolrl import schemes
+from nanotoolrl.model import NANO, load
+from nanotoolrl.schemes import SCHEMES, Step
+
+ROOT = Path(train.__file__).parent
+TINY = "--preset smoke --eval-count 0 --prompts 2 --group 2 --probe-tasks 2 --max-messages 6 --threads 1 --show-every 0"
+
+
+def run(*flags, out):
+    return train.main([*TINY.split(), "--out", str(out), *map(str, flags)])
+
+
+def weights(out):
+    return torch.load(Path(out) / "checkpoint.pt", weights_only=True)["model"]
+
+
+def rows(out):
+    with (Path(out) / "metrics.csv").open() as file:
+        return list(csv.DictReader(file))
+
+
+TIMINGS = ("sample_tok_s", "train_tok_s", "sample_seconds", "seconds")
+
+
+def same_run(a, b):
+    assert all(torch.equal(weights(a)[name], tensor) for name, tensor in weights(b).items())
+    for left, right in zip(rows(a), rows(b), strict=True):
+        assert {k: v for k, v in left.items() if k not in TIMINGS} == {
+            k: v for k, v in right.items() if k not in TIMINGS
+        }
+    assert (a / "rollouts.jsonl").read_text() == (b / "rollouts.jsonl").read_text()
+
+
+@pytest.fixture(scope="module")
+def four(tmp_path_factory):
+    """A run of four steps, the yardstick of the resume tests."""
+    out = tmp_path_factory.mktemp("four") / "run"
+    assert run("--scheme", "hint", "--steps", 4, out=out) == 0
+    return out
+
+
+@pytest.mark.parametrize("scheme", list(SCHEMES))
+def test_every_scheme_runs_with_evaluation(scheme, tmp_path, capsys):
+    out = tmp_path / "run"
+    flags = ["--scheme", scheme, "--eval-count", 4, "--eval-tasks", "ood", "--show-every", 1]
+    assert run(*flags, out=out) == 0
+    printed = capsys.readouterr().out
+    assert "2 prompts x 2 rollouts = 4 trajectories, 2 updates" in printed
+    assert "before" in printed and "after" in printed and "long_context" in printed
+    assert "assistant |" in printed and "turns:" in printed
+    result = json.loads((out / "result.json").read_text())
+    assert sum(len(rewards) for rewards in result["after"]["rewards"].values()) == 4
+    stored = json.loads((out / "config.json").read_text())
+    assert stored["scheme"] == scheme and stored["versions"]["torch"] == torch.__version__
+    assert load(out / "model").model.config == load(NANO).model.config
+
+
+def test_metrics_have_the_columns_of_the_contract(four):
+    names = "step reward success contrast_groups loss kl entropy grad_norm clip_fraction tokens sample_tok_s"
+    names += " train_tok_s logprob_gap spurious_control required_control nll_control nll_content"
+    states = "overlong empty bare malformed polluted call foreign reply"
+    table = rows(four)
+    assert set(names.split()) | {f"state_{s}" for s in states.split()} <= set(table[0])
+    assert [row["step"] for row in table] == ["1", "2", "3", "4"]
+    assert table[0]["kl"] == "" and table[1]["kl"] != "", "columns that do not apply are empty, never 0"
+    for row in table:
+        assert sum(float(row[f"state_{s}"]) for s in states.split()) == pytest.approx(1)
+        assert row["logprob_gap"] == "" or float(row["logprob_gap"]) < 2e-5
+
+
+def test_rollouts_hold_what_a_viewer_needs(four):
+    lines = [json.loads(line) for line in (four / "rollouts.jsonl").read_text().splitlines()]
+    assert len(lines) == 4 * 2 * 2
+    for line in lines:
+        assert len(line["tokens"]) == len(line["loss_mask"]) == len(line["logprobs"])
+        assert {"step", "group", "advantage", "text", "reward", "states", "verdicts", "source"} <= set(line)
+    assert any(line["source"] == "hint" and line["sampled_prompt"] for line in lines)
+
+
+def test_same_command_same_bits(four, tmp_path):
+    assert run("--scheme", "hint", "--steps", 4, out=tmp_path / "again") == 0
+    same_run(four, tmp_path / "again")
+
+
+def test_two_steps_and_resume_equal_four(four, tmp_path):
+    out = tmp_path / "run"
+    assert run("--scheme", "hint", "--steps", 2, out=out) == 0
+    assert train.main(["--resume", "--out", str(out), "--steps", "4"]) == 0
+    same_run(four, out)
+
+
+def test_kill_between_checkpoints_and_resume(four, tmp_path, monkeypatch):
+    """Dies in step 4 after a checkpoint at step 2: row 3 is written, cut on resume, and made again."""
+    out = tmp_path / "run"
+    scheme = SCHEMES["hint"]
+
+    def dies(run, tasks):
+        if run.step == 4:
+            raise ZeroDivisionError
+        return scheme.step(run, tasks)
+
+    monkeypatch.setitem(SCHEMES, "hint", type(scheme)(**{**vars(scheme), "step": dies}))
+    with pytest.raises(ZeroDivisionError):
+        run("--scheme", "hint", "--steps", 4, "--save-every", 2, out=out)
+    monkeypatch.undo()
+    assert len(rows(out)) == 3
+    with (out / "rollouts.jsonl").open("a") as file:
+        file.write('{"step": 4, "half')
+    assert train.main(["--resume", "--out", str(out)]) == 0
+    same_run(four, out)
+
+
+def test_ctrl_c_saves_and_exits_130_and_resumes(four, tmp_path):
+    """A real process and a real signal."""
+    out = tmp_path / "run"
+    flags = f"{TINY} --scheme hint --steps 4 --show-every 1".split()
+    process = subprocess.Popen(
+        [sys.executable, "train.py", *flags, "--out", str(out)],
+        cwd=ROOT,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    for line in process.stdout:
+        if line.startswith("--- step 1"):
+            process.send_signal(signal.SIGINT)
+            break
+    _, errors = process.communicate(timeout=120)
+    assert process.returncode == 130, errors
+    assert "--resume" in errors
+    assert len(rows(out)) < 4
+    assert train.main(["--resume", "--out", str(out)]) == 0
+    same_run(four, out)
+
+
+def test_existing_directory_is_refused_not_overwritten(four, capsys):
+    before = (four / "metrics.csv").read_bytes()
+    assert run("--scheme", "grpo", out=four) == 2
+    assert "--resume" in capsys.readouterr().err
+    assert (four / "metrics.csv").read_bytes() == before
+
+
+@pytest.mark.parametrize(
+    ("flags", "said"),
+    [
+        (["--scheme", "nope"], "'hint'"),
+        (["--preset", "nope"], "'smoke'"),
+        (["--format", "nope"], "'hermes'"),
+        (["--stepz", "3"], "did you mean --steps?"),
+        (["--group", "0"], "--group must be positive"),
+        (["--hint-count", "9"], "--hint-count 9 is more than --group"),
+        (["--updates", "99"], "--updates 99"),
+        (["--steps", "many"], "--steps"),
+        (["--lr", "nan"], "--lr must be positive"),
+    ],
+)
+def test_bad_flags_are_refused_with_the_valid_ones(flags, said, tmp_path, capsys):
+    with pytest.raises(SystemExit) as stop:
+        run(*flags, out=tmp_path / "run")
+    assert stop.value.code == 2
+    assert said in capsys.readouterr().err
+    assert not (tmp_path / "run").exists()
+
+
+def test_bad_paths_are_refused_by_name(tmp_path, capsys):
+    broken = tmp_path / "bad.jsonl"
+    broken.write_text("{}\n")
+    for flags, said in [
+        (["--model", tmp_path / "no"], "config.json"),
+        (["--tasks", "trian"], "train, test, foreign, ood"),
+        (["--tasks", broken], "bad.jsonl, line 1"),
+        (["--context", "140"], "fewer than --prompts"),
+    ]:
+        assert run(*flags, out=tmp_path / "run") == 2
+        assert said in capsys.readouterr().err
+        assert not (tmp_path / "run").exists()
+
+
+def test_resume_refuses_what_it_cannot_continue(four, tmp_path, capsys):
+    def refused(*flags, said, out):
+        before = (
+            {path.name: path.read_bytes() for path in out.iterdir() if path.is_file()} if out.exists() else {}
+        )
+        assert train.main(["--resume", "--out", str(out), *flags]) == 2
+        assert said in capsys.readouterr().err
+        assert all((out / name).read_bytes() == content for name, content in before.items())
+
+    refused(said="config.json", out=tmp_path / "nothing")
+    refused("--lr", "0.5", said="only --steps may change", out=four)
+    refused("--steps", "3", said="may only grow", out=four)
+    copy = tmp_path / "copy"
+    shutil.copytree(four, copy)
+    good = (copy / "checkpoint.pt").read_bytes()
+    for content in (good[: len(good) // 2], b"", b"not a checkpoint"):
+        (copy / "checkpoint.pt").write_bytes(content)
+        refused(said="half-written", out=copy)
+    (copy / "checkpoint.pt").unlink()
+    refused(said="no checkpoint.pt", out=copy)
+    saved = torch.load(four / "checkpoint.pt", weights_only=True)
+    saved["model"] = {name: tensor[:1] for name, tensor in saved["model"].items()}
+    torch.save(saved, copy / "checkpoint.pt")
+    refused(said="does not fit the model", out=copy)
+
+
+def test_three_bad_updates_in_a_row_stop_with_the_last_good_state(tmp_path, monkeypatch, capsys):
+    scheme = SCHEMES["grpo"]
+
+    def poisoning(run, tasks):
+        trajectories = schemes.rollout(run, tasks)
+        scores = torch.full((len(trajectories),), float("nan"))
+        return Step(
+            trajectories, torch.zeros(len(trajectories)), schemes.policy_update(run, trajectories, scores)
+        )
+
+    monkeypatch.setitem(SCHEMES, "grpo", type(scheme)(**{**vars(scheme), "step": poisoning}))
+    out = tmp_path / "run"
+    assert run("--scheme", "grpo", "--steps", 5, out=out) == 1
+    assert "three updates in a row" in capsys.readouterr().err
+    start = load(NANO).model.state_dict()
+    assert all(torch.equal(tensor, start[name]) for name, tensor in weights(out).items())
+    assert [row["skipped_updates"] for row in rows(out)] == ["2", "2"]
+
+
+def test_long_prompts_are_named_skipped_and_counted(tmp_path, capsys):
+    out = tmp_path / "run"
+    assert run("--context", 330, "--steps", 1, out=out) == 0
+    skipped = capsys.readouterr().out.count("skipped: the prompt of task train-")
+    assert 0 < skipped < 300
+    assert rows(out)[0]["skipped_tasks"] == str(skipped)
+
+
+def test_out_of_memory_names_two_settings(tmp_path, monkeypatch, capsys):
+    def full(*_):
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    scheme = SCHEMES["grpo"]
+    monkeypatch.setitem(SCHEMES, "grpo", type(scheme)(**{**vars(scheme), "step": full}))
+    assert run("--scheme", "grpo", out=tmp_path / "run") == 1
+    assert "--tokens-at-once" in capsys.readouterr().err
+
+
+def test_epochs_visit_every_task_once():
+    config = train.Config(prompts=7, seed=3)
+    tasks = list(range(35))
+    order = [task for step in range(1, 11) for task in train.tasks_of_step(config, tasks, step)]
+    assert sorted(order[:35]) == sorted(order[35:]) == tasks
+    assert order[:35] != order[35:] != tasks
+
+
+def test_alarm_names_token_and_state():
+    calm = {f"state_{state}": 0.0 for state in train.UNHEALTHY_STATES}
+    assert train.alarm(calm, calm, "") == ""
+    loud = train.alarm(calm | {"state_bare": 0.5}, calm, "<tool_call> x12")
+    assert "bare 50%" in loud and "<tool_call> x12" in loud
+
+
+def test_list_and_help_show_everything(capsys):
+    for flag in ("--list", "--help"):
+        with pytest.raises(SystemExit) as stop:
+            train.main([flag])
+        assert stop.value.code == 0
+    printed = capsys.readouterr().out
+    for name in SCHEMES:
+        assert name in printed
+    for name in train.Config.__dataclass_fields__:
+        assert "--" + name.replace("_", "-") in printed
+
+
+def test_no_network_is_needed():
+    """The default model is a directory of the repository; loading it asks no hub."""
+    environment = os.environ | {"HF_HUB_OFFLINE": "1", "PYTHONPATH": str(ROOT)}
+    code = "from nanotoolrl.model import NANO, load; load(NANO, device='cpu')"
+    subprocess.run([sys.executable, "-c", code], check=True, env=environment, timeout=120)
