@@ -292,7 +292,7 @@ def success(policy: Policy, tasks: list[Task], seed: int = 0) -> dict[str, float
     """Greedy success per format."""
     from nanotoolrl.evaluate import evaluate
 
-    return {format: evaluate(policy, tasks, format).success for format in FORMATS}
+    return {format: evaluate(policy, tasks, format, context=2048).success for format in FORMATS}
 
 
 def ready(scores: dict[str, float], slack: float = 0.0) -> bool:
@@ -319,7 +319,7 @@ def main() -> None:
     parser.add_argument(
         "--eval-every", type=int, default=100, help="steps between evaluations on 100 test tasks"
     )
-    parser.add_argument("--eval-from", type=int, default=200)
+    parser.add_argument("--eval-from", type=int, default=300)
     parser.add_argument("--threads", type=int, default=2)
     args = parser.parse_args()
     torch.set_num_threads(args.threads)

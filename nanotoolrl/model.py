@@ -44,12 +44,14 @@ class Policy:
         """The longest sequence the model was made for, in tokens."""
         return self.model.config.max_position_embeddings
 
-    def hidden(self, ids: Tensor) -> Tensor:
-        """Final hidden states [B, T, D] of right-padded rows `ids` [B, T].
+    def hidden(self, ids: Tensor, positions: Tensor | None = None) -> Tensor:
+        """Final hidden states [B, T, D] of `ids` [B, T].
 
-        Attention is causal, so what stands in the padding cannot reach a real position.
+        Without `positions`, rows are right-padded: attention is causal, so what stands in the padding cannot
+        reach a real position. With `positions` [1, T], several sequences are packed into one row: positions
+        start again at 0 with each of them, and none attends to another.
         """
-        return self.model.model(input_ids=ids, use_cache=False).last_hidden_state
+        return self.model.model(input_ids=ids, position_ids=positions, use_cache=False).last_hidden_state
 
     def logprobs(
         self, ids: Tensor, mask: Tensor, temperature: float = 1.0, want_entropy: bool = False

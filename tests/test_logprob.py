@@ -115,7 +115,7 @@ def test_maximum_in_a_later_tile():
     for levels in ([-50, 0, 50], [50, 0, -50], [3, 3, 3], [-50, 50, 0]):
         weight = torch.cat([torch.full((TILE, 1), float(x)) for x in levels]).requires_grad_()
         hidden = torch.tensor([[1.0], [-1.0], [0.5]], requires_grad=True)
-        agree(hidden, weight, torch.tensor([0, TILE, 3 * TILE - 1]), atol=2e-4)
+        agree(hidden, weight, torch.tensor([0, TILE, 3 * TILE - 1]), atol=1e-3)
 
 
 def test_non_contiguous_inputs():

@@ -1,4 +1,4 @@
-"""The command line, the run directory, and the promise that an interrupted run ends as an uninterrupted one."""
+"""The command line, the run directory, and the promise that an interrupted run ends like any other."""
 
 import csv
 import json
@@ -18,7 +18,10 @@ from nanotoolrl.model import NANO, load
 from nanotoolrl.schemes import SCHEMES, Step
 
 ROOT = Path(train.__file__).parent
-TINY = "--preset smoke --eval-count 0 --prompts 2 --group 2 --probe-tasks 2 --max-messages 6 --threads 1 --show-every 0"
+TINY = (
+    "--preset smoke --eval-count 0 --prompts 2 --group 2 --probe-tasks 2 --max-messages 6 --threads 1 "
+    "--show-every 0"
+)
 
 
 def run(*flags, out):

@@ -1,0 +1,163 @@
+import math
+
+import pytest
+import torch
+
+from nanotoolrl.losses import MAX_LOG_RATIO, group_advantages, kl_k3, policy_loss
+
+
+def close(tensor, expected, abs=1e-6):
+    assert tensor.tolist() == pytest.approx(expected, abs=abs)
+
+
+# ---------------------------------------------------------------------------------------------- advantages
+def test_advantages_by_hand():
+    # mean 1/3, squared deviations 4/9 + 1/9 + 1/9 = 2/3, over (3 - 1): std = sqrt(1/3) = 0.57735
+    first, second = group_advantages(torch.tensor([[1.0, 0.0, 0.0], [1.0, 1.0, 0.0]]))
+    close(first, [2 / math.sqrt(3), -1 / math.sqrt(3), -1 / math.sqrt(3)], 1e-5)
+    close(second, [1 / math.sqrt(3), 1 / math.sqrt(3), -2 / math.sqrt(3)], 1e-5)
+
+
+def test_advantages_without_std():
+    result = group_advantages(torch.tensor([[1.0, 0.0, 0.0], [0.5, 0.0, 1.0]]), divide_by_std=False)
+    close(result[0], [2 / 3, -1 / 3, -1 / 3])
+    close(result[1], [0.0, -0.5, 0.5])
+
+
+def test_small_spread_is_bounded_by_the_epsilon():
+    """std 1e-6 + epsilon 1e-6: half of the advantages that a large spread gives."""
+    result = group_advantages(torch.tensor([[1e-6, 0.0, -1e-6]]))
+    close(result[0], [0.5, 0.0, -0.5], 1e-4)
+
+
+@pytest.mark.parametrize("divide", [True, False])
+@pytest.mark.parametrize("value", [0.0, 1.0, 0.1, 1 / 3, 1e-8, 12345.678])
+@pytest.mark.parametrize("group", [1, 3, 7, 8])
+def test_equal_rewards_are_exactly_zero(value, divide, group):
+    """The mean of equal numbers may differ from them in the last bit; no advantage may come of that."""
+    result = group_advantages(torch.full((2, group), value), divide)
+    assert result.tolist() == [[0.0] * group] * 2
+
+
+def test_groups_do_not_mix():
+    rewards = torch.tensor([[1.0, 0.0, 0.0], [0.0, 0.0, 0.0], [1.0, 1.0, 0.0]])
+    together = group_advantages(rewards)
+    assert all(torch.equal(together[i], group_advantages(rewards[i : i + 1])[0]) for i in range(3))
+    assert together[1].tolist() == [0.0, 0.0, 0.0]
+
+
+# --------------------------------------------------------------------------------------------- policy loss
+BRANCHES = [
+    # ratio, advantage, loss, clipped, slope d loss / d logprob (-A r, or 0 where clipped)
+    (1.0, 2.0, -2.0, False, -2.0),
+    (1.0, -2.0, 2.0, False, 2.0),
+    (1.1, 2.0, -2.2, False, -2.2),  # inside the band
+    (0.9, -2.0, 1.8, False, 1.8),
+    (1.5, 2.0, -2.4, True, 0.0),  # already likelier than 1.2 times
+    (0.5, 2.0, -1.0, False, -1.0),  # good but rarer: pulled back up at full strength
+    (1.5, -2.0, 3.0, False, 3.0),  # bad but likelier: pushed down at full strength
+    (0.5, -2.0, 1.6, True, 0.0),  # already rarer than 0.8 times
+    (2.9, -2.0, 5.8, False, 5.8),  # just under the dual clip
+    (5.0, -2.0, 6.0, True, 0.0),  # dual clip: at most 3 |A|
+    (5.0, 2.0, -2.4, True, 0.0),
+    (0.5, 0.0, 0.0, False, 0.0),
+    (5.0, 0.0, 0.0, False, 0.0),
+]
+
+
+@pytest.mark.parametrize("ratio, advantage, loss, clipped, slope", BRANCHES)
+def test_each_branch_by_hand(ratio, advantage, loss, clipped, slope):
+    logprob = torch.tensor([math.log(ratio) - 1.5], requires_grad=True)
+    value, flag = policy_loss(logprob, torch.tensor([-1.5]), torch.tensor([advantage]))
+    close(value.detach(), [loss], 1e-5)
+    close(torch.autograd.grad(value.sum(), logprob)[0], [slope], 1e-5)
+    assert flag.tolist() == [clipped]
+
+
+def test_tokens_are_independent():
+    """All branches at once give what each gives alone."""
+    ratio, advantage, loss, clipped, slope = map(list, zip(*BRANCHES, strict=True))
+    logprobs = torch.tensor(ratio).log().requires_grad_()
+    values, flags = policy_loss(logprobs, torch.zeros(len(ratio)), torch.tensor(advantage))
+    close(values.detach(), loss, 1e-5)
+    close(torch.autograd.grad(values.sum(), logprobs)[0], slope, 1e-5)
+    assert flags.tolist() == clipped
+
+
+def test_clip_settings():
+    old = torch.zeros(4)
+    logprobs = torch.tensor([1.25, 1.35, 0.65, 0.55]).log()
+    advantages = torch.tensor([1.0, 1.0, -1.0, -1.0])
+    values, flags = policy_loss(logprobs, old, advantages, clip_low=0.4, clip_high=0.3)
+    close(values, [-1.25, -1.3, 0.65, 0.6], 1e-5)
+    assert flags.tolist() == [False, True, False, True]
+    capped, flags = policy_loss(torch.tensor([2.5]).log(), torch.zeros(1), -torch.ones(1), dual_clip=2.0)
+    close(capped, [2.0], 1e-5)
+    assert flags.tolist() == [True]
+
+
+def test_policy_loss_central_differences():
+    generator = torch.Generator().manual_seed(0)
+    logprobs = torch.randn(200, generator=generator, dtype=torch.double) * 0.8
+    old, advantages = torch.randn(2, 200, generator=generator, dtype=torch.double) * 0.8
+    logprobs.requires_grad_()
+    gradient = torch.autograd.grad(policy_loss(logprobs, old, advantages)[0].sum(), logprobs)[0]
+    with torch.no_grad():
+        step = 1e-6
+        above = policy_loss(logprobs + step, old, advantages)[0]
+        slope = (above - policy_loss(logprobs - step, old, advantages)[0]) / (2 * step)
+    torch.testing.assert_close(gradient, slope, atol=1e-6, rtol=1e-6)
+    flags = policy_loss(logprobs, old, advantages)[1]
+    assert 20 < flags.sum() < 180 and (gradient[flags] == 0).all() and (gradient[~flags] != 0).all()
+
+
+@pytest.mark.parametrize("log_ratio", [-1000.0, -100.0, 100.0, 1000.0])
+@pytest.mark.parametrize("advantage", [-1.5, 0.0, 1.5])
+def test_huge_log_ratios_stay_finite(log_ratio, advantage):
+    logprobs = torch.tensor([log_ratio], requires_grad=True)
+    loss, _ = policy_loss(logprobs, torch.zeros(1), torch.tensor([advantage]))
+    gradient = torch.autograd.grad(loss.sum(), logprobs)[0]
+    assert loss.isfinite().all() and gradient.isfinite().all()
+    assert abs(loss.item()) <= 3 * 1.5 and abs(gradient.item()) <= 3 * 1.5
+
+
+# ---------------------------------------------------------------------------------------------------- k3
+def test_k3_by_hand():
+    """d = reference - policy; exp(d) - d - 1; its slope in the policy's log-prob is 1 - exp(d)."""
+    d = [0.0, math.log(2), -math.log(2)]
+    logprobs = torch.tensor([-1.0, -1.0, -1.0], requires_grad=True)
+    value = kl_k3(logprobs, torch.tensor([-1.0 + x for x in d]))
+    close(value.detach(), [0.0, 1 - math.log(2), math.log(2) - 0.5])
+    close(torch.autograd.grad(value.sum(), logprobs)[0], [0.0, -1.0, 0.5])
+
+
+def test_k3_estimates_the_divergence():
+    """Its mean under the policy is KL(policy || reference), not the other direction."""
+    p, q = torch.tensor([0.7, 0.2, 0.1]), torch.tensor([0.3, 0.3, 0.4])
+    mean = (p * kl_k3(p.log(), q.log())).sum().item()
+    assert mean == pytest.approx((p * (p / q).log()).sum().item(), abs=1e-6)
+    assert mean != pytest.approx((q * (q / p).log()).sum().item(), abs=1e-2)
+
+
+def test_k3_is_never_negative():
+    d = torch.cat([torch.linspace(-5, 5, 2001), torch.logspace(-9, -1, 500), -torch.logspace(-9, -1, 500)])
+    assert (kl_k3(torch.zeros_like(d), d) >= 0).all()
+    shifted = torch.full_like(d, -3.21)  # as it is used: two negative log-probs
+    assert (kl_k3(shifted, shifted + d) >= 0).all()
+
+
+def test_k3_central_differences():
+    logprobs = torch.linspace(-3, 2, 50, dtype=torch.double).requires_grad_()
+    reference = torch.linspace(0, -3, 50, dtype=torch.double)
+    gradient = torch.autograd.grad(kl_k3(logprobs, reference).sum(), logprobs)[0]
+    with torch.no_grad():
+        above, below = kl_k3(logprobs + 1e-6, reference), kl_k3(logprobs - 1e-6, reference)
+    torch.testing.assert_close(gradient, (above - below) / 2e-6, atol=1e-6, rtol=1e-6)
+
+
+@pytest.mark.parametrize("d", [-1000.0, -MAX_LOG_RATIO - 1, MAX_LOG_RATIO + 1, 1000.0])
+def test_k3_is_bounded(d):
+    logprobs = torch.zeros(1, requires_grad=True)
+    value = kl_k3(logprobs, torch.tensor([d]))
+    assert value.item() == 10.0
+    assert torch.autograd.grad(value.sum(), logprobs)[0].isfinite().all()

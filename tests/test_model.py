@@ -1,0 +1,241 @@
+import json
+import math
+import re
+import shutil
+import socket
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig
+
+from nanotoolrl.model import ModelError, Policy, load
+
+
+def tiny_policy(tokenizer, seed=0, config_class=LlamaConfig, stop=0.1, close=0.05, **changes):
+    """A random policy (2 layers, width 32) that ends messages with probability of about `stop` per token and
+    writes `</tool_call>` with about `close`, so that its episodes have several messages and observations."""
+    torch.manual_seed(seed)
+    shape = dict(hidden_size=32, intermediate_size=64, num_hidden_layers=2)
+    heads = dict(num_attention_heads=4, num_key_value_heads=2, head_dim=8)
+    ids = dict(bos_token_id=None, eos_token_id=tokenizer.eos_token_id, pad_token_id=tokenizer.pad_token_id)
+    settings = dict(initializer_range=0.3, max_position_embeddings=2048, tie_word_embeddings=False)
+    config = config_class(vocab_size=len(tokenizer), **(shape | heads | ids | settings | changes))
+    model = AutoModelForCausalLM.from_config(config, dtype=torch.float32, attn_implementation="sdpa").eval()
+    policy = Policy(model, tokenizer)
+    with torch.no_grad():
+        model.get_input_embeddings().weight[:, 0] = 4  # dimension 0 of the hidden state: always large ...
+        for layer in model.model.layers:
+            layer.self_attn.o_proj.weight[0] = layer.mlp.down_proj.weight[0] = 0
+        hidden = policy.hidden(torch.randint(len(tokenizer), (1, 300)))[0]
+        total = (hidden @ policy.head.T).logsumexp(-1).mean()
+        for name, chance in (("<|im_end|>", stop), ("</tool_call>", close)):
+            row = policy.head[policy.chat.control[name]]
+            row.zero_()[0] = (total + math.log(chance)) / hidden[:, 0].mean()  # ... and all these tokens see
+    return policy
+
+
+@pytest.fixture(scope="module")
+def tiny(policy):
+    return tiny_policy(policy.tokenizer)
+
+
+@pytest.fixture
+def no_network(monkeypatch):
+    def refuse(*arguments, **_):
+        raise AssertionError(f"a connection was tried: {arguments}")
+
+    monkeypatch.setattr(socket, "getaddrinfo", refuse)
+    monkeypatch.setattr(socket.socket, "connect", refuse)
+
+
+@pytest.fixture
+def checkpoint(tiny, tmp_path):
+    tiny.save(tmp_path / "saved")
+    return tmp_path / "saved"
+
+
+# ------------------------------------------------------------------------------------------- load and save
+@pytest.mark.parametrize("name", ["nothing", "no/such/parent", "a file", "empty"])
+def test_no_model_there(name, tmp_path, no_network):
+    (tmp_path / "a file").write_text("not a model")
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(ModelError, match=re.escape(str(tmp_path / name))) as error:
+        load(tmp_path / name)
+    assert "expected a" in str(error.value)
+
+
+def test_slip_in_a_relative_path(tmp_path, monkeypatch, no_network):
+    """`data/nan0` could be a hub name; its parent is a directory here, so it is not asked for."""
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "data").mkdir()
+    with pytest.raises(ModelError, match="no model in data/nan0"):
+        load("data/nan0")
+
+
+def truncate_weights(path):
+    weights = path / "model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:5000])
+
+
+def drop_a_layer(path):
+    tensors = load_file(path / "model.safetensors")
+    kept = {name: tensor for name, tensor in tensors.items() if ".layers.1." not in name}
+    save_file(kept, path / "model.safetensors", metadata={"format": "pt"})
+
+
+def other_width(path):
+    config = json.loads((path / "config.json").read_text())
+    (path / "config.json").write_text(json.dumps(config | {"intermediate_size": 48}))
+
+
+def no_chatml(path):
+    for name in ("tokenizer.json", "tokenizer_config.json"):
+        (path / name).write_text((path / name).read_text().replace("<|im_start|>", "<|begin|>"))
+
+
+DAMAGE = {
+    "truncated weights": truncate_weights,
+    "garbage weights": lambda path: (path / "model.safetensors").write_bytes(b"garbage" * 1000),
+    "empty weights": lambda path: (path / "model.safetensors").write_bytes(b""),
+    "no weights": lambda path: (path / "model.safetensors").unlink(),
+    "weights of a layer missing": drop_a_layer,
+    "weights of another shape": other_width,
+    "broken config": lambda path: (path / "config.json").write_text("{"),
+    "unknown architecture": lambda path: (path / "config.json").write_text('{"model_type": "nope"}'),
+    "broken tokenizer": lambda path: (path / "tokenizer.json").write_text("{"),
+    "tokenizer without ChatML": no_chatml,
+}
+
+
+@pytest.mark.parametrize("damage", DAMAGE)
+def test_damaged_checkpoint(damage, checkpoint, no_network):
+    DAMAGE[damage](checkpoint)
+    with pytest.raises(ModelError, match=re.escape(str(checkpoint))):
+        load(checkpoint, device="cpu")
+
+
+def test_saved_model_opens_with_transformers(tiny, tmp_path):
+    tiny.save(tmp_path / "saved")
+    model = AutoModelForCausalLM.from_pretrained(tmp_path / "saved", dtype=torch.float32).eval()
+    tokenizer = AutoTokenizer.from_pretrained(tmp_path / "saved")
+    ids = torch.randint(len(tiny.tokenizer), (2, 40))
+    with torch.no_grad():
+        assert torch.equal(model(ids).logits, tiny.model(ids).logits)
+    text = "Hello <tool_call>\n{\"name\": 'é 12'}</tool_call><|im_end|>\n\U0001f600"
+    assert tokenizer.encode(text) == tiny.tokenizer.encode(text)
+    assert tokenizer.get_vocab() == tiny.tokenizer.get_vocab()
+    assert tokenizer.chat_template == tiny.tokenizer.chat_template
+
+
+def test_save_then_load(tiny, tmp_path):
+    tiny.save(tmp_path / "saved")
+    again = load(tmp_path / "saved", device="cpu")
+    for (name, a), (other, b) in zip(
+        tiny.model.state_dict().items(), again.model.state_dict().items(), strict=True
+    ):
+        assert name == other and a.dtype == b.dtype and torch.equal(a, b)
+    assert again.chat.control == tiny.chat.control and again.chat.stop_ids == tiny.chat.stop_ids
+    assert not again.model.training
+
+
+def test_save_over_an_older_model(tiny, policy, tmp_path):
+    tiny_policy(policy.tokenizer, seed=1).save(tmp_path / "saved")
+    tiny.save(tmp_path / "saved")
+    assert torch.equal(load(tmp_path / "saved", device="cpu").head, tiny.head)
+
+
+def test_builtin_model(policy, tmp_path):
+    """The built-in model survives a copy to another directory: nothing in it names its place."""
+    policy.save(tmp_path / "saved")
+    shutil.move(tmp_path / "saved", tmp_path / "moved")
+    moved = load(tmp_path / "moved", device="cpu")
+    assert torch.equal(moved.head, policy.head) and moved.context == policy.context
+    assert policy.head.dtype == torch.float32 and policy.device == torch.device("cpu")
+
+
+def test_dtype(checkpoint):
+    half = load(checkpoint, device="cpu", dtype=torch.bfloat16)
+    assert all(parameter.dtype == torch.bfloat16 for parameter in half.model.parameters())
+
+
+# --------------------------------------------------------------------------------------------- log-probs
+LENGTHS = (31, 7, 50, 2)
+
+
+def ragged(tokenizer):
+    """(ids [4, 50], mask [4, 50]) of rows of LENGTHS, right-padded with random ids, and random masks inside."""
+    generator = torch.Generator().manual_seed(3)
+    ids = torch.randint(len(tokenizer), (len(LENGTHS), max(LENGTHS)), generator=generator)
+    mask = torch.rand(ids.shape, generator=generator) < 0.5
+    mask[:, 0], mask[3, 1] = False, True
+    for row, length in zip(mask, LENGTHS, strict=True):
+        row[length:] = False
+    return ids, mask
+
+
+@pytest.mark.parametrize("temperature", [1.0, 0.7])
+def test_logprobs_equal_a_softmax_over_the_vocabulary(tiny, temperature):
+    ids, mask = ragged(tiny.tokenizer)
+    with torch.no_grad():
+        logprobs, entropy = tiny.logprobs(ids, mask, temperature, want_entropy=True)
+        plain = torch.log_softmax(tiny.model(ids).logits / temperature, -1)
+    places = [(b, t) for b in range(len(ids)) for t in range(ids.shape[1]) if mask[b, t]]
+    expected = [plain[b, t - 1, ids[b, t]].item() for b, t in places]
+    entropies = [-(plain[b, t - 1].exp() * plain[b, t - 1]).sum().item() for b, t in places]
+    assert logprobs.tolist() == pytest.approx(expected, abs=1e-5)
+    assert entropy.tolist() == pytest.approx(entropies, abs=1e-5)
+
+
+@pytest.mark.parametrize("which", ["tiny", "policy"])
+def test_padded_rows_equal_rows_alone(which, request):
+    policy = request.getfixturevalue(which)
+    ids, mask = ragged(policy.tokenizer)
+    with torch.no_grad():
+        together = policy.logprobs(ids, mask)[0]
+        alone = [
+            policy.logprobs(row[None, :length], keep[None, :length])[0]
+            for row, keep, length in zip(ids, mask, LENGTHS, strict=True)
+        ]
+    torch.testing.assert_close(together, torch.cat(alone), atol=1e-5, rtol=0)
+
+
+def test_padding_contents_do_not_matter(tiny):
+    ids, mask = ragged(tiny.tokenizer)
+    other = ids.clone()
+    for row, length in zip(other, LENGTHS, strict=True):
+        row[length:] = tiny.chat.end_id
+    assert not torch.equal(ids, other)
+
+    def result(rows):
+        tiny.model.zero_grad()
+        logprobs = tiny.logprobs(rows, mask)[0]
+        logprobs.sum().backward()
+        return logprobs.detach(), tiny.head.grad.clone(), tiny.model.get_input_embeddings().weight.grad.clone()
+
+    assert all(torch.equal(a, b) for a, b in zip(result(ids), result(other), strict=True))
+    tiny.model.zero_grad()
+
+
+def test_gradient_reaches_the_weights(tiny):
+    ids, mask = ragged(tiny.tokenizer)
+    parameters = list(tiny.model.parameters())
+    ours = torch.autograd.grad(tiny.logprobs(ids, mask)[0].sum(), parameters)
+    plain = torch.log_softmax(tiny.model(ids).logits, -1)[:, :-1].gather(2, ids[:, 1:, None])[..., 0]
+    expected = torch.autograd.grad(plain[mask[:, 1:]].sum(), parameters)
+    for a, b in zip(ours, expected, strict=True):
+        torch.testing.assert_close(a, b, atol=2e-4, rtol=1e-4)
+
+
+def test_nothing_to_score(tiny):
+    ids, mask = ragged(tiny.tokenizer)
+    logprobs, entropy = tiny.logprobs(ids, torch.zeros_like(mask), want_entropy=True)
+    assert logprobs.shape == entropy.shape == (0,)
+    assert tiny.logprobs(ids[:, :1], mask[:, :1])[0].shape == (0,)
+
+
+def test_first_token_has_no_logprob(tiny):
+    ids, mask = ragged(tiny.tokenizer)
+    mask[2, 0] = True
+    with pytest.raises(ValueError, match=r"mask\[:, 0\] must be False"):
+        tiny.logprobs(ids, mask)
