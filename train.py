@@ -89,7 +89,9 @@ class Config:
     updates: int = setting(2, "optimiser steps per RL step, each on an equal share of the prompts")
     temperature: float = setting(1.0, "of sampling, and of the log-probs that are trained")
     max_new_tokens: int = setting(128, "tokens per assistant message; longer ones are cut and fail")
-    max_messages: int = setting(MAX_MESSAGES, "assistant messages per episode")
+    max_messages: int = setting(
+        20, "assistant messages per episode (published: 30); no ground truth has more than 15"
+    )
     context: int = setting(2048, "tokens per episode")
     strict_empty_turn: bool = setting(
         False, "fail a task that calls a tool in a turn whose ground truth is empty"
@@ -134,7 +136,7 @@ PRESETS: dict[str, dict] = {
         "kl": 1e-4,
         "context": 8192,
     }
-    | {"max_new_tokens": 1024},
+    | {"max_new_tokens": 1024, "max_messages": MAX_MESSAGES},
 }
 
 
@@ -534,7 +536,8 @@ def score_tasks(run: Run, held: list[Task], when: str) -> Scores | None:
     if not held:
         return None
     print(f"evaluating {when} training: {len(held)} tasks, greedy, {run.config.format} ...", flush=True)
-    settings = {"max_new_tokens": run.config.max_new_tokens, "context": run.config.context}
+    names = ("max_messages", "max_new_tokens", "context")
+    settings = {name: getattr(run.config, name) for name in names}
     return evaluate(run.policy, held, run.config.format, **settings)
 
 

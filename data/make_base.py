@@ -46,6 +46,7 @@ ARCHITECTURE = {
     "attention_bias": True,
     "initializer_range": 0.05,
 }
+MESSAGES = 20  # assistant messages per evaluation episode; the longest ground truth has 15
 MESSAGE_LIMIT = 128  # tokens of a message that never ends
 POOLS = ["train", "train", "foreign", "ood"]  # in these shares
 HINTED, RETRIED, RETRIED_AGAIN = 0.2, 0.15, 0.35
@@ -292,7 +293,10 @@ def success(policy: Policy, tasks: list[Task], seed: int = 0) -> dict[str, float
     """Greedy success per format."""
     from nanotoolrl.evaluate import evaluate
 
-    return {format: evaluate(policy, tasks, format, context=2048).success for format in FORMATS}
+    return {
+        format: evaluate(policy, tasks, format, context=2048, max_messages=MESSAGES).success
+        for format in FORMATS
+    }
 
 
 def ready(scores: dict[str, float], slack: float = 0.0) -> bool:
@@ -319,7 +323,7 @@ def main() -> None:
     parser.add_argument(
         "--eval-every", type=int, default=100, help="steps between evaluations on 100 test tasks"
     )
-    parser.add_argument("--eval-from", type=int, default=300)
+    parser.add_argument("--eval-from", type=int, default=600)
     parser.add_argument("--threads", type=int, default=2)
     args = parser.parse_args()
     torch.set_num_threads(args.threads)

@@ -16,7 +16,7 @@ from dataclasses import dataclass, field
 import torch
 
 from nanotoolrl.chat import FORMATS, MESSAGE_STATES
-from nanotoolrl.env import CATEGORIES, Episode, Task
+from nanotoolrl.env import CATEGORIES, MAX_MESSAGES, Episode, Task
 from nanotoolrl.model import NANO, ModelError, Policy, load
 from nanotoolrl.sampler import Sampler
 from nanotoolrl.supervise import hint_text
@@ -61,6 +61,7 @@ def evaluate(
     temperature: float = 0.0,
     hints: Sequence[str] | None = None,
     seed: int = 0,
+    max_messages: int = MAX_MESSAGES,
     **sampler: object,
 ) -> Scores:
     """Play every task once (greedily by default) and score it. `sampler` passes settings to `Sampler`.
@@ -71,7 +72,9 @@ def evaluate(
     order = sorted(range(len(tasks)), key=lambda i: len(str(tasks[i].state)))
     player = Sampler(policy, seed=seed, **({"slots": EVAL_SLOTS} | sampler))
     hints = [hints[i] for i in order] if hints else None
-    trajectories = player.rollout([Episode(tasks[i], format) for i in order], hints, temperature)
+    trajectories = player.rollout(
+        [Episode(tasks[i], format, max_messages) for i in order], hints, temperature
+    )
     scores = Scores()
     for trajectory in trajectories:
         scores.rewards.setdefault(trajectory.category, []).append(trajectory.reward)
@@ -129,6 +132,9 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--hint", action="store_true", help="put each task's hint into the system prompt")
     parser.add_argument("--seed", type=int, default=0, help="of the sampling noise (default: 0)")
     parser.add_argument("--context", type=int, default=2048, help="tokens per episode (default: 2048)")
+    parser.add_argument(
+        "--max-messages", type=int, default=20, help="assistant messages per episode (default: 20)"
+    )
     parser.add_argument("--json", metavar="FILE", help="write the scores there, too")
     args = parser.parse_args(argv)
     torch.set_num_threads(os.cpu_count() or 1)
@@ -141,7 +147,14 @@ def main(argv: list[str] | None = None) -> int:
         for format in FORMATS if args.format == "all" else [args.format]:
             hints = [hint_text(task, format) for task in tasks] if args.hint else None
             columns[format] = evaluate(
-                policy, tasks, format, args.temperature, hints, args.seed, context=args.context
+                policy,
+                tasks,
+                format,
+                args.temperature,
+                hints,
+                args.seed,
+                args.max_messages,
+                context=args.context,
             )
             print(f"{format}: {len(tasks)} tasks in {columns[format].seconds:.0f} s", file=sys.stderr)
     except (ModelError, FileNotFoundError, ValueError) as error:

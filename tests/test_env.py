@@ -4,15 +4,16 @@ import builtins
 import copy
 import json
 import os
+from contextlib import contextmanager
 from dataclasses import replace
 
 import pytest
 from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 
-from nanotoolrl.chat import FORMATS, MAX_CHARS, Call, escaped_json, parse_calls, render_calls
+from nanotoolrl.chat import FORMATS, MAX_CHARS, Call, parse_calls, render_calls
 from nanotoolrl.env import MAX_CALLS, MAX_INT, MAX_MESSAGES, Episode, Task, Turn, call_tool, oracle, replay
-from nanotoolrl.tasks import SPLITS, alter, load_tasks, mutations
+from nanotoolrl.tasks import SPLITS, load_tasks, mutations
 from nanotoolrl.tools import API, API_CLASSES, method_names, owner_of, schema
 
 ALL_TASKS = {split: load_tasks(split) for split in SPLITS}
@@ -21,8 +22,8 @@ HOME = {"rooms": {"hall": {"degrees": 20, "light": False}}, "doors": {"front": "
 BARE = {"hermes": "<tool_call>\n", "python": "[", "xml": "<function="}
 
 
-def call(name: str, **arguments) -> Call:
-    return Call(name, arguments)
+def call(tool: str, /, **arguments) -> Call:
+    return Call(tool, arguments)
 
 
 READ_A, READ_B = (call("read_file", folder="docs", name=name) for name in ("a.txt", "b.txt"))
@@ -89,7 +90,7 @@ def test_an_unreadable_block_is_answered_with_an_error_and_costs_nothing_else(fo
 @pytest.mark.parametrize("format", FORMATS)
 @pytest.mark.parametrize("ending", ["text", "empty", "bare", "raw json"])
 def test_a_message_without_a_call_ends_the_turn(format, ending):
-    """Also an opening tag alone: a legal, short, free end of a turn (Hao et al. 2026; collapse goes through here)."""
+    """Also an opening tag alone: a legal, short, free end of a turn, and the way into collapse."""
     text = {
         "text": "Done.",
         "empty": "",
@@ -224,20 +225,23 @@ def test_calls_in_a_turn_without_ground_truth_calls_are_not_punished():
     assert replay(task, [[DELETE_A], [LIGHT]]) == 0, "but the state stays wrong, and a later turn checks it"
 
 
-def test_strict_empty_turn():
+@pytest.mark.parametrize(("strict", "reward"), [(False, 1), (True, 0)])
+def test_strict_empty_turn(strict, reward):
     task = make_task(Turn("?", [], "Which?"), Turn("That.", [LIGHT], "!"))
+    episode = Episode(task, strict_empty_turn=strict)
+    for text in (say(READ_A), "Which?", say(LIGHT), "!"):
+        episode.step(text)
+    assert [verdict.passed for verdict in episode.turn_verdicts] == [not strict, True]
+    assert ("should ask" in episode.turn_verdicts[0].reason) == strict
+    assert episode.reward == reward
 
-    def play(first: str) -> Episode:
-        episode = Episode(task, strict_empty_turn=True)
-        for text in (first, "Which?", say(LIGHT), "!"):
-            if first or text != first:
-                episode.step(text)
-        return episode
 
-    asked, called = play(""), play(say(READ_A))
-    assert (asked.reward, called.reward) == (1, 0)
-    assert "should ask" in called.turn_verdicts[0].reason
-    assert called.turn_verdicts[1].passed
+def test_strict_empty_turn_lets_a_model_ask():
+    task = make_task(Turn("?", [], "Which?"), Turn("That.", [LIGHT], "!"))
+    episode = Episode(task, strict_empty_turn=True)
+    for text in ("Which?", say(LIGHT), "!"):
+        episode.step(text)
+    assert episode.reward == 1
 
 
 def test_strict_empty_turn_leaves_other_turns_alone():
@@ -428,7 +432,7 @@ def test_right_arguments_pass():
 
 
 def test_lists_floats_and_a_bug_in_a_tool():
-    """Kinds that only a reader's own class has; a tool with a bug answers with an error, and training goes on."""
+    """Only a reader's own class has these; a tool with a bug answers with an error, and training goes on."""
 
     class Kiln(API):
         """A kiln."""
@@ -584,9 +588,9 @@ def test_two_episodes_of_a_task_share_no_state():
 def test_a_bad_rollout_leaves_the_ground_truth_alone():
     task = make_task(Turn("?", [LIGHT], "!"))
     expected = copy.deepcopy(task.expected)
-    for world, _ in [(Episode(task).world, 0)]:
-        world["Files"].folders.clear()
-        world["Home"].rooms["hall"]["degrees"] = -1
+    world = Episode(task).world
+    world["Files"].folders.clear()
+    world["Home"].rooms["hall"]["degrees"] = -1
     assert task.expected == expected
     assert replay(task, [[LIGHT]]) == 1
     assert task.state == {"Files": FILES, "Home": HOME}
@@ -754,14 +758,17 @@ def test_no_text_breaks_an_episode(task, format, texts, strict):
     assert replay(task, [turn.calls for turn in task.turns], format) == 1
 
 
+LISTING = '<tool_call>{"name": "list_files", "arguments": {}}</tool_call>'
+HEAD, TAIL = '<tool_call>{"name": "list_files", "arguments": {"folder": ', "}}</tool_call>"
 DEEP = {
-    "deep list": '<tool_call>{"name": "list_files", "arguments": {"folder": ' + "[" * 5000 + "]" * 5000 + "}}</tool_call>",
-    "deep object": '<tool_call>{"name": "list_files", "arguments": ' + '{"folder": ' * 5000 + "1" + "}" * 5001 + "</tool_call>",
-    "less deep": '<tool_call>{"name": "list_files", "arguments": {"folder": ' + "[" * 400 + "]" * 400 + "}}</tool_call>",
+    "deep list": HEAD + "[" * 5000 + "]" * 5000 + TAIL,
+    "deep object": HEAD + '{"folder": ' * 4000 + "1" + "}" * 4000 + TAIL,
+    "less deep": HEAD + "[" * 400 + "]" * 400 + TAIL,
     "never closed": "<tool_call>" + "[" * 20_000 + "</tool_call>",
-    "huge integer": '<tool_call>{"name": "get_ticket", "arguments": {"ticket_id": ' + "9" * 20_000 + "}}</tool_call>",
-    "a thousand calls": '<tool_call>{"name": "list_files", "arguments": {}}</tool_call>' * 900,
-    "too long": '<tool_call>{"name": "list_files", "arguments": {}}</tool_call>' * 3000,
+    "huge integer": HEAD + "9" * 20_000 + TAIL,
+    "a long string": HEAD + '"' + "x" * 40_000 + '"' + TAIL,
+    "thousand calls": LISTING * 800,
+    "too long": LISTING * 3000,
     "tags": "<tool_call>" * 3000 + "</tool_call>" * 3000,
     "closing tags": "</tool_call>" * 4000,
     "a long name": '<tool_call>{"name": "' + "x" * 40_000 + '", "arguments": {}}</tool_call>',
@@ -777,7 +784,7 @@ DEEP = {
     "xml thousand calls": "<function=f></function>" * 2000,
     "xml parameters": "<function=f>" + "<parameter=x>1</parameter>" * 1800 + "</function>",
     "xml openers": "<function=" * 4000 + "</function>",
-}  # fmt: skip
+}
 
 
 @pytest.mark.parametrize("format", FORMATS)
@@ -818,30 +825,49 @@ EVIL = [
     '<tool_call>\n{"name": "eval", "arguments": {"source": "open(0)"}}\n</tool_call>',
     '<tool_call>\n{"name": "__import__", "arguments": {"name": "os"}}\n</tool_call>',
     '<tool_call>\n{"name": "read_file", "arguments": {"folder": open("x"), "name": "a"}}\n</tool_call>',
-    "<function=open><parameter=file>\"x\"</parameter></function>",
+    '<function=open><parameter=file>"x"</parameter></function>',
     "<function=read_file><parameter=folder>open('x')</parameter></function>",
     "<function=__import__('os').system('true')></function>",
-]  # fmt: skip
+]
+
+
+@contextmanager
+def watched():
+    """A list of the built-in functions that are called meanwhile; none of them does anything."""
+    reached = []
+    names = ("open", "eval", "exec", "__import__", "print", "input")
+    spies = {name: lambda *a, _name=name, **k: reached.append(_name) for name in names}
+    originals = {name: getattr(builtins, name) for name in names}
+    vars(builtins).update(spies)
+    try:
+        yield reached
+    finally:
+        vars(builtins).update(originals)
+
+
+def test_the_watch_sees_a_call():
+    with watched() as reached:
+        print("x")
+        __import__("os")
+    assert reached == ["print", "__import__"]
 
 
 @pytest.mark.parametrize("format", FORMATS)
 @pytest.mark.parametrize("text", EVIL)
 def test_nothing_a_model_writes_is_evaluated(text, format, monkeypatch):
+    """Text becomes data: an expression is an unreadable block or plain text, never code."""
     episode = Episode(make_task(Turn("?", [], "!"), Turn("?", [LIGHT], "!")), format)
     world = copy.deepcopy(episode.world)
-    reached = []
-    with monkeypatch.context() as patch:
-        for name in ("open", "eval", "exec", "__import__", "print", "input", "exit"):
-            patch.setattr(builtins, name, lambda *a, _name=name, **k: reached.append(_name), raising=False)
-        patch.setattr(os, "system", lambda *a: reached.append("system"))
+    ran = []
+    monkeypatch.setattr(os, "system", ran.append)
+    with watched() as reached:
         answers = episode.step(text)
-    assert reached == []
+    assert (reached, ran) == ([], [])
     assert episode.world == world
-    assert (
-        all(set(result) == {"error"} for result in observed(answers) if answers[0]["role"] == "tool")
-        if (answers[0]["role"] == "tool")
-        else answers == [{"role": "user", "content": "?"}]
-    )
+    if answers[0]["role"] == "tool":
+        assert all(set(result) == {"error"} for result in observed(answers))
+    else:
+        assert answers == [{"role": "user", "content": "?"}]
 
 
 # ------------------------------------------------------------------------------------------- task files
@@ -902,7 +928,7 @@ def test_awkward_texts_survive_the_file_format():
         (json.dumps(raw_task(turns=[raw_turn(offers=None)])), ""),
         (json.dumps(raw_task(category=["base"])), ""),
     ],
-)  # fmt: skip
+)
 def test_a_malformed_task_is_refused_with_a_reason(line, named):
     """`Raises ValueError with what is wrong`, whatever is wrong: `load_tasks` adds file and line to it."""
     with pytest.raises(ValueError, match=".") as refused:

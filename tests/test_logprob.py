@@ -28,7 +28,7 @@ def gradients(function, hidden, weight, ids, temperature, g, h):
 
 
 def agree(hidden, weight, ids, temperature=1.0, atol=1e-5):
-    """Values and gradients of the tiled path are the reference's, with another upstream gradient per token."""
+    """Values and gradients of the tiled path are the reference's, with other upstream gradients per token."""
     g, h = torch.randn(2, len(ids), generator=torch.Generator().manual_seed(1))
     ours = gradients(token_logprob, hidden, weight, ids, temperature, g, h)
     plain = gradients(reference_logprob, hidden, weight, ids, temperature, g, h)

@@ -7,31 +7,44 @@ import socket
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig
+from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, Qwen2Config, Qwen3Config
 
 from nanotoolrl.model import ModelError, Policy, load
 
 
 def tiny_policy(tokenizer, seed=0, config_class=LlamaConfig, stop=0.1, close=0.05, **changes):
-    """A random policy (2 layers, width 32) that ends messages with probability of about `stop` per token and
-    writes `</tool_call>` with about `close`, so that its episodes have several messages and observations."""
+    """A random policy (2 layers, width 32). It writes one token in 20 of the vocabulary, ends messages with a
+    probability of about `stop` per token and writes `</tool_call>` with about `close`, so that its episodes
+    have several messages and observations."""
     torch.manual_seed(seed)
-    shape = dict(hidden_size=32, intermediate_size=64, num_hidden_layers=2)
-    heads = dict(num_attention_heads=4, num_key_value_heads=2, head_dim=8)
-    ids = dict(bos_token_id=None, eos_token_id=tokenizer.eos_token_id, pad_token_id=tokenizer.pad_token_id)
-    settings = dict(initializer_range=0.3, max_position_embeddings=2048, tie_word_embeddings=False)
-    config = config_class(vocab_size=len(tokenizer), **(shape | heads | ids | settings | changes))
+    settings = {
+        "vocab_size": len(tokenizer),
+        "hidden_size": 32,
+        "intermediate_size": 64,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "head_dim": 8,
+        "max_position_embeddings": 2048,
+        "initializer_range": 0.3,
+        "tie_word_embeddings": False,
+        "bos_token_id": None,
+        "eos_token_id": tokenizer.eos_token_id,
+        "pad_token_id": tokenizer.pad_token_id,
+    }
+    config = config_class(**(settings | changes))
     model = AutoModelForCausalLM.from_config(config, dtype=torch.float32, attn_implementation="sdpa").eval()
     policy = Policy(model, tokenizer)
     with torch.no_grad():
-        model.get_input_embeddings().weight[:, 0] = 4  # dimension 0 of the hidden state: always large ...
+        model.get_input_embeddings().weight[:, 0] = 4  # dimension 0 of the hidden state: always positive ...
         for layer in model.model.layers:
             layer.self_attn.o_proj.weight[0] = layer.mlp.down_proj.weight[0] = 0
+        policy.head[torch.arange(len(tokenizer)) % 20 > 0, 0] = -20  # ... so that the head can lean on it
         hidden = policy.hidden(torch.randint(len(tokenizer), (1, 300)))[0]
         total = (hidden @ policy.head.T).logsumexp(-1).mean()
         for name, chance in (("<|im_end|>", stop), ("</tool_call>", close)):
             row = policy.head[policy.chat.control[name]]
-            row.zero_()[0] = (total + math.log(chance)) / hidden[:, 0].mean()  # ... and all these tokens see
+            row.zero_()[0] = (total + math.log(chance)) / hidden[:, 0].mean()
     return policy
 
 
@@ -164,7 +177,7 @@ LENGTHS = (31, 7, 50, 2)
 
 
 def ragged(tokenizer):
-    """(ids [4, 50], mask [4, 50]) of rows of LENGTHS, right-padded with random ids, and random masks inside."""
+    """(ids [4, 50], mask [4, 50]) of rows of LENGTHS, padded with random ids, and random masks inside."""
     generator = torch.Generator().manual_seed(3)
     ids = torch.randint(len(tokenizer), (len(LENGTHS), max(LENGTHS)), generator=generator)
     mask = torch.rand(ids.shape, generator=generator) < 0.5
@@ -200,6 +213,18 @@ def test_padded_rows_equal_rows_alone(which, request):
     torch.testing.assert_close(together, torch.cat(alone), atol=1e-5, rtol=0)
 
 
+@pytest.mark.parametrize("config_class", [LlamaConfig, Qwen2Config, Qwen3Config])
+def test_packed_sequences_do_not_see_each_other(policy, config_class):
+    tiny = tiny_policy(policy.tokenizer, config_class=config_class)
+    ids, _ = ragged(policy.tokenizer)
+    parts = [row[:length] for row, length in zip(ids, LENGTHS, strict=True)]
+    positions = torch.cat([torch.arange(length) for length in LENGTHS])[None]
+    with torch.no_grad():
+        packed = tiny.hidden(torch.cat(parts)[None], positions)[0].split(LENGTHS)
+        for hidden, part in zip(packed, parts, strict=True):
+            torch.testing.assert_close(hidden, tiny.hidden(part[None])[0], atol=1e-5, rtol=1e-5)
+
+
 def test_padding_contents_do_not_matter(tiny):
     ids, mask = ragged(tiny.tokenizer)
     other = ids.clone()
@@ -211,7 +236,8 @@ def test_padding_contents_do_not_matter(tiny):
         tiny.model.zero_grad()
         logprobs = tiny.logprobs(rows, mask)[0]
         logprobs.sum().backward()
-        return logprobs.detach(), tiny.head.grad.clone(), tiny.model.get_input_embeddings().weight.grad.clone()
+        embedding = tiny.model.get_input_embeddings().weight
+        return logprobs.detach(), tiny.head.grad.clone(), embedding.grad.clone()
 
     assert all(torch.equal(a, b) for a, b in zip(result(ids), result(other), strict=True))
     tiny.model.zero_grad()
