@@ -36,32 +36,12 @@ from nanotoolrl.schemes import SCHEMES, Run, Step
 from nanotoolrl.tasks import SPLITS, load_tasks, subset
 
 METRICS = [
-    *(
-        "step",
-        "reward",
-        "success",
-        "contrast_groups",
-        "loss",
-        "kl",
-        "entropy",
-        "grad_norm",
-        "clip_fraction",
-        "tokens",
-    ),
-    *("sample_tok_s", "train_tok_s", "logprob_gap"),
+    *"step reward success contrast_groups loss kl entropy grad_norm clip_fraction tokens".split(),
+    *"sample_tok_s train_tok_s logprob_gap".split(),
     *(f"state_{state}" for state in MESSAGE_STATES),
-    *("spurious_control", "required_control", "nll_control", "nll_content"),
-    *("skipped_updates", "skipped_tasks", "sample_seconds", "seconds"),
+    *"spurious_control required_control nll_control nll_content".split(),
+    *"skipped_updates skipped_tasks sample_seconds seconds".split(),
 ]
-PORTABLE = (
-    "steps",
-    "prompts",
-    "group",
-    "updates",
-    "lr",
-    "hint_count",
-    "kl",
-)  # what makes two runs comparable
 STATE_JUMP = 0.2  # a share of an unhealthy message state this far above the first step's raises the alarm
 
 

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import train
 from nanotoolrl import env, schemes, tools
-from nanotoolrl.evaluate import Scores, table
+from nanotoolrl.evaluate import Scores, states_table, table
 
 ROOT = Path(train.__file__).parent
 README = (ROOT / "README.md").read_text()
@@ -55,13 +55,25 @@ def test_add_a_scheme(monkeypatch, tmp_path):
     assert train.train(config, resume=False, given=set()) == 0
 
 
+def stored(seed, name):
+    return json.loads((RESULTS / "hint" / f"seed{seed}" / name).read_text())
+
+
 def test_the_results_table_is_made_from_the_committed_results():
-    for seed in range(3):
-        scores = json.loads((RESULTS / "hint" / f"seed{seed}" / "result.json").read_text())
-        for line in table(
-            {f"before {seed}": Scores(**scores["before"]), f"after {seed}": Scores(**scores["after"])}
-        ):
-            assert line in README
+    results = [stored(seed, "result.json") for seed in range(3)]
+    columns = {"before": Scores(**results[0]["before"])}
+    columns |= {f"after, seed {seed}": Scores(**result["after"]) for seed, result in enumerate(results)}
+    assert table(columns) in README
+    assert all(result["before"]["rewards"] == results[0]["before"]["rewards"] for result in results)
+
+
+def test_the_model_card_is_made_from_the_committed_scores():
+    card = (ROOT / "data" / "nano" / "README.md").read_text()
+    for name in ("greedy", "sampled", "hinted"):
+        scores = json.loads((RESULTS / "base" / f"{name}.json").read_text())["scores"]
+        columns = {format: Scores(**values) for format, values in scores.items()}
+        assert table(columns) in card
+        assert states_table(columns) in card or name != "sampled"
 
 
 def test_every_metric_is_explained():
@@ -82,15 +94,12 @@ def test_files_and_flags_named_in_the_readme_exist():
     assert set(re.findall(r"--[a-z][a-z-]+", README)) <= known
 
 
-def test_committed_runs_are_whole():
+def test_committed_runs_are_whole_and_made_with_the_present_defaults():
     for seed in range(3):
-        directory = RESULTS / "hint" / f"seed{seed}"
-        stored = json.loads((directory / "config.json").read_text())
-        with (directory / "metrics.csv").open() as file:
+        config = stored(seed, "config.json")
+        with (RESULTS / "hint" / f"seed{seed}" / "metrics.csv").open() as file:
             rows = list(csv.DictReader(file))
-        assert stored["seed"] == seed and stored["scheme"] == "hint"
-        assert [int(row["step"]) for row in rows] == list(range(1, stored["steps"] + 1))
-        now = train.Config(seed=seed)
-        assert all(stored[name] == getattr(now, name) for name in train.PORTABLE), (
-            "made with the present defaults"
-        )
+        assert [int(row["step"]) for row in rows] == list(range(1, config["steps"] + 1))
+        now = vars(train.Config(seed=seed))
+        same = set(now) - {"model", "out"}
+        assert {name: config[name] for name in same} == {name: now[name] for name in same}
