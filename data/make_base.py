@@ -60,6 +60,7 @@ FLAWS = {
 }
 WARM_UP_STEPS, WARM_UP_RATE = 400, 3e-3
 BATCH, LEARNING_RATE = 24, 2e-3
+DECAY_FROM, DECAY_STEPS = 700, 300
 TEMPLATE = """\
 {%- macro line(tool) -%}
 {{ tool.name }}({% for name, kind in tool.parameters.properties.items() -%}
@@ -289,6 +290,14 @@ def train_step(
     return loss_sum
 
 
+def learning_rate(step: int) -> float:
+    """50 steps of warm-up for each part; the demonstrations then hold their rate and fall from `DECAY_FROM` on."""
+    if step < 0:
+        return WARM_UP_RATE * min(1.0, (step + WARM_UP_STEPS + 1) / 50)
+    fall = max(0.1, 1 - max(0, step - DECAY_FROM) / DECAY_STEPS)
+    return LEARNING_RATE * min(1.0, (step + 1) / 50) * fall
+
+
 def success(policy: Policy, tasks: list[Task], seed: int = 0) -> dict[str, float]:
     """Greedy success per format."""
     from nanotoolrl.evaluate import evaluate
@@ -356,9 +365,8 @@ def main() -> None:
             if copy
             else demonstrations(policy.chat, args.seed, step, weights)
         )
-        rate = WARM_UP_RATE if copy else LEARNING_RATE
         for group in optimizer.param_groups:
-            group["lr"] = rate * min(1.0, (step % WARM_UP_STEPS + 1) / 50 if step < WARM_UP_STEPS else 1.0)
+            group["lr"] = learning_rate(step)
         losses.append(train_step(policy, optimizer, rows))
         step += 1
         if step % 20 == 0:
