@@ -49,6 +49,7 @@ ARCHITECTURE = {
 MESSAGES = 20  # assistant messages per evaluation episode; the longest ground truth has 15
 MESSAGE_LIMIT = 128  # tokens of a message that never ends
 POOLS = ["train", "train", "foreign", "ood"]  # in these shares
+CATEGORY_SHARES = {"base": 0.3, "miss_func": 0.3, "miss_param": 0.3, "long_context": 0.1}
 HINTED, RETRIED, RETRIED_AGAIN = 0.2, 0.15, 0.35
 FLAWS = {
     "empty": 0.012,
@@ -59,8 +60,8 @@ FLAWS = {
     "overlong": 0.008,
 }
 WARM_UP_STEPS, WARM_UP_RATE = 400, 3e-3
-BATCH, LEARNING_RATE = 24, 2e-3
-DECAY_FROM, DECAY_STEPS = 700, 300
+BATCH, LEARNING_RATE, SHORT_STEPS = 24, 2e-3, 300
+DECAY_FROM, DECAY_STEPS = 600, 400
 TEMPLATE = """\
 {%- macro line(tool) -%}
 {{ tool.name }}({% for name, kind in tool.parameters.properties.items() -%}
@@ -235,14 +236,18 @@ def demonstrate(chat: Chat, task: Task, format: str, rng: random.Random) -> tupl
 def demonstrations(
     chat: Chat, seed: int, step: int, weights: dict[str, float]
 ) -> list[tuple[list[int], list[bool]]]:
-    """The batch of one step: a pure function of its arguments."""
+    """The batch of one step: a pure function of its arguments. The first `SHORT_STEPS` show one turn only."""
     rng = random.Random(f"base/{seed}/{step}")
     batch = []
     while len(batch) < BATCH:
-        twins = list(generate(rng.choice(POOLS), f"base-{seed}-{step}-{len(batch)}").values())
-        formats = rng.choices(list(weights), list(weights.values()), k=len(twins))
-        batch += [demonstrate(chat, task, format, rng) for task, format in zip(twins, formats, strict=True)]
-    return [(ids, mask) for ids, mask in batch[:BATCH] if len(ids) <= 2048]
+        twins = generate(rng.choice(POOLS), f"base-{seed}-{step}-{len(batch)}")
+        for category in rng.choices(list(CATEGORY_SHARES), list(CATEGORY_SHARES.values()), k=2):
+            format = rng.choices(list(weights), list(weights.values()))[0]
+            task = twins["base" if step < SHORT_STEPS else category]
+            if step < SHORT_STEPS:
+                task = Task(task.id, task.category, task.state, task.tools, task.turns[:1])
+            batch.append(demonstrate(chat, task, format, rng))
+    return [(ids, mask) for ids, mask in batch if len(ids) <= 2048]
 
 
 def copying(vocabulary: int, seed: int, step: int) -> list[tuple[list[int], list[bool]]]:
@@ -291,7 +296,7 @@ def train_step(
 
 
 def learning_rate(step: int) -> float:
-    """50 steps of warm-up for each part; the demonstrations then hold their rate and fall from `DECAY_FROM` on."""
+    """Both parts warm up for 50 steps; the rate of the demonstrations falls from `DECAY_FROM` on."""
     if step < 0:
         return WARM_UP_RATE * min(1.0, (step + WARM_UP_STEPS + 1) / 50)
     fall = max(0.1, 1 - max(0, step - DECAY_FROM) / DECAY_STEPS)
@@ -332,7 +337,7 @@ def main() -> None:
     parser.add_argument(
         "--eval-every", type=int, default=100, help="steps between evaluations on 100 test tasks"
     )
-    parser.add_argument("--eval-from", type=int, default=600)
+    parser.add_argument("--eval-from", type=int, default=700)
     parser.add_argument("--threads", type=int, default=2)
     args = parser.parse_args()
     torch.set_num_threads(args.threads)

@@ -192,7 +192,7 @@ class Tickets(API):
 
     def find_tickets(self, status: Literal["open", "closed"] = "open") -> list[dict]:
         """List the tickets with a status."""
-        return [{"id": t["id"], "title": t["title"]} for t in self.tickets if t["status"] == status]
+        return [{"title": t["title"], "id": t["id"]} for t in self.tickets if t["status"] == status]
 
     def get_ticket(self, ticket_id: int) -> dict:
         """Read owner and priority of a ticket."""
@@ -275,7 +275,7 @@ class Calendar(API):
 
     def list_events(self, day: Day) -> list[dict]:
         """List the events of a day."""
-        return [{"id": e["id"], "title": e["title"]} for e in self.events if e["day"] == day]
+        return [{"title": e["title"], "id": e["id"]} for e in self.events if e["day"] == day]
 
     def event_time(self, event_id: int) -> dict:
         """Read when an event starts."""
@@ -429,7 +429,7 @@ class Library(API):
     def find_books(self, author: str) -> list[dict]:
         """List the books of an author."""
         _known("author", author, sorted({book["author"] for book in self.books}))
-        return [{"id": b["id"], "title": b["title"]} for b in self.books if b["author"] == author]
+        return [{"title": b["title"], "id": b["id"]} for b in self.books if b["author"] == author]
 
     def book_holder(self, book_id: int) -> dict:
         """Read who has a book."""
@@ -499,7 +499,7 @@ class Music(API):
     def find_songs(self, artist: str) -> list[dict]:
         """List the songs of an artist."""
         _known("artist", artist, sorted({song["artist"] for song in self.songs}))
-        return [{"id": song["id"], "title": song["title"]} for song in self.songs if song["artist"] == artist]
+        return [{"title": song["title"], "id": song["id"]} for song in self.songs if song["artist"] == artist]
 
     def make_playlist(self, playlist: str) -> str:
         """Make an empty playlist."""
@@ -534,7 +534,7 @@ class Clinic(API):
         """List the doctors of a branch of medicine."""
         _known("branch", branch, sorted({doctor["branch"] for doctor in self.doctors}))
         return [
-            {"id": doctor["id"], "name": doctor["name"]}
+            {"name": doctor["name"], "id": doctor["id"]}
             for doctor in self.doctors
             if doctor["branch"] == branch
         ]
