@@ -1,4 +1,4 @@
-"""Make the built-in model from nothing: `python data/make_base.py --seed 0` (writes data/nano; resumable).
+"""Make the built-in model from nothing: `python data/make_base.py --seed 0` (resumable; data/nano is a copy).
 
 A tokenizer, a copy warm-up (without it, arguments are never copied: a plateau), then demonstrations over all
 pools and formats. The demonstrations are imperfect on purpose, because the base decides what reinforcement
@@ -330,7 +330,7 @@ def main() -> None:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--out", type=Path, default=Path(__file__).parent / "nano")
+    parser.add_argument("--out", type=Path, help="model directory (default: runs/base-sSEED)")
     parser.add_argument(
         "--max-steps", type=int, default=4000, help="give up after so many demonstration steps"
     )
@@ -341,6 +341,7 @@ def main() -> None:
     parser.add_argument("--threads", type=int, default=2)
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
+    args.out = args.out or Path(f"runs/base-s{args.seed}")
     args.out.mkdir(parents=True, exist_ok=True)
     checkpoint, log = args.out / "base.pt", args.out / "base_log.jsonl"
     if checkpoint.exists():

@@ -6,6 +6,7 @@ and Qwen3 do, as ids that are only ever appended to: nothing a model sampled is 
 """
 
 import ast
+import itertools
 import json
 import re
 import warnings
@@ -40,6 +41,7 @@ class CallFormat:
     2026, published environment)."""
 
     prefix: str  # the canonical start of a message that calls
+    begin: re.Pattern  # what a message that tries to call begins with
     opener: re.Pattern
     closer: re.Pattern
     block: re.Pattern
@@ -76,7 +78,10 @@ def parse_calls(text: str, format: str) -> list[Call | BadCall]:
             calls += form.read(match.group(1))
         except (ValueError, RecursionError, MemoryError) as error:
             calls.append(BadCall(str(error) or "nested too deeply", _salvageable(form, match.group(1))))
-    return calls or [BadCall("there is a closing tag but no call", _salvageable(form, text))]
+    salvaged = _salvageable(form, text)
+    if calls or not (salvaged or _tagged(form, text)):
+        return calls
+    return [BadCall("there is a closing tag but no call", salvaged)]
 
 
 def message_state(text: str, format: str, overlong: bool = False) -> str:
@@ -93,22 +98,41 @@ def message_state(text: str, format: str, overlong: bool = False) -> str:
         return "overlong"
     if not text.strip():
         return "empty"
-    tagged = (
-        form.opener.search(text) or form.closer.search(text) or text.lstrip().startswith(form.prefix.strip())
-    )
+    calls, tagged = parse_calls(text, format), _tagged(form, text)
     if tagged and not re.search(r"\w", form.opener.sub("", form.closer.sub("", text))):
         return "bare"
-    calls = parse_calls(text, format)
-    if tagged:
+    if calls or tagged:
         bad = [call for call in calls if isinstance(call, BadCall)]
-        balanced = len(form.opener.findall(text)) == len(form.closer.findall(text))
-        if not calls or not balanced or any(not call.salvaged for call in bad):
+        if not calls or not _balanced(form, text) or any(not call.salvaged for call in bad):
             return "malformed"
         return "polluted" if bad or form.block.sub("", text).strip() else "call"
     others = (parse_calls(text, other) for other in FORMATS if other != format)
-    if any(isinstance(call, Call) for found in others for call in found) or _salvage_json(text):
+    if any(isinstance(call, Call) for found in others for call in found):
         return "foreign"
-    return "reply"
+    return "foreign" if _salvage_json(text) or _reads(FORMATS["python"], text.strip()) else "reply"
+
+
+def _tagged(form: CallFormat, text: str) -> bool:
+    """Whether a message holds a tag of the format. Only in python can the closing one stand in a sentence."""
+    closed = form.closer.search(text) if form.prefix != "[" else None
+    return bool(form.opener.search(text) or form.begin.match(text) or closed)
+
+
+def _reads(form: CallFormat, body: str) -> bool:
+    """Whether a body is calls and nothing else."""
+    try:
+        return len(body) <= MAX_CHARS and bool(form.read(body))
+    except (ValueError, RecursionError, MemoryError):
+        return False
+
+
+def _balanced(form: CallFormat, text: str) -> bool:
+    """Whether, outside readable blocks, every tag that opens closes later, and the other way round."""
+    text = form.block.sub(lambda match: "" if _reads(form, match[1]) else match[0], text)
+    steps = [(m.start(), 1) for m in form.opener.finditer(text)]
+    steps += [(m.start(), -1) for m in form.closer.finditer(text)]
+    depths = list(itertools.accumulate(step for _, step in sorted(steps)))
+    return not depths or (min(depths) >= 0 and depths[-1] == 0)
 
 
 def _salvageable(form: CallFormat, body: str) -> bool:
@@ -118,14 +142,14 @@ def _salvageable(form: CallFormat, body: str) -> bool:
         return False
 
 
+def _refuse(name: str) -> None:
+    raise ValueError(f"{name} is no JSON value")
+
+
 def _loads(text: str) -> object:
     """JSON without NaN and infinities, with lone surrogates replaced; raises ValueError."""
-
-    def refuse(name: str) -> None:
-        raise ValueError(f"{name} is no JSON value")
-
     try:
-        value = json.loads(text, parse_constant=refuse)
+        value = json.loads(text, parse_constant=_refuse)
     except json.JSONDecodeError as error:
         raise ValueError(f"bad JSON: {error.msg} at character {error.pos}") from None
     return _clean(value)
@@ -174,21 +198,27 @@ def _read_hermes(body: str) -> list[Call]:
     return [_call_of(_loads(body))]
 
 
+_JSON_CALL = re.compile(r'\{\s*"(?:name|arguments|parameters)"')
+
+
 def _salvage_json(text: str) -> bool:
     """Whether a JSON object that names a call and its arguments stands somewhere in the text."""
-    start = text.find('{"name"')
-    if start < 0 or '"arguments"' not in text or len(text) > MAX_CHARS:
-        return False
-    try:
-        return bool(_call_of(json.JSONDecoder().raw_decode(text, start)[0]))
-    except (ValueError, RecursionError):
-        return False
+    decoder = json.JSONDecoder(parse_constant=_refuse)
+    for match in itertools.islice(_JSON_CALL.finditer(text[:MAX_CHARS]), 20):
+        try:
+            value, _ = decoder.raw_decode(text, match.start())
+        except (ValueError, RecursionError):
+            continue
+        arguments = value.get("arguments", value.get("parameters"))
+        if isinstance(value.get("name"), str) and isinstance(arguments, dict):
+            return True
+    return False
 
 
 def _literal(value: object) -> str:
-    """A Python literal whose strings cannot hold the end of a call list."""
+    """A Python literal whose strings cannot hold the begin or the end of a call list."""
     if isinstance(value, str):
-        return escaped_json(value).replace("]", "\\u005d")
+        return escaped_json(value).replace("[", "\\u005b").replace("]", "\\u005d")
     if isinstance(value, list):
         return "[" + ", ".join(_literal(item) for item in value) + "]"
     if isinstance(value, dict):
@@ -207,11 +237,11 @@ def _read_python(body: str) -> list[Call]:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # odd escapes inside strings warn
         try:
-            nodes = ast.parse(f"[{body}]", mode="eval").body.elts
+            tree = ast.parse(f"[{body}]", mode="eval").body
         except SyntaxError as error:
             raise ValueError(f"bad Python: {error.msg}") from None
     calls = []
-    for node in nodes:
+    for node in tree.elts if isinstance(tree, ast.List) else [tree]:  # "[...] for x in y" is no list
         if not isinstance(node, ast.Call) or not isinstance(node.func, ast.Name):
             raise ValueError("only calls like name(parameter=value) may stand in the list")
         if node.args or any(keyword.arg is None for keyword in node.keywords):
@@ -244,11 +274,12 @@ _PARAMETER = re.compile(r"<parameter=([^<>\n]*)>(.*?)</parameter>", re.DOTALL)
 
 def _read_xml(body: str) -> list[Call]:
     name, closed, rest = body.partition(">")
-    if not closed or not name.strip():
+    if not closed or not name.strip() or "<" in name:
         raise ValueError("a call begins with <function=name>")
     if _PARAMETER.sub("", rest).strip():
         raise ValueError("only <parameter=name>value</parameter> may stand in a call")
-    return [Call(name.strip(), {match[1].strip(): _loads(match[2]) for match in _PARAMETER.finditer(rest)})]
+    arguments = {match[1].strip(): _loads(match[2]) for match in _PARAMETER.finditer(rest)}
+    return [Call(_clean(name.strip()), _clean(arguments))]
 
 
 def _salvage_xml(body: str) -> bool:
@@ -258,15 +289,16 @@ def _salvage_xml(body: str) -> bool:
 
 
 def _format(
-    prefix: str, opener: str, closer: str, block: str, tags: Iterable[str], *rest: object
+    prefix: str, begin: str, opener: str, closer: str, block: str, tags: Iterable[str], *rest: object
 ) -> CallFormat:
-    compiled = (re.compile(pattern, re.DOTALL) for pattern in (opener, closer, block))
+    compiled = (re.compile(pattern, re.DOTALL) for pattern in (begin, opener, closer, block))
     return CallFormat(prefix, *compiled, tuple(tags), *rest)
 
 
 FORMATS: dict[str, CallFormat] = {
     "hermes": _format(
         "<tool_call>\n",
+        r"\s*<tool_call>",
         r"<tool_call>",
         r"</tool_call>",
         r"<tool_call>(.*?)</tool_call>",
@@ -278,6 +310,7 @@ FORMATS: dict[str, CallFormat] = {
     ),
     "python": _format(
         "[",
+        r"\s*\[\s*([A-Za-z_]|\]|$)",
         r"\[(?=\s*[A-Za-z_]\w*\s*\()",
         r"\)\s*\]",
         r"\[(?=\s*[A-Za-z_]\w*\s*\()(.*?\))\s*\]",
@@ -289,6 +322,7 @@ FORMATS: dict[str, CallFormat] = {
     ),
     "xml": _format(
         "<function=",
+        r"\s*<function=",
         r"<function=",
         r"</function>",
         r"<function=(.*?)</function>",

@@ -80,15 +80,16 @@ class Task:
             for turn in turns:
                 turn.calls = [Call(**call) for call in turn.calls]
             task = cls(turns=turns, **raw)
+            offered = [tool for turn in turns for tool in turn.offers]
+            used = [call.name for turn in turns for call in turn.calls]
+            lost = [tool for tool in [*task.tools, *offered, *used] if owner_of(tool) not in task.state]
+            known = task.category in CATEGORIES
         except (ValueError, KeyError, TypeError, AttributeError) as error:
             raise ValueError(f"not a task: {type(error).__name__}: {error}") from None
-        if task.category not in CATEGORIES:
+        if not known:
             raise ValueError(f"unknown category {task.category!r}; known: {', '.join(CATEGORIES)}")
-        offered = [tool for turn in turns for tool in turn.offers]
-        used = [call.name for turn in turns for call in turn.calls]
-        for tool in [*task.tools, *offered, *used]:
-            if owner_of(tool) not in task.state:
-                raise ValueError(f"tool {tool!r} has no API object in the task's state")
+        if lost:
+            raise ValueError(f"tool {lost[0]!r} has no API object in the task's state")
         if not turns or not used:
             raise ValueError("a task needs at least one turn and one ground-truth call")
         try:

@@ -913,7 +913,7 @@ def load_tasks(name_or_path: str) -> list[Task]:
     if not path.is_file():
         raise FileNotFoundError(f"no task file {path}; give one of {', '.join(SPLITS)} or a JSONL file")
     tasks = []
-    for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), 1):
+    for number, line in enumerate(path.read_text(encoding="utf-8").split("\n"), 1):
         if line.strip():
             try:
                 tasks.append(Task.from_json(line))

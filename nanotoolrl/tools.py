@@ -137,7 +137,8 @@ class Files(API):
     def move_file(self, name: str, source: str, target: str) -> str:
         """Move a file to another folder."""
         _known("file", name, self._folder(source), f" in '{source}'")
-        self._folder(target)[name] = self.folders[source].pop(name)
+        self._folder(target)
+        self.folders[target][name] = self.folders[source].pop(name)
         return "moved"
 
     def delete_file(self, folder: str, name: str) -> str:
