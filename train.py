@@ -131,6 +131,12 @@ UNREADABLE = (
 )
 
 
+WHY_STOPPED = {
+    1: "Stopped: three updates in a row had a loss or gradient that is not finite; lower --lr.",
+    130: "Stopped by Ctrl-C; go on with --resume.",
+}
+
+
 class Refused(Exception):
     """The command cannot run as given; the text is the message, the exit code is 2."""
 
@@ -413,18 +419,26 @@ def tasks_of_step(config: Config, tasks: list[Task], step: int) -> list[Task]:
     return chosen
 
 
-def measures(step: Step, group: int) -> dict[str, float]:
+def measures(run: Run, step: Step) -> dict[str, float]:
     """The metrics every scheme shares, from its trajectories."""
     rows = step.trajectories
     own = [row.reward for row in rows if row.source == "policy"]
     states = [state for row in rows for state in row.states]
+    tokens = sum(row.sampled_tokens for row in rows)
     return {
         "reward": sum(row.reward for row in rows) / len(rows),
         "success": sum(own) / len(own) if own else math.nan,
-        "contrast_groups": int((step.advantages.view(-1, group) != 0).any(1).sum()),
-        "tokens": sum(row.sampled_tokens for row in rows),
+        "contrast_groups": int((step.advantages.view(-1, run.config.group) != 0).any(1).sum()),
+        "tokens": tokens,
+        "sample_tok_s": tokens / run.sample_seconds,
+        "sample_seconds": run.sample_seconds,
         **{f"state_{state}": states.count(state) / len(states) for state in MESSAGE_STATES},
     }
+
+
+def progress(row: dict) -> str:
+    """What the progress bar says of a step."""
+    return f"reward {row['reward']:.2f} success {row['success']:.2f} {row['sample_tok_s']:.0f} tok/s"
 
 
 def alarm(row: dict, first: dict, spurious: str) -> str:
@@ -439,8 +453,7 @@ def alarm(row: dict, first: dict, spurious: str) -> str:
 
 def train(config: Config, resume: bool, given: set[str]) -> int:
     """Run the loop; returns the exit code."""
-    directory = RunDirectory(config.out)
-    saved = None
+    directory, saved = RunDirectory(config.out), None
     if resume:
         config, saved = directory.reopen(config, given)
     run, tasks, held, left_out = setup(config)
@@ -448,65 +461,41 @@ def train(config: Config, resume: bool, given: set[str]) -> int:
         directory.create(config)
     else:
         restore(run, saved, directory)
-    per_step = config.prompts * config.group
     print(
-        f"{config.scheme}: {config.prompts} prompts x {config.group} rollouts = {per_step} trajectories, "
-        f"{config.updates} updates; {config.steps} steps on {len(tasks)} tasks; {directory.path}"
+        f"{config.scheme}: {config.prompts} prompts x {config.group} rollouts "
+        f"= {config.prompts * config.group} trajectories, {config.updates} updates; "
+        f"{config.steps} steps on {len(tasks)} tasks; {directory.path}"
     )
     probes = ProbeSet(load(config.model), subset(tasks, config.probe_tasks), config.format)
     if saved:
         before = Scores(**saved["before"]) if saved["before"] else None
     else:
         before = score_tasks(run, held, "before")
-    stop = StopSignal()
     bar = tqdm(total=config.steps, initial=run.step, unit="step", dynamic_ncols=True)
-    first: dict = {}
-    spurious = ""
-    code = 0
+    stop, first, spurious, code = StopSignal(), {}, "", 0
     while run.step < config.steps and code == 0:
         run.step += 1
-        started, sampled = time.perf_counter(), [0, 0.0]
-
-        def count(tokens: int, started: float = started, sampled: list = sampled) -> None:
-            sampled[0] += tokens
-            sampled[1] = time.perf_counter() - started
-
-        run.on_tokens = count
+        started = time.perf_counter()
         step = SCHEMES[config.scheme].step(run, tasks_of_step(config, tasks, run.step))
-        row = {"step": run.step, "skipped_tasks": left_out} | measures(step, config.group) | step.metrics
-        row |= {"sample_tok_s": sampled[0] / max(sampled[1], 1e-9), "sample_seconds": sampled[1]}
+        row = {"step": run.step, "skipped_tasks": left_out} | measures(run, step) | step.metrics
         if run.step % config.probe_every == 0:
             columns, spurious = probes.measure(run.policy)
             row |= columns
         row["seconds"] = time.perf_counter() - started
         first = first or row
         directory.log(config, run, row, step)
-        warning = alarm(row, first, spurious)
-        bar.set_postfix_str(
-            f"reward {row['reward']:.2f} success {row['success']:.2f} "
-            f"{row['sample_tok_s']:.0f} tok/s{warning}",
-            refresh=False,
-        )
+        bar.set_postfix_str(progress(row) + alarm(row, first, spurious), refresh=False)
         bar.update()
         if config.show_every and run.step % config.show_every == 0:
             tqdm.write(show(run.policy, step.trajectories[-1], run.step))
-        if run.skipped_in_a_row >= 3:
-            print(
-                "three updates in a row had a loss or gradient that is not finite: stopped; lower --lr",
-                file=sys.stderr,
-            )
-            code = 1
-        if stop.asked:
-            print(
-                f"\nstopped after step {run.step}; go on with --resume --out {directory.path}",
-                file=sys.stderr,
-            )
-            code = 130
+        code = 1 if run.skipped_in_a_row >= 3 else 130 if stop.asked else 0
         if run.step % config.save_every == 0 or run.step == config.steps or code:
             directory.save(run, before)
     bar.close()
     stop.restore()
-    if code == 0:
+    if code:
+        print(WHY_STOPPED[code], f"Step {run.step} is saved in {directory.path}.", file=sys.stderr)
+    else:
         finish(run, directory, held, before)
     return code
 

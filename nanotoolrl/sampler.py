@@ -7,7 +7,7 @@ a decode step, the ids of an observation after a tool call, the prompt once per 
 depends on its own noise stream and its own tokens alone.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -172,16 +172,14 @@ class Sampler:
         temperature: float = 1.0,
         stream: int = 0,
         force_prefix: bool = False,
-        on_tokens: Callable[[int], None] | None = None,
     ) -> list[Trajectory]:
         """Play the episodes to their end and return their trajectories in the same order.
 
         hints: a text per episode for the system prompt ("" for none). temperature 0 is greedy (log-probs are
         then those of temperature 1). stream: together with the seed and the episode's index it keys the
         noise; give every call of a run its own. force_prefix: write the canonical prefix of a call (unmasked)
-        at the start of every message for which the turn's ground truth still has calls. on_tokens: called
-        with the number of tokens of each decode step. Raises ValueError if a prompt leaves no room in the
-        context.
+        at the start of every message for which the turn's ground truth still has calls. Raises ValueError if
+        a prompt leaves no room in the context.
         """
         queue = []
         for i, (episode, hint) in enumerate(zip(episodes, hints or [""] * len(episodes), strict=True)):
@@ -209,8 +207,6 @@ class Sampler:
                 fed = self._prefill(cache, rows, waiting)
             else:
                 fed = self._decode(cache, rows)
-            if on_tokens:
-                on_tokens(len(fed[0]))
             for i in self._sample(rows, *fed, temperature):
                 self._end_message(rows[i], force_prefix)
                 if rows[i].episode.done:

@@ -34,7 +34,7 @@ class Run:
     step: int = 0
     skipped_in_a_row: int = 0
     state: dict = field(default_factory=dict)  # what a scheme keeps across steps; saved in the checkpoint
-    on_tokens: Callable[[int], None] | None = None
+    sample_seconds: float = 0.0  # of the last rollout
 
     def __post_init__(self) -> None:
         zero_gradients(self.policy)
@@ -122,7 +122,10 @@ def rollout(run: Run, tasks: Sequence[Task], hints: Sequence[str] | None = None)
         for task in tasks
         for _ in range(config.group)
     ]
-    return run.sampler.rollout(episodes, hints, config.temperature, stream=run.step, on_tokens=run.on_tokens)
+    started = time.perf_counter()
+    trajectories = run.sampler.rollout(episodes, hints, config.temperature, stream=run.step)
+    run.sample_seconds = time.perf_counter() - started
+    return trajectories
 
 
 def advantages(run: Run, trajectories: list[Trajectory]) -> Tensor:
@@ -134,67 +137,86 @@ def advantages(run: Run, trajectories: list[Trajectory]) -> Tensor:
 def policy_update(run: Run, trajectories: list[Trajectory], scores: Tensor) -> dict[str, float]:
     """`updates` optimiser steps of the clipped policy loss, each on an equal share of the prompts.
 
-    Returns metrics: loss, entropy, grad_norm, clip_fraction, train_tok_s, logprob_gap, skipped_updates. Old
-    log-probs are the sampler's; rows whose prompt changed since (hints) get new ones from a scoring forward
-    first.
+    The loss is the mean over all sampled tokens of the share. Old log-probs are the sampler's; rows whose
+    prompt has changed since (hints) get new ones from a scoring forward first. Returns `Tally.metrics`.
     """
-    config, started = run.config, time.perf_counter()
-    fresh = [row.source == "policy" for row in trajectories]
+    config, tally = run.config, Tally()
     old = [
         row.logprobs if row.sampled_prompt is None else score(run.policy, row, config.temperature)
         for row in trajectories
     ]
-    sums: dict[str, float] = dict.fromkeys(
-        ("loss", "tokens", "clipped", "compared", "entropy", "measured", "seen"), 0.0
-    )
-    gap, norms, skipped = 0.0, [], 0
-    groups = list(range(0, len(trajectories), config.group))
+    groups = len(trajectories) // config.group
     for update in range(config.updates):
-        share = groups[update * len(groups) // config.updates : (update + 1) * len(groups) // config.updates]
-        rows = [i for first in share for i in range(first, first + config.group)]
-        total = sum(trajectories[i].sampled_tokens for i in rows)
-        used = [i for i in rows if scores[i] != 0 or config.kl > 0]
+        first, end = (groups * k // config.updates * config.group for k in (update, update + 1))
+        total = sum(row.sampled_tokens for row in trajectories[first:end])
+        used = [i for i in range(first, end) if scores[i] != 0 or config.kl > 0]
         loss_sum = 0.0
         for part in micro_batches([len(trajectories[i].tokens) for i in used], config.tokens_at_once):
             batch = [used[k] for k in part]
-            ids, mask = pad([trajectories[i] for i in batch], run.policy.device)
-            logprobs, entropy = run.policy.logprobs(ids, mask, config.temperature, want_entropy=update == 0)
-            counts = [trajectories[i].sampled_tokens for i in batch]
-            before = logprobs.new_tensor(
-                [x for i in batch for x, m in zip(old[i], trajectories[i].loss_mask) if m]
-            )
-            weights = (
-                scores[batch].to(logprobs).repeat_interleave(torch.tensor(counts, device=logprobs.device))
-            )
-            loss, clipped = policy_loss(logprobs, before, weights, config.clip, config.clip, config.dual_clip)
-            if config.kl > 0:
-                with torch.no_grad():
-                    reference = run.reference.logprobs(ids, mask, config.temperature)[0]
-                loss = loss + config.kl * kl_k3(logprobs, reference)
-            (loss.sum() / total).backward()
-            loss_sum += loss.sum().item() / total
-            own = torch.tensor([fresh[i] for i, n in zip(batch, counts, strict=True) for _ in range(n)])
-            sums["clipped"] += clipped.cpu()[own].sum().item()
-            sums["compared"] += own.sum().item()
-            sums["seen"] += sum(len(trajectories[i].tokens) for i in batch)
-            if update == 0:
-                sums["entropy"] += entropy.sum().item()
-                sums["measured"] += len(entropy)
-                if own.any():
-                    gap = max(gap, (logprobs - before).detach().abs().cpu()[own].max().item())
-        norm = optimizer_step(run, loss_sum)
-        skipped += norm is None
-        norms += [] if norm is None else [norm]
-        sums["loss"] += loss_sum / config.updates
-    return {
-        "loss": sums["loss"],
-        "entropy": _ratio(sums["entropy"], sums["measured"]),
-        "grad_norm": _ratio(sum(norms), len(norms)),
-        "clip_fraction": _ratio(sums["clipped"], sums["compared"]),
-        "train_tok_s": sums["seen"] / (time.perf_counter() - started),
-        "logprob_gap": gap if sums["compared"] else math.nan,
-        "skipped_updates": skipped,
-    }
+            rows, before = [trajectories[i] for i in batch], [old[i] for i in batch]
+            loss = token_losses(run, rows, before, scores[batch], tally, update == 0).sum() / total
+            loss.backward()
+            loss_sum += loss.item()
+        tally.losses.append(loss_sum)
+        tally.norms.append(optimizer_step(run, loss_sum))
+    return tally.metrics()
+
+
+def token_losses(
+    run: Run,
+    rows: list[Trajectory],
+    old: list[list[float]],
+    scores: Tensor,
+    tally: "Tally",
+    first_update: bool,
+) -> Tensor:
+    """Loss [N] of the sampled tokens of some rows: clipped policy loss plus kl * k3; `tally` takes notes."""
+    config = run.config
+    ids, mask = pad(rows, run.policy.device)
+    logprobs, entropy = run.policy.logprobs(ids, mask, config.temperature, want_entropy=first_update)  # [N]
+    counts = torch.tensor([row.sampled_tokens for row in rows], device=logprobs.device)
+    before = [x for values, row in zip(old, rows) for x, sampled in zip(values, row.loss_mask) if sampled]
+    before = logprobs.new_tensor(before)
+    weights = scores.to(logprobs).repeat_interleave(counts)
+    loss, clipped = policy_loss(logprobs, before, weights, config.clip, config.clip, config.dual_clip)
+    if config.kl > 0:
+        with torch.no_grad():
+            reference = run.reference.logprobs(ids, mask, config.temperature)[0]
+        loss = loss + config.kl * kl_k3(logprobs, reference)
+    own = torch.tensor([row.source == "policy" for row in rows], device=logprobs.device).repeat_interleave(
+        counts
+    )
+    tally.tokens += sum(len(row.tokens) for row in rows)
+    tally.clipped += clipped[own].tolist()
+    if first_update:
+        tally.entropies += entropy.tolist()
+        tally.gaps += (logprobs - before).detach().abs()[own].tolist()
+    return loss
+
+
+@dataclass
+class Tally:
+    """Notes of one policy update, summed up by `metrics`. Hinted rows stay out of `clipped` and `gaps`."""
+
+    started: float = field(default_factory=time.perf_counter)
+    tokens: int = 0
+    losses: list[float] = field(default_factory=list)
+    norms: list[float | None] = field(default_factory=list)  # None: the update was skipped
+    clipped: list[bool] = field(default_factory=list)
+    entropies: list[float] = field(default_factory=list)
+    gaps: list[float] = field(default_factory=list)
+
+    def metrics(self) -> dict[str, float]:
+        """Columns of metrics.csv; nan where there is nothing to average."""
+        return {
+            "loss": _mean(self.losses),
+            "entropy": _mean(self.entropies),
+            "grad_norm": _mean([norm for norm in self.norms if norm is not None]),
+            "clip_fraction": _mean(self.clipped),
+            "train_tok_s": self.tokens / (time.perf_counter() - self.started),
+            "logprob_gap": max(self.gaps, default=math.nan),
+            "skipped_updates": self.norms.count(None),
+        }
 
 
 def optimizer_step(run: Run, loss: float) -> float | None:
@@ -252,5 +274,5 @@ def micro_batches(lengths: Sequence[int], budget: int) -> Iterator[list[int]]:
         start = end
 
 
-def _ratio(a: float, b: float) -> float:
-    return a / b if b else math.nan
+def _mean(values: Sequence[float]) -> float:
+    return sum(values) / len(values) if values else math.nan
