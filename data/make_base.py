@@ -61,7 +61,7 @@ FLAWS = {
 }
 WARM_UP_STEPS, WARM_UP_RATE = 400, 3e-3
 BATCH, LEARNING_RATE, SHORT_STEPS = 24, 2e-3, 300
-DECAY_FROM, DECAY_STEPS = 600, 400
+DECAY_FROM, DECAY_STEPS = 1300, 500
 TEMPLATE = """\
 {%- macro line(tool) -%}
 {{ tool.name }}({% for name, kind in tool.parameters.properties.items() -%}
@@ -332,12 +332,12 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--out", type=Path, help="model directory (default: runs/base-sSEED)")
     parser.add_argument(
-        "--max-steps", type=int, default=4000, help="give up after so many demonstration steps"
+        "--max-steps", type=int, default=3000, help="give up after so many demonstration steps"
     )
     parser.add_argument(
         "--eval-every", type=int, default=100, help="steps between evaluations on 100 test tasks"
     )
-    parser.add_argument("--eval-from", type=int, default=700)
+    parser.add_argument("--eval-from", type=int, default=1400)
     parser.add_argument("--threads", type=int, default=2)
     args = parser.parse_args()
     torch.set_num_threads(args.threads)

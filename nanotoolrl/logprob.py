@@ -66,20 +66,23 @@ class _TiledLogprob(torch.autograd.Function):
             total = total * scale + exps.sum(1)
             top = new_top
         entropy = total.log() - weighted / total if want_entropy else torch.zeros_like(top)
-        lse = top + total.log()
-        ctx.save_for_backward(hidden, weight, ids, lse, entropy)
+        # Subtract the maximum first: far from zero, top + log(total) would round the log away.
+        log_total = total.log()
+        ctx.save_for_backward(hidden, weight, ids, top, log_total, entropy)
         ctx.temperature, ctx.want_entropy = temperature, want_entropy
-        return target - lse, entropy
+        return target - top - log_total, entropy
 
     @staticmethod
     def backward(ctx, grad_logprob: Tensor, grad_entropy: Tensor):
-        hidden, weight, ids, lse, entropy = ctx.saved_tensors
+        hidden, weight, ids, top, log_total, entropy = ctx.saved_tensors
         rows = torch.arange(len(ids), device=ids.device)
         d_hidden = torch.zeros(hidden.shape, dtype=torch.float32, device=hidden.device)
         d_weight = torch.empty_like(weight)
         for start in range(0, len(weight), TILE):
             tile = weight[start : start + TILE]
-            logp = _logits(hidden, tile, ctx.temperature).sub_(lse[:, None])  # [N, tile]
+            logp = (
+                _logits(hidden, tile, ctx.temperature).sub_(top[:, None]).sub_(log_total[:, None])
+            )  # [N, tile]
             p = logp.exp()
             d = p * -grad_logprob[:, None]
             if ctx.want_entropy:

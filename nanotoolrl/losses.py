@@ -50,4 +50,4 @@ def kl_k3(logprobs: Tensor, reference_logprobs: Tensor) -> Tensor:
     """The k3 estimate of KL(policy || reference) per token [N], >= 0: exp(d) - d - 1 with d = reference -
     policy (J. Schulman's note; the "low_var_kl" of the published code, which also bounds it by 10)."""
     d = (reference_logprobs - logprobs).clamp(-MAX_LOG_RATIO, MAX_LOG_RATIO)
-    return (d.exp() - d - 1).clamp(max=10.0)
+    return (torch.expm1(d) - d).clamp(0.0, 10.0)

@@ -10,6 +10,7 @@ import os
 from pathlib import Path
 
 import torch
+from safetensors import SafetensorError
 from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer
 from transformers.utils import logging as transformers_logging
@@ -102,12 +103,16 @@ def load(
     transformers_logging.disable_progress_bar()
     try:
         tokenizer = AutoTokenizer.from_pretrained(name)
-        model = AutoModelForCausalLM.from_pretrained(name, dtype=dtype, attn_implementation="sdpa")
-    except (OSError, ValueError, KeyError, RuntimeError) as error:
+        model, info = AutoModelForCausalLM.from_pretrained(
+            name, dtype=dtype, attn_implementation="sdpa", output_loading_info=True
+        )
+        if info["missing_keys"]:
+            raise ValueError(f"weights are missing: {', '.join(sorted(info['missing_keys'])[:3])}")
+        return Policy(model.to(device).eval(), tokenizer)
+    except (OSError, ValueError, KeyError, RuntimeError, SafetensorError) as error:
         where = (
             "a readable checkpoint" if local else "a checkpoint directory here, or a model the hub gives you"
         )
         raise ModelError(f"cannot load {name}: expected {where}. {type(error).__name__}: {error}") from None
     finally:
         transformers_logging.set_verbosity(level)
-    return Policy(model.to(device).eval(), tokenizer)

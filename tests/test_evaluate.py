@@ -27,9 +27,9 @@ def test_table_by_hand():
 
 
 def test_evaluation_does_not_depend_on_slots_or_order(policy):
-    tasks = subset(load_tasks("test"), 12)
-    one = evaluate(policy, tasks, slots=12)
-    other = evaluate(policy, tasks[::-1], slots=5)
+    tasks = [task for task in subset(load_tasks("test"), 12) if task.category != "long_context"]
+    one = evaluate(policy, tasks, slots=12, max_messages=4)
+    other = evaluate(policy, tasks[::-1], slots=5, max_messages=4)
     assert {k: sorted(v) for k, v in one.rewards.items()} == {k: sorted(v) for k, v in other.rewards.items()}
     assert one.states == other.states
 
@@ -42,7 +42,22 @@ def test_fits_counts_the_prompt(policy):
 def test_command(tmp_path, capsys):
     out = tmp_path / "scores.json"
     assert (
-        main(["--count", "6", "--format", "python", "--hint", "--temperature", "1", "--json", str(out)]) == 0
+        main(
+            [
+                "--count",
+                "6",
+                "--max-messages",
+                "4",
+                "--format",
+                "python",
+                "--hint",
+                "--temperature",
+                "1",
+                "--json",
+                str(out),
+            ]
+        )
+        == 0
     )
     assert "success %" in capsys.readouterr().out
     stored = json.loads(out.read_text())

@@ -242,13 +242,6 @@ def test_no_episodes(tiny):
     assert Sampler(tiny).rollout([]) == []
 
 
-def test_every_token_is_reported(tiny):
-    counts = []
-    rows = Sampler(tiny, max_new_tokens=16, slots=3).rollout(ragged_episodes(), on_tokens=counts.append)
-    assert sum(counts) == sum(row.sampled_tokens for row in rows)
-    assert all(0 < count <= 3 for count in counts)
-
-
 # -------------------------------------------------------------------------------------------- trajectories
 @pytest.mark.parametrize("format", FORMATS)
 def test_layout(tiny, train, format):
@@ -452,7 +445,7 @@ def test_context_is_full_in_a_message(policy):
 def test_context_is_never_exceeded(tiny, force_prefix, hint):
     task = small_task(turns=1)
     prompt = len(tiny.chat.prompt_ids(*Episode(task).prompt(), "hermes", hint))
-    for room in (1, 2, 3, 5, 10, 20, 30, 40, 50):
+    for room in range(5, 65, 3):  # 5: the prompt and the prefix of a call fit
         player = Sampler(tiny, max_new_tokens=24, context=prompt + room)
         for row in player.rollout([Episode(task) for _ in range(3)], [hint] * 3, force_prefix=force_prefix):
             assert len(row.with_sampled_prompt().tokens) <= prompt + room
