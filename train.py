@@ -269,8 +269,7 @@ class RunDirectory:
         )
 
     def reopen(self, config: Config, given: set[str]) -> tuple[Config, dict]:
-        """(config of the run with grown steps, checkpoint); cuts metrics and rollouts newer than the
-        checkpoint."""
+        """(config of the run with grown steps, checkpoint); changes nothing."""
         if not self.config.is_file():
             raise Refused(f"no run to resume in {self.path}: it has no config.json")
         try:
@@ -287,13 +286,16 @@ class RunDirectory:
         if "steps" in given and config.steps < old.steps:
             raise Refused(f"--steps may only grow on --resume: the run has {old.steps}")
         saved = self.read_checkpoint()
-        cut(self.metrics, lambda line: int(line.split(",")[0]) <= saved["step"], header=True)
-        cut(self.rollouts, lambda line: json.loads(line)["step"] <= saved["step"])
         resumed = dataclasses.replace(
             old, steps=config.steps if "steps" in given else old.steps, out=str(self.path)
         )
-        self.write_config(resumed)
         return resumed, saved
+
+    def rewind(self, config: Config, step: int) -> None:
+        """Cut metrics and rollouts newer than the checkpoint, and write the config of the longer run."""
+        cut(self.metrics, lambda line: int(line.split(",")[0]) <= step, header=True)
+        cut(self.rollouts, lambda line: json.loads(line)["step"] <= step)
+        self.write_config(config)
 
     def read_checkpoint(self) -> dict:
         """The saved state. Refuses, by name, a checkpoint that is missing, half-written or not one."""
@@ -461,6 +463,7 @@ def train(config: Config, resume: bool, given: set[str]) -> int:
         directory.create(config)
     else:
         restore(run, saved, directory)
+        directory.rewind(config, run.step)
     print(
         f"{config.scheme}: {config.prompts} prompts x {config.group} rollouts "
         f"= {config.prompts * config.group} trajectories, {config.updates} updates; "

@@ -234,10 +234,13 @@ class Sampler:
 
     def _open_message(self, row: _Row, force_prefix: bool) -> None:
         row.message = []
-        if force_prefix and row.episode.calls_left:
-            prefix = FORMATS[row.episode.format].prefix
-            row.message = self.chat.assistant_ids(prefix, row.episode.format)[:-1]
-            self._give(row, row.message)
+        if not (force_prefix and row.episode.calls_left):
+            return
+        prefix = FORMATS[row.episode.format].prefix
+        ids = self.chat.assistant_ids(prefix, row.episode.format)[:-1]
+        if len(row.context) + len(ids) < self.context:
+            row.message = list(ids)
+            self._give(row, ids)
 
     def _give(self, row: _Row, ids: list[int]) -> None:
         row.trajectory.append(ids, sampled=False)
@@ -316,9 +319,8 @@ class Sampler:
     ) -> list[int]:
         """Sample one token for each row in `fed` from its hidden state; returns the rows whose message
         ended."""
-        logprobs = torch.log_softmax(
-            (hidden @ self.policy.head.T).float() / (temperature or 1.0), dim=-1
-        )  # [N, V]
+        logits = hidden.float() @ self.policy.head.float().T  # [N, V], never rounded to half
+        logprobs = torch.log_softmax(logits / (temperature or 1.0), dim=-1)
         if temperature == 0:
             ids = logprobs.argmax(-1)
         else:

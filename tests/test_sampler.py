@@ -440,16 +440,21 @@ def test_context_is_full_in_a_message(policy):
     assert len(row.tokens) == prompt + 7 and row.states == ["overlong"] and row.reward == 0.0
 
 
-@pytest.mark.parametrize("force_prefix", [False, True])
 @pytest.mark.parametrize("hint", ["", HINT])
-def test_context_is_never_exceeded(tiny, force_prefix, hint):
-    task = small_task(turns=1)
-    prompt = len(tiny.chat.prompt_ids(*Episode(task).prompt(), "hermes", hint))
-    for room in range(5, 65, 3):  # 5: the prompt and the prefix of a call fit
-        player = Sampler(tiny, max_new_tokens=24, context=prompt + room)
-        for row in player.rollout([Episode(task) for _ in range(3)], [hint] * 3, force_prefix=force_prefix):
-            assert len(row.with_sampled_prompt().tokens) <= prompt + room
-            assert row.states and row.verdicts
+@pytest.mark.parametrize("force_prefix", [False, True])
+def test_context_is_never_exceeded(policy, hint, force_prefix):
+    """However little room is left, for a message, an observation or a forced prefix."""
+    silent, task = tiny_policy(policy.tokenizer, stop=1e9), small_task(turns=1)
+    task.turns *= 2  # calls are expected in both
+    prefix = silent.chat.assistant_ids(FORMATS["hermes"].prefix, "hermes") if force_prefix else []
+    prompt = len(silent.chat.prompt_ids(*Episode(task).prompt(), "hermes", hint)) + len(prefix)
+    lengths = []
+    for context in range(prompt + 1, prompt + 40):
+        player = Sampler(silent, context=context)
+        row = player.rollout([Episode(task)], [hint], force_prefix=force_prefix)[0].with_sampled_prompt()
+        assert len(row.tokens) <= context and row.loss_mask[-1]
+        lengths.append(len(row.states))
+    assert set(lengths) == {1, 2}
 
 
 def test_context_of_the_model_is_the_limit(policy):
