@@ -179,7 +179,7 @@ def test_alarm_needs_tenfold(tiny, tasks):
     usual = tiny.head[token, 0].item()
     start = plain(tiny, tiny, tasks[:3], "hermes")[1]
     grown = []
-    for push in (0.2, 8.0):
+    for push in (0.2, 0.6, 1.0, 1.5, 2.0, 8.0):
         with torch.no_grad():
             tiny.head[token, 0] = usual + push
         now = plain(tiny, tiny, tasks[:3], "hermes")[1]
@@ -188,7 +188,7 @@ def test_alarm_needs_tenfold(tiny, tasks):
         grown.append(growth[worst])
         expected = f"{worst} x{growth[worst]:.0f}" if growth[worst] >= 10 else ""
         assert probes.measure(tiny)[1] == expected
-    assert grown[0] < 10 < grown[1]
+    assert any(3 < growth < 10 for growth in grown) and grown[-1] > 10
 
 
 def test_alarm_ignores_what_stays_tiny(tiny, tasks):
