@@ -115,22 +115,15 @@ PRESETS: dict[str, dict] = {
         "warmup": 10,
         "kl": 1e-4,
         "context": 8192,
-    }
-    | {"max_new_tokens": 1024, "max_messages": MAX_MESSAGES},
+        "max_new_tokens": 1024,
+        "max_messages": MAX_MESSAGES,
+    },  # fmt: skip
 }
 
 
-UNREADABLE = (
-    OSError,
-    RuntimeError,
-    EOFError,
-    AttributeError,
-    ImportError,
-    pickle.UnpicklingError,
-    BadZipFile,
-)
-
-
+# What torch.load raises on a file that is no checkpoint.
+UNREADABLE = (OSError, RuntimeError, EOFError, AttributeError, ImportError)
+UNREADABLE += (pickle.UnpicklingError, BadZipFile)
 WHY_STOPPED = {
     1: "Stopped: three updates in a row had a loss or gradient that is not finite; lower --lr.",
     130: "Stopped by Ctrl-C; go on with --resume.",
@@ -190,39 +183,13 @@ def parse(argv: list[str] | None) -> tuple[Config, set[str], bool]:
 
 def check(config: Config) -> None:
     """Refuse values that cannot work."""
-    positive = (
-        "steps",
-        "prompts",
-        "group",
-        "updates",
-        "max_new_tokens",
-        "max_messages",
-        "context",
-        "lr",
-        "temperature",
-    )
     for name in (
-        *positive,
-        "probe_every",
-        "probe_tasks",
-        "tokens_at_once",
-        "slots",
-        "save_every",
-        "dual_clip",
-        "grad_clip",
+        *"steps prompts group updates max_new_tokens max_messages context lr temperature".split(),
+        *"probe_every probe_tasks tokens_at_once slots save_every dual_clip grad_clip".split(),
     ):
         if not getattr(config, name) > 0:
             raise Refused(f"--{name.replace('_', '-')} must be positive, not {getattr(config, name)}")
-    for name in (
-        "hint_count",
-        "eval_count",
-        "show_every",
-        "rollout_groups",
-        "kl",
-        "warmup",
-        "threads",
-        "seed",
-    ):
+    for name in "hint_count eval_count show_every rollout_groups kl warmup threads seed".split():
         if not getattr(config, name) >= 0:
             raise Refused(f"--{name.replace('_', '-')} must not be negative, it is {getattr(config, name)}")
     if config.hint_count > config.group:
