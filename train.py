@@ -117,7 +117,7 @@ PRESETS: dict[str, dict] = {
         "context": 8192,
         "max_new_tokens": 1024,
         "max_messages": MAX_MESSAGES,
-    },  # fmt: skip
+    },
 }
 
 
