@@ -8,7 +8,7 @@ import torch
 
 from nanotoolrl.chat import FORMATS, readable
 from nanotoolrl.env import Episode, Task, Turn, oracle
-from nanotoolrl.model import NANO, ModelError, load
+from nanotoolrl.model import BUILT_IN, ModelError, load
 from nanotoolrl.sampler import Sampler, Trajectory
 from nanotoolrl.tasks import SPLITS, load_tasks
 
@@ -87,7 +87,9 @@ def main(argv: list[str] | None = None) -> int:
     """The command; returns 0, or 2 when refused."""
     parser = argparse.ArgumentParser(description=__doc__, allow_abbrev=False)
     parser.add_argument(
-        "--model", default=str(NANO), help="checkpoint directory or hub name (default: the built-in model)"
+        "--model",
+        default=BUILT_IN,
+        help="checkpoint directory, hub name, or nano, the built-in model (default)",
     )
     parser.add_argument(
         "--tasks", default="test", help=f"{', '.join(SPLITS)} or a JSONL file (default: test)"

@@ -29,7 +29,7 @@ from tqdm import tqdm
 from nanotoolrl.chat import FORMATS, MESSAGE_STATES, UNHEALTHY_STATES, readable
 from nanotoolrl.env import MAX_MESSAGES, Task
 from nanotoolrl.evaluate import Scores, evaluate, fits, table
-from nanotoolrl.model import NANO, ModelError, Policy, load
+from nanotoolrl.model import BUILT_IN, ModelError, Policy, load
 from nanotoolrl.probes import ProbeSet
 from nanotoolrl.sampler import Sampler, Trajectory
 from nanotoolrl.schemes import SCHEMES, Run, Step
@@ -57,7 +57,7 @@ class Config:
     # what runs
     scheme: str = setting("hint", "trainer variant; see --list", tuple(SCHEMES))
     preset: str = setting("nano", "named set of settings, overridden by flags", ("nano", "smoke", "paper"))
-    model: str = setting(str(NANO), "checkpoint directory or hub name")
+    model: str = setting(BUILT_IN, "checkpoint directory, hub name, or nano, the built-in model")
     tasks: str = setting("train", f"training tasks: {', '.join(SPLITS)} or a JSONL file")
     format: str = setting("hermes", "syntax of tool calls", tuple(FORMATS))
     steps: int = setting(24, "RL steps")
@@ -149,7 +149,7 @@ def parse(argv: list[str] | None) -> tuple[Config, set[str], bool]:
     )
     for f in dataclasses.fields(Config):
         flag = "--" + f.name.replace("_", "-")
-        about = f"{f.metadata['about']} (default: {'the built-in model' if f.name == 'model' else f.default})"
+        about = f"{f.metadata['about']} (default: {f.default})"
         if f.type is bool:
             parser.add_argument(flag, action=argparse.BooleanOptionalAction, help=about)
         else:

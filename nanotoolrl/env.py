@@ -3,15 +3,12 @@ environment).
 
 The rules that matter, collapse lives on some of them:
 - A message is read leniently: every marked block is tried, text around it is ignored, an unreadable block is
-answered
-  with an error the model can read.
+  answered with an error the model can read.
 - A message without a call ENDS THE TURN and brings the next user message. An opening tag and nothing else is
-therefore
-  a legal, short, free end of a turn.
+  therefore a legal, short, free end of a turn.
 - After each turn that has ground-truth calls, the state of every API object must equal the state the ground
-truth
-  reaches, and the results of the ground-truth calls must be contained (in any order, counted) in the results
-  seen so far. The reward is 1 if every turn passes, else 0; the episode goes on after a failed turn.
+  truth reaches, and the results of the ground-truth calls must be contained (in any order, counted) in the
+  results seen so far. The reward is 1 if every turn passes, else 0; the episode goes on after a failed turn.
 - Calls in a turn without ground-truth calls are not punished, unless `strict_empty_turn`.
 One rule is ours: a tool that the task hides cannot be called until a user message offers it.
 """

@@ -17,7 +17,7 @@ import torch
 
 from nanotoolrl.chat import FORMATS, MESSAGE_STATES
 from nanotoolrl.env import CATEGORIES, MAX_MESSAGES, Episode, Task
-from nanotoolrl.model import NANO, ModelError, Policy, load
+from nanotoolrl.model import BUILT_IN, ModelError, Policy, load
 from nanotoolrl.sampler import Sampler
 from nanotoolrl.supervise import hint_text
 from nanotoolrl.tasks import SPLITS, load_tasks, subset
@@ -117,7 +117,9 @@ def main(argv: list[str] | None = None) -> int:
         prog="python -m nanotoolrl.evaluate", description="Score a model on tasks.", allow_abbrev=False
     )
     parser.add_argument(
-        "--model", default=str(NANO), help="checkpoint directory or hub name (default: built-in)"
+        "--model",
+        default=BUILT_IN,
+        help="checkpoint directory, hub name, or nano, the built-in model (default)",
     )
     parser.add_argument(
         "--tasks", default="test", help=f"{', '.join(SPLITS)} or a JSONL file (default: test)"

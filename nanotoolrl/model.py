@@ -18,6 +18,7 @@ from transformers.utils import logging as transformers_logging
 from nanotoolrl.chat import Chat
 from nanotoolrl.logprob import token_logprob
 
+BUILT_IN = "nano"  # the name `load` knows it by
 NANO = Path(__file__).resolve().parent.parent / "data" / "nano"
 
 
@@ -81,12 +82,12 @@ class Policy:
 def load(
     name_or_dir: str | os.PathLike, device: str | None = None, dtype: torch.dtype | None = None
 ) -> Policy:
-    """Load a checkpoint directory or a hub name.
+    """Load a checkpoint directory, a hub name, or "nano", the built-in model.
 
     device: "cuda" where there is one, else "cpu". dtype: fp32 on the CPU, bf16 on a GPU that has it, else
     fp16. Raises ModelError, with the path or name and what was expected.
     """
-    name = os.fspath(name_or_dir)
+    name = str(NANO) if name_or_dir == BUILT_IN else os.fspath(name_or_dir)
     local = Path(name).exists() or Path(name).parent.is_dir()  # "data/nan0" is a slip, not a hub name
     if local and not (Path(name) / "config.json").is_file():
         raise ModelError(
