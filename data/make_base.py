@@ -25,6 +25,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from nanotoolrl.chat import FORMATS, Call, Chat, message_state, render_calls, signature  # noqa: E402
 from nanotoolrl.env import Episode, Task, call_tool, oracle  # noqa: E402
+from nanotoolrl.evaluate import evaluate  # noqa: E402
 from nanotoolrl.model import Policy, load  # noqa: E402
 from nanotoolrl.supervise import hint_text  # noqa: E402
 from nanotoolrl.tasks import alter, generate, load_tasks, subset  # noqa: E402
@@ -316,10 +317,8 @@ def learning_rate(step: int) -> float:
     return LEARNING_RATE * min(1.0, (step + 1) / 50) * fall
 
 
-def success(policy: Policy, tasks: list[Task], seed: int = 0) -> dict[str, float]:
+def success(policy: Policy, tasks: list[Task]) -> dict[str, float]:
     """Greedy success per format."""
-    from nanotoolrl.evaluate import evaluate
-
     return {
         format: evaluate(policy, tasks, format, context=2048, max_messages=MESSAGES).success
         for format in FORMATS
