@@ -62,7 +62,7 @@ FLAWS = {
 }
 WARM_UP_STEPS, WARM_UP_RATE = 400, 3e-3
 BATCH, LEARNING_RATE, SHORT_STEPS = 24, 2e-3, 300
-DECAY_FROM, DECAY_STEPS = 800, 600
+DECAY_FROM, DECAY_STEPS = 700, 200
 MUON_SCALE = 2.0  # Muon's rate over AdamW's; the loss falls in two thirds of the steps that AdamW alone takes
 TEMPLATE = """\
 {%- macro line(tool) -%}
@@ -349,7 +349,7 @@ def main() -> None:
     parser.add_argument(
         "--eval-every", type=int, default=100, help="steps between evaluations on 100 test tasks"
     )
-    parser.add_argument("--eval-from", type=int, default=800)
+    parser.add_argument("--eval-from", type=int, default=900)
     parser.add_argument("--threads", type=int, default=2)
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
