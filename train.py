@@ -70,7 +70,7 @@ class Config:
     temperature: float = setting(1.0, "of sampling, and of the log-probs that are trained")
     max_new_tokens: int = setting(128, "tokens per assistant message; longer ones are cut and fail")
     max_messages: int = setting(
-        20, "assistant messages per episode (published: 30); no ground truth has more than 15"
+        20, "assistant messages per episode (published: 30); no ground truth has more than 14"
     )
     context: int = setting(2048, "tokens per episode")
     strict_empty_turn: bool = setting(

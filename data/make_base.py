@@ -47,19 +47,13 @@ ARCHITECTURE = {
     "attention_bias": True,
     "initializer_range": 0.05,
 }
-MESSAGES = 20  # assistant messages per evaluation episode; the longest ground truth has 15
+MESSAGES = 20  # assistant messages per evaluation episode; the longest ground truth has 14
 MESSAGE_LIMIT = 128  # tokens of a message that never ends
 POOLS = ["train", "train", "foreign", "ood"]  # in these shares
 CATEGORY_SHARES = {"base": 0.3, "miss_func": 0.3, "miss_param": 0.3, "long_context": 0.1}
 HINTED, RETRIED, RETRIED_AGAIN = 0.2, 0.15, 0.35
-FLAWS = {
-    "empty": 0.012,
-    "bare": 0.012,
-    "malformed": 0.012,
-    "polluted": 0.012,
-    "foreign": 0.012,
-    "overlong": 0.008,
-}
+FLAWS = {"empty": 0.016, "bare": 0.012, "malformed": 0.005, "polluted": 0.012, "foreign": 0.016}
+FLAWS |= {"overlong": 0.008}  # a small model adds malformed messages of its own
 WARM_UP_STEPS, WARM_UP_RATE = 400, 3e-3
 BATCH, LEARNING_RATE, SHORT_STEPS = 24, 2e-3, 300
 DECAY_FROM, DECAY_STEPS = 700, 200
@@ -350,7 +344,7 @@ def main() -> None:
         "--eval-every", type=int, default=100, help="steps between evaluations on 100 test tasks"
     )
     parser.add_argument("--eval-from", type=int, default=900)
-    parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--threads", type=int, default=1, help="other numbers round differently")
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
     args.out = args.out or Path(f"runs/base-s{args.seed}")
