@@ -8,6 +8,7 @@ on `test` is 15 to 40 % in every format, at least 20 % in hermes and one other: 
 """
 
 import argparse
+import copy
 import json
 import math
 import os
@@ -51,7 +52,7 @@ MESSAGES = 20  # assistant messages per evaluation episode; the longest ground t
 MESSAGE_LIMIT = 128  # tokens of a message that never ends
 POOLS = ["train", "train", "foreign", "ood"]  # in these shares
 CATEGORY_SHARES = {"base": 0.3, "miss_func": 0.3, "miss_param": 0.3, "long_context": 0.1}
-HINTED, RETRIED, RETRIED_AGAIN = 0.2, 0.15, 0.35
+HINTED, RETRIED, RETRIED_AGAIN, PREMATURE = 0.2, 0.15, 0.35, 0.2
 FLAWS = {"empty": 0.016, "bare": 0.012, "malformed": 0.005, "polluted": 0.012, "foreign": 0.016}
 FLAWS |= {"overlong": 0.008}  # a small model adds malformed messages of its own
 WARM_UP_STEPS, WARM_UP_RATE = 400, 3e-3
@@ -159,9 +160,22 @@ def wrong_call(rng: random.Random, call: Call, episode: Episode) -> Call | None:
         wrong = alter(call, rng.choice(list(call.arguments)))
     else:
         return None
-    world = Task("", "base", {name: vars(api) for name, api in episode.world.items()}, [], []).new_world()
-    result = call_tool(world, wrong)
+    result = call_tool(copy.deepcopy(episode.world), wrong)
     return wrong if isinstance(result, dict) and "error" in result else None
+
+
+def premature(episode: Episode) -> list[Call]:
+    """What a turn that lacks a tool invites: the lookups of the next turn, then the hidden tool.
+
+    Without such demonstrations a greedy model calls the hidden tool until the cap on messages. Empty where no
+    tool is hidden, or where the calls before it would change the world.
+    """
+    calls = episode.task.turns[episode.turn + 1].calls
+    hidden = next((i for i, call in enumerate(calls) if call.name not in episode.tools), None)
+    world = copy.deepcopy(episode.world)
+    for call in calls[:hidden]:
+        call_tool(world, call)
+    return calls[: hidden + 1] if hidden is not None and world == episode.world else []
 
 
 def flaw(rng: random.Random, state: str, call: Call, format: str) -> str:
@@ -205,6 +219,9 @@ def demonstrate(chat: Chat, task: Task, format: str, rng: random.Random) -> tupl
 
     while not episode.done:
         number, turn = episode.turn, task.turns[episode.turn]
+        if not turn.calls and rng.random() < PREMATURE:
+            for call in premature(episode):
+                emit(render_calls([call], format))
         for call in [*turn.calls, None]:
             chance = RETRIED if call else 0.0
             while rng.random() < chance and (wrong := wrong_call(rng, call, episode)):
@@ -344,7 +361,7 @@ def main() -> None:
         "--eval-every", type=int, default=100, help="steps between evaluations on 100 test tasks"
     )
     parser.add_argument("--eval-from", type=int, default=900)
-    parser.add_argument("--threads", type=int, default=1, help="other numbers round differently")
+    parser.add_argument("--threads", type=int, default=2, help="other numbers round differently")
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
     args.out = args.out or Path(f"runs/base-s{args.seed}")
