@@ -1,5 +1,6 @@
 """The built-in model: its directory, and the recipe that made it."""
 
+import copy
 import importlib.util
 import json
 import random
@@ -10,7 +11,7 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from nanotoolrl.chat import FORMATS, message_state
+from nanotoolrl.chat import FORMATS, message_state, render_calls
 from nanotoolrl.env import Episode
 from nanotoolrl.model import NANO
 from nanotoolrl.tasks import SPLITS, load_tasks
@@ -49,7 +50,6 @@ def test_tokenizer_is_made_again_from_its_seed(policy, fresh):
 GREEDY = NANO.parent / "results" / "base" / "greedy.json"
 
 
-@pytest.mark.skipif(not GREEDY.exists(), reason="the built-in model is provisional, not yet scored")
 def test_scores_are_in_the_window_of_the_recipe():
     """The stopping rule, on the scores that evaluate.py wrote."""
     scores = json.loads(GREEDY.read_text())["scores"]
@@ -89,6 +89,30 @@ def test_demonstrations_hold_every_state_and_stay_aligned(policy):
     for state in ("empty", "bare", "malformed", "polluted", "foreign", "overlong"):
         assert 0.001 < counts[state] / total < 0.04, (state, counts)
     assert counts["call"] > counts["reply"] > 0.1 * total
+
+
+def test_premature_calls_end_in_the_hidden_tool_and_change_nothing():
+    found = 0
+    for task in load_tasks("test"):
+        episode = Episode(task)
+        turn = next((i for i, turn in enumerate(task.turns) if not turn.calls), None)
+        if turn is None:
+            continue
+        for earlier in task.turns[:turn]:
+            for call in earlier.calls:
+                episode.step(render_calls([call], "hermes"))
+            episode.step(earlier.reply)
+        before = copy.deepcopy(episode.world)
+        calls = make_base.premature(episode)
+        if task.category == "miss_param":
+            assert calls == []
+            continue
+        found += bool(calls)
+        for i, call in enumerate(calls):
+            answer = episode.step(render_calls([call], "hermes"))[0]["content"]
+            assert ("no tool" in answer) == (i == len(calls) - 1)
+        assert episode.world == before
+    assert found >= 80
 
 
 def test_demonstrations_and_copying_are_pure_functions(policy):

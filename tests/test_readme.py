@@ -5,8 +5,6 @@ import json
 import re
 from pathlib import Path
 
-import pytest
-
 import train
 from nanotoolrl import env, schemes, tools
 from nanotoolrl.evaluate import Scores, states_table, table
@@ -57,14 +55,10 @@ def test_add_a_scheme(monkeypatch, tmp_path):
     assert train.train(config, resume=False, given=set()) == 0
 
 
-measured = pytest.mark.skipif(not (RESULTS / "hint").exists(), reason="the default run is not measured yet")
-
-
 def stored(seed, name):
     return json.loads((RESULTS / "hint" / f"seed{seed}" / name).read_text())
 
 
-@measured
 def test_the_results_table_is_made_from_the_committed_results():
     results = [stored(seed, "result.json") for seed in range(3)]
     columns = {"before": Scores(**results[0]["before"])}
@@ -73,9 +67,6 @@ def test_the_results_table_is_made_from_the_committed_results():
     assert all(result["before"]["rewards"] == results[0]["before"]["rewards"] for result in results)
 
 
-@pytest.mark.skipif(
-    not (RESULTS / "base").exists(), reason="the built-in model is provisional, not yet scored"
-)
 def test_the_model_card_is_made_from_the_committed_scores():
     card = (ROOT / "data" / "nano" / "README.md").read_text()
     for name in ("greedy", "sampled", "hinted"):
@@ -103,7 +94,6 @@ def test_files_and_flags_named_in_the_readme_exist():
     assert set(re.findall(r"--[a-z][a-z-]+", README)) <= known
 
 
-@measured
 def test_committed_runs_are_whole_and_made_with_the_present_defaults():
     for seed in range(3):
         config = stored(seed, "config.json")
