@@ -60,13 +60,13 @@ class Config:
     model: str = setting(BUILT_IN, "checkpoint directory, hub name, or nano, the built-in model")
     tasks: str = setting("train", f"training tasks: {', '.join(SPLITS)} or a JSONL file")
     format: str = setting("hermes", "syntax of tool calls", tuple(FORMATS))
-    steps: int = setting(24, "RL steps")
+    steps: int = setting(20, "RL steps")
     seed: int = setting(0, "of task order and sampling noise")
     out: str = setting("", "run directory (default: runs/SCHEME-PRESET-sSEED)")
     # one step
-    prompts: int = setting(8, "tasks per step")
+    prompts: int = setting(16, "tasks per step")
     group: int = setting(8, "rollouts per task")
-    updates: int = setting(2, "optimiser steps per RL step, each on an equal share of the prompts")
+    updates: int = setting(1, "optimiser steps per RL step, each on an equal share of the prompts")
     temperature: float = setting(1.0, "of sampling, and of the log-probs that are trained")
     max_new_tokens: int = setting(128, "tokens per assistant message; longer ones are cut and fail")
     max_messages: int = setting(
@@ -78,7 +78,7 @@ class Config:
     )
     # the loss
     lr: float = setting(
-        3e-4, "learning rate of AdamW (the paper's 1e-6 is for models a thousand times larger)"
+        2e-4, "learning rate of AdamW (the paper's 1e-6 is for models a thousand times larger)"
     )
     warmup: int = setting(5, "RL steps of linear learning-rate warm-up")
     weight_decay: float = setting(0.01, "of AdamW")
@@ -99,7 +99,7 @@ class Config:
     rollout_groups: int = setting(2, "groups per step written to rollouts.jsonl")
     # running
     tokens_at_once: int = setting(4096, "padded tokens per training micro-batch")
-    slots: int = setting(64, "episodes sampled at a time")
+    slots: int = setting(128, "episodes sampled at a time")
     save_every: int = setting(5, "steps between checkpoints")
     threads: int = setting(0, "CPU threads; 0: all cores")
 

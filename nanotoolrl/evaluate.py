@@ -22,8 +22,6 @@ from nanotoolrl.sampler import Sampler
 from nanotoolrl.supervise import hint_text
 from nanotoolrl.tasks import SPLITS, load_tasks, subset
 
-EVAL_SLOTS = 128
-
 
 @dataclass
 class Scores:
@@ -70,7 +68,7 @@ def evaluate(
     """
     started = time.perf_counter()
     order = sorted(range(len(tasks)), key=lambda i: len(str(tasks[i].state)))
-    player = Sampler(policy, seed=seed, **({"slots": EVAL_SLOTS} | sampler))
+    player = Sampler(policy, seed=seed, **sampler)
     hints = [hints[i] for i in order] if hints else None
     trajectories = player.rollout(
         [Episode(tasks[i], format, max_messages) for i in order], hints, temperature

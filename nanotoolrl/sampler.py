@@ -157,7 +157,7 @@ class Sampler:
         policy: Policy,
         max_new_tokens: int = 128,
         context: int | None = None,
-        slots: int = 64,
+        slots: int = 128,
         seed: int = 0,
     ) -> None:
         self.policy, self.chat = policy, policy.chat

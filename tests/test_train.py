@@ -19,8 +19,8 @@ from nanotoolrl.schemes import SCHEMES, Step
 
 ROOT = Path(train.__file__).parent
 TINY = (
-    "--preset smoke --eval-count 0 --prompts 2 --group 2 --probe-tasks 2 --max-messages 6 --threads 1 "
-    "--show-every 0"
+    "--preset smoke --eval-count 0 --prompts 2 --group 2 --updates 2 --probe-tasks 2 --max-messages 6 "
+    "--threads 1 --show-every 0"
 )
 
 
