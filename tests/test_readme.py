@@ -65,6 +65,18 @@ def test_the_results_table_is_made_from_the_committed_results():
     columns |= {f"after, seed {seed}": Scores(**result["after"]) for seed, result in enumerate(results)}
     assert table(columns) in README
     assert all(result["before"]["rewards"] == results[0]["before"]["rewards"] for result in results)
+    greedy = json.loads((RESULTS / "base" / "greedy.json").read_text())["scores"]["hermes"]
+    assert greedy["states"] == results[0]["before"]["states"]
+
+
+def test_the_sampled_table_is_made_from_the_committed_results():
+    start = json.loads((RESULTS / "base" / "sampled.json").read_text())
+    ends = [stored(seed, "sampled.json") for seed in range(3)]
+    columns = {"before": Scores(**start["scores"]["hermes"])}
+    columns |= {f"after, seed {seed}": Scores(**end["scores"]["hermes"]) for seed, end in enumerate(ends)}
+    assert table(columns) in README
+    same = {"tasks", "count", "temperature", "hint", "seed", "context", "max_messages"}
+    assert all(end["arguments"][name] == start["arguments"][name] for end in ends for name in same)
 
 
 def test_the_model_card_is_made_from_the_committed_scores():
