@@ -343,9 +343,55 @@ def ready(scores: dict[str, float], slack: float = 0.0) -> bool:
     return inside and min(scores["hermes"], max(others)) >= 0.20 - slack
 
 
-def save_state(path: Path, **state: object) -> None:
-    torch.save(state, path.with_suffix(".tmp"))
-    os.replace(path.with_suffix(".tmp"), path)
+class Making:
+    """The model being made: weights, optimisers, how far it is, and where all of it is saved."""
+
+    def __init__(self, out: Path, seed: int) -> None:
+        self.out, self.seed = out, seed
+        self.step, self.minutes, self.weights = -WARM_UP_STEPS, 0.0, dict.fromkeys(FORMATS, 1.0)
+        out.mkdir(parents=True, exist_ok=True)
+        if (out / "base.pt").exists():
+            saved = torch.load(out / "base.pt", weights_only=False)
+            self.policy = load(out, device="cpu")
+            self.optimizers = new_optimizers(self.policy)
+            self.policy.model.load_state_dict(saved["model"])
+            for optimizer, state in zip(self.optimizers, saved["optimizers"]):
+                optimizer.load_state_dict(state)
+            self.step, self.minutes, self.weights = saved["step"], saved["minutes"], saved["weights"]
+        else:
+            self.policy = new_policy(seed)
+            self.optimizers = new_optimizers(self.policy)
+            self.policy.save(out)
+        self.started = time.time() - 60 * self.minutes
+
+    def train(self) -> float:
+        """One step; returns its loss."""
+        if self.step < 0:
+            rows = copying(len(self.policy.tokenizer), self.seed, self.step)
+        else:
+            rows = demonstrations(self.policy.chat, self.seed, self.step, self.weights)
+        for optimizer, scale in zip(self.optimizers, (1.0, MUON_SCALE)):
+            optimizer.param_groups[0]["lr"] = scale * learning_rate(self.step)
+        loss = train_step(self.policy, self.optimizers, rows)
+        self.step += 1
+        self.minutes = (time.time() - self.started) / 60
+        return loss
+
+    def save(self) -> None:
+        """A checkpoint to go on from, and the model."""
+        state = {"step": self.step, "minutes": self.minutes, "weights": self.weights}
+        state |= {"model": self.policy.model.state_dict()}
+        state |= {"optimizers": [optimizer.state_dict() for optimizer in self.optimizers]}
+        torch.save(state, self.out / "base.tmp")
+        os.replace(self.out / "base.tmp", self.out / "base.pt")
+        self.policy.save(self.out)
+
+    def score(self, test: list[Task]) -> dict[str, dict[str, float]]:
+        """Success on a sample of the test tasks, and on all if that is near the window; formats that lag get
+        more of the demonstrations to come."""
+        scores = {"quick": success(self.policy, subset(test, 100))}
+        self.weights = {format: max(0.1, 0.5 - share) for format, share in scores["quick"].items()}
+        return scores | ({"test": success(self.policy, test)} if ready(scores["quick"], slack=0.04) else {})
 
 
 def main() -> None:
@@ -364,61 +410,26 @@ def main() -> None:
     parser.add_argument("--threads", type=int, default=2, help="other numbers round differently")
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
-    args.out = args.out or Path(f"runs/base-s{args.seed}")
-    args.out.mkdir(parents=True, exist_ok=True)
-    checkpoint, log = args.out / "base.pt", args.out / "base_log.jsonl"
-    if checkpoint.exists():
-        state = torch.load(checkpoint, weights_only=False)
-        policy = load(args.out, device="cpu")
-    else:
-        state = {"step": -WARM_UP_STEPS, "minutes": 0.0, "weights": dict.fromkeys(FORMATS, 1.0)}
-        policy = new_policy(args.seed)
-        policy.save(args.out)
-    optimizers = new_optimizers(policy)
-    if "model" in state:
-        policy.model.load_state_dict(state.pop("model"))
-        for optimizer, saved in zip(optimizers, state.pop("optimizers")):
-            optimizer.load_state_dict(saved)
-    step, minutes, weights = state["step"], state["minutes"], state["weights"]
-    print(
-        f"{sum(p.numel() for p in policy.model.parameters()):,} parameters, {len(policy.tokenizer)} tokens",
-        flush=True,
-    )
-    test = load_tasks("test")
-    started, losses = time.time(), []
-    while step < args.max_steps:
-        copy = step < 0
-        rows = (
-            copying(len(policy.tokenizer), args.seed, step)
-            if copy
-            else demonstrations(policy.chat, args.seed, step, weights)
-        )
-        for optimizer, scale in zip(optimizers, (1.0, MUON_SCALE)):
-            optimizer.param_groups[0]["lr"] = scale * learning_rate(step)
-        losses.append(train_step(policy, optimizers, rows))
-        step += 1
-        if step % 20 == 0:
-            spent = minutes + (time.time() - started) / 60
-            row = {"step": step, "minutes": round(spent, 1), "loss": round(sum(losses) / len(losses), 4)}
-            losses = []
-            if step >= args.eval_from and step % args.eval_every == 0:
-                row["quick"] = success(policy, subset(test, 100))
-                weights = {format: max(0.1, 0.5 - score) for format, score in row["quick"].items()}
-                if ready(row["quick"], slack=0.04):
-                    row["test"] = success(policy, test)
-            print(json.dumps(row), flush=True)
-            with log.open("a") as lines:
-                lines.write(json.dumps(row) + "\n")
-            if step % 100 == 0 or "test" in row:
-                spent = minutes + (time.time() - started) / 60
-                save_state(
-                    checkpoint, step=step, minutes=spent, weights=weights,
-                    model=policy.model.state_dict(), optimizers=[opt.state_dict() for opt in optimizers],
-                )  # fmt: skip
-                policy.save(args.out)
-            if "test" in row and ready(row["test"]):
-                print("ready")
-                return
+    making = Making(args.out or Path(f"runs/base-s{args.seed}"), args.seed)
+    size = sum(parameter.numel() for parameter in making.policy.model.parameters())
+    print(f"{size:,} parameters, {len(making.policy.tokenizer)} tokens", flush=True)
+    test, losses = load_tasks("test"), []
+    while making.step < args.max_steps:
+        losses.append(making.train())
+        if making.step % 20:
+            continue
+        loss, losses = sum(losses) / len(losses), []
+        row = {"step": making.step, "minutes": round(making.minutes, 1), "loss": round(loss, 4)}
+        if making.step >= args.eval_from and making.step % args.eval_every == 0:
+            row |= making.score(test)
+        print(json.dumps(row), flush=True)
+        with (making.out / "base_log.jsonl").open("a") as lines:
+            lines.write(json.dumps(row) + "\n")
+        if making.step % 100 == 0:
+            making.save()
+        if "test" in row and ready(row["test"]):
+            print("ready")
+            return
     raise SystemExit(f"not ready after {args.max_steps} steps; raise --max-steps and run again")
 
 

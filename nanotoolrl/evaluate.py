@@ -163,9 +163,10 @@ def main(argv: list[str] | None = None) -> int:
     print(table(columns))
     print(states_table(columns))
     if args.json:
-        stored = {"arguments": vars(args), "scores": {k: dataclasses.asdict(v) for k, v in columns.items()}}
+        arguments = {name: value for name, value in vars(args).items() if name != "json"}
+        scores = {format: dataclasses.asdict(one) for format, one in columns.items()}
         with open(args.json, "w") as file:
-            json.dump(stored, file)
+            json.dump({"arguments": arguments, "scores": scores}, file)
     return 0
 
 
