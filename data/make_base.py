@@ -347,7 +347,7 @@ class Making:
     """The model being made: weights, optimisers, how far it is, and where all of it is saved."""
 
     def __init__(self, out: Path, seed: int) -> None:
-        self.out, self.seed = out, seed
+        self.out, self.seed, self.log = out, seed, out / "base_log.jsonl"
         self.step, self.minutes, self.weights = -WARM_UP_STEPS, 0.0, dict.fromkeys(FORMATS, 1.0)
         out.mkdir(parents=True, exist_ok=True)
         if (out / "base.pt").exists():
@@ -358,6 +358,8 @@ class Making:
             for optimizer, state in zip(self.optimizers, saved["optimizers"]):
                 optimizer.load_state_dict(state)
             self.step, self.minutes, self.weights = saved["step"], saved["minutes"], saved["weights"]
+            lines = self.log.read_text().splitlines(keepends=True)
+            self.log.write_text("".join(line for line in lines if json.loads(line)["step"] <= self.step))
         else:
             self.policy = new_policy(seed)
             self.optimizers = new_optimizers(self.policy)
@@ -423,9 +425,9 @@ def main() -> None:
         if making.step >= args.eval_from and making.step % args.eval_every == 0:
             row |= making.score(test)
         print(json.dumps(row), flush=True)
-        with (making.out / "base_log.jsonl").open("a") as lines:
+        with making.log.open("a") as lines:
             lines.write(json.dumps(row) + "\n")
-        if making.step % 100 == 0:
+        if making.step % 100 == 0 or "quick" in row:
             making.save()
         if "test" in row and ready(row["test"]):
             print("ready")
