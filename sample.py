@@ -1,12 +1,11 @@
-"""Watch a model use tools: `python sample.py` plays a test task; `--chat` lets you talk to it with live
-tools."""
+"""Watch a model use tools: `python sample.py` plays a test task; with `--chat`, you talk to it."""
 
 import argparse
 import sys
 
 import torch
 
-from nanotoolrl.chat import FORMATS, readable
+from nanotoolrl.chat import FORMATS, readable, signature
 from nanotoolrl.env import Episode, Task, Turn, oracle
 from nanotoolrl.model import BUILT_IN, ModelError, load
 from nanotoolrl.sampler import Sampler, Trajectory
@@ -32,16 +31,15 @@ def play(sampler: Sampler, task: Task, args: argparse.Namespace, color: bool) ->
 class Talk(Episode):
     """An episode whose user messages come from a person. There is no ground truth, so nothing is checked."""
 
+    color = sys.stdout.isatty()
+
     def __init__(self, task: Task, format: str, first: str) -> None:
         blank = [Turn(first, [], "")] + [Turn("", [], "") for _ in range(CHAT_TURNS)]
         super().__init__(Task("chat", "base", task.state, task.tools, blank), format, max_messages=10**6)
 
     def step(self, text: str, overlong: bool = False) -> list[dict] | None:
-        """Show what the model wrote and what the tools answer; a turn's end asks the person for the next
-        message."""
+        """Show what the model wrote and what the tools answer; at a turn's end, ask the person."""
         show("assistant", text, self.color)
-        if overlong:
-            print("(cut at the token limit)")
         answer = super().step(text, overlong)
         if answer and answer[0]["role"] == "user":
             said = ask()
@@ -54,7 +52,10 @@ class Talk(Episode):
                 show("tool", message["content"], self.color)
         return answer
 
-    color = sys.stdout.isatty()
+    def abort(self, reason: str) -> None:
+        """End the chat and say why."""
+        print(f"(the chat ends: {reason})")
+        super().abort(reason)
 
 
 def ask() -> str | None:
@@ -119,7 +120,8 @@ def main(argv: list[str] | None = None) -> int:
         task = tasks[args.task] if args.task else next(iter(tasks.values()))
         if args.oracle:
             for message in oracle(task, args.format):
-                show(message["role"], message["content"], color)
+                lines = [message["content"], *map(signature, message.get("tools", ()))]
+                show(message["role"], "\n".join(lines), color)
             return 0
         sampler = Sampler(load(args.model), seed=args.seed)
         talk(sampler, task, args) if args.chat else play(sampler, task, args, color)

@@ -80,7 +80,9 @@ class Config:
     lr: float = setting(
         2e-4, "learning rate of AdamW (the paper's 1e-6 is for models a thousand times larger)"
     )
-    warmup: int = setting(5, "RL steps of linear learning-rate warm-up")
+    warmup: int = setting(
+        5, "linear learning-rate warm-up: step s runs at (s + 1) / WARMUP of it, at most all"
+    )
     weight_decay: float = setting(0.01, "of AdamW")
     grad_clip: float = setting(1.0, "largest gradient norm")
     clip: float = setting(0.2, "ratios outside 1 +- clip get no gradient")
@@ -136,8 +138,7 @@ class Refused(Exception):
 
 # ---------------------------------------------------------------------------------------------- command line
 def parse(argv: list[str] | None) -> tuple[Config, set[str], bool]:
-    """(config, names given as flags, whether to resume). Defaults < preset < flags. Exits 2 on what it cannot
-    read."""
+    """(config, names given as flags, whether to resume). Defaults < preset < flags; bad flags exit 2."""
     parser = argparse.ArgumentParser(
         description="Train a model to use tools over several turns.",
         allow_abbrev=False,
@@ -149,7 +150,9 @@ def parse(argv: list[str] | None) -> tuple[Config, set[str], bool]:
     )
     for f in dataclasses.fields(Config):
         flag = "--" + f.name.replace("_", "-")
-        about = f"{f.metadata['about']} (default: {f.default})"
+        about = f.metadata["about"] + (f" (default: {f.default})" if f.default != "" else "")
+        if f.metadata["choices"]:
+            about += f"; one of {', '.join(f.metadata['choices'])}"
         if f.type is bool:
             parser.add_argument(flag, action=argparse.BooleanOptionalAction, help=about)
         else:
@@ -189,10 +192,13 @@ def check(config: Config) -> None:
     ):
         if not getattr(config, name) > 0:
             raise Refused(f"--{name.replace('_', '-')} must be positive, not {getattr(config, name)}")
-    for name in "hint_count eval_count show_every rollout_groups kl warmup threads seed".split():
+    for name in (
+        *"hint_count eval_count show_every rollout_groups kl warmup threads seed".split(),
+        *"weight_decay clip".split(),
+    ):
         if not getattr(config, name) >= 0:
             raise Refused(f"--{name.replace('_', '-')} must not be negative, it is {getattr(config, name)}")
-    if config.hint_count > config.group:
+    if "hint_count" in SCHEMES[config.scheme].settings and config.hint_count > config.group:
         raise Refused(f"--hint-count {config.hint_count} is more than --group {config.group}")
     if config.updates > config.prompts:
         raise Refused(f"--updates {config.updates} needs at least as many --prompts, not {config.prompts}")
@@ -321,8 +327,7 @@ def text(value: object) -> str:
 
 
 def cut(path: Path, keep, header: bool = False) -> None:
-    """Keep the lines of a log for which `keep` holds (and the first, if it is a header); drop a half-written
-    end."""
+    """Keep the lines of a log for which `keep` holds, and its header; drop a half-written end."""
     lines = path.read_text().splitlines(keepends=True) if path.exists() else []
     kept = lines[:1] if header else []
     for line in lines[len(kept) :]:
@@ -351,8 +356,7 @@ def git_revision() -> str:
 
 # ---------------------------------------------------------------------------------------------------- one run
 def setup(config: Config) -> tuple[Run, list[Task], list[Task], int]:
-    """(run, training tasks, evaluation tasks, number of tasks left out because they do not fit the
-    context)."""
+    """(run, training tasks, evaluation tasks, number of training tasks that do not fit the context)."""
     torch.set_num_threads(config.threads or os.cpu_count() or 1)
     torch.manual_seed(config.seed)
     try:
@@ -362,11 +366,13 @@ def setup(config: Config) -> tuple[Run, list[Task], list[Task], int]:
         raise Refused(str(error)) from None
     held = subset(held, config.eval_count)
     room = min(config.context, policy.context) - config.max_new_tokens
-    fitting = [fits(policy, task, config.format, room) for task in tasks]
+    fitting = [fits(policy, task, config.format, room, hinted=True) for task in tasks]
     for task in [task for task, ok in zip(tasks, fitting, strict=True) if not ok]:
-        print(f"skipped: the prompt of task {task.id} is longer than {room} tokens")
+        print(f"skipped: the prompt of task {task.id}, with its hint, is longer than {room} tokens")
     tasks = [task for task, ok in zip(tasks, fitting, strict=True) if ok]
-    held = [task for task in held if fits(policy, task, config.format, room)]
+    chosen, held = held, [task for task in held if fits(policy, task, config.format, room)]
+    if len(held) < len(chosen):
+        print(f"not evaluated: {len(chosen) - len(held)} tasks with a prompt of more than {room} tokens")
     if len(tasks) < config.prompts:
         raise Refused(f"{len(tasks)} tasks fit into the context, fewer than --prompts {config.prompts}")
     optimizer = torch.optim.AdamW(
@@ -437,10 +443,12 @@ def train(config: Config, resume: bool, given: set[str]) -> int:
         f"{config.steps} steps on {len(tasks)} tasks; {directory.path}"
     )
     probes = ProbeSet(load(config.model), subset(tasks, config.probe_tasks), config.format)
-    if saved:
-        before = Scores(**saved["before"]) if saved["before"] else None
+    if saved and saved["before"]:
+        before = Scores(**saved["before"])
     else:
-        before = score_tasks(run, held, "before")
+        before = score_tasks(run, held, "before") if run.step == 0 else None
+    if run.step == 0:
+        directory.save(run, before)
     bar = tqdm(total=config.steps, initial=run.step, unit="step", dynamic_ncols=True)
     stop, first, spurious, code = StopSignal(), {}, "", 0
     while run.step < config.steps and code == 0:
@@ -475,7 +483,7 @@ def score_tasks(run: Run, held: list[Task], when: str) -> Scores | None:
     if not held:
         return None
     print(f"evaluating {when} training: {len(held)} tasks, greedy, {run.config.format} ...", flush=True)
-    names = ("max_messages", "max_new_tokens", "context")
+    names = ("max_messages", "strict_empty_turn", "max_new_tokens", "context", "slots")
     settings = {name: getattr(run.config, name) for name in names}
     return evaluate(run.policy, held, run.config.format, **settings)
 
@@ -549,9 +557,11 @@ def main(argv: list[str] | None = None) -> int:
         print(f"train.py: {error}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
-        print("\nstopped at once; the last checkpoint stands", file=sys.stderr)
+        saved = RunDirectory(config.out).checkpoint.is_file()
+        what = "--resume goes on from the last checkpoint" if saved else "nothing was saved yet"
+        print(f"\nstopped at once; {what}", file=sys.stderr)
         return 130
-    except (torch.OutOfMemoryError, RuntimeError) as error:
+    except RuntimeError as error:
         if isinstance(error, torch.OutOfMemoryError) or "can't allocate memory" in str(error):
             print("out of memory: lower --tokens-at-once (training) or --slots (sampling)", file=sys.stderr)
             return 1

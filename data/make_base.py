@@ -84,8 +84,7 @@ TEMPLATE = """\
 
 
 def make_tokenizer(seed: int) -> PreTrainedTokenizerFast:
-    """Byte-level BPE over generated conversations, with Qwen's control tokens and the one-line tool
-    template."""
+    """Byte-level BPE over generated conversations, Qwen's control tokens, the one-line tool template."""
     rng = random.Random(f"tokenizer/{seed}")
     texts = ["system user assistant"] * 100
     for n in range(600):
@@ -201,8 +200,7 @@ def flaw(rng: random.Random, state: str, call: Call, format: str) -> str:
 
 
 def demonstrate(chat: Chat, task: Task, format: str, rng: random.Random) -> tuple[list[int], list[bool]]:
-    """One imperfect conversation as (ids, loss mask): what the assistant wrote is True, stop tokens
-    included."""
+    """One imperfect conversation as (ids, loss mask): True on what the assistant wrote, and its stops."""
     episode = Episode(task, format)
     hint = hint_text(task, format) if rng.random() < HINTED else ""
     ids = chat.prompt_ids(*episode.prompt(), format, hint)
@@ -230,10 +228,7 @@ def demonstrate(chat: Chat, task: Task, format: str, rng: random.Random) -> tupl
             state = rng.choices([*FLAWS, ""], [*FLAWS.values(), 1 - sum(FLAWS.values())])[0]
             if state and (call or turn.calls):
                 text = flaw(rng, state, call or turn.calls[-1], format)
-                if state in (
-                    "overlong",
-                    message_state(text, format),
-                ):  # a cut may leave another state: then no flaw
+                if state in ("overlong", message_state(text, format)):  # else a cut left another state
                     emit(text, overlong=state == "overlong")
                     if episode.done or episode.turn != number:
                         break
@@ -297,8 +292,7 @@ def new_optimizers(policy: Policy) -> list[torch.optim.Optimizer]:
 def train_step(
     policy: Policy, optimizers: list[torch.optim.Optimizer], batch: list, tokens_at_once: int = 4096
 ) -> float:
-    """One update on the mean loss over all trained tokens; rows are sorted into micro-batches. Returns that
-    loss."""
+    """One update; returns the mean loss over trained tokens. Rows are sorted into micro-batches."""
     rows = sorted(batch, key=lambda row: len(row[0]))
     trained = sum(sum(mask) for _, mask in rows)
     loss_sum, i = 0.0, 0

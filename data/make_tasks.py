@@ -1,5 +1,4 @@
-"""Write the committed task files from their seeds: `python data/make_tasks.py` (under a minute; a test
-compares)."""
+"""Write the committed task files from their seeds: `python data/make_tasks.py` (ten seconds)."""
 
 import sys
 from pathlib import Path

@@ -53,8 +53,7 @@ class CallFormat:
 
 
 def render_calls(calls: list[Call], format: str) -> str:
-    """Text of an assistant message that makes these calls; strings are escaped so that no parser can cut in
-    them.
+    """Text of an assistant message that makes these calls; no parser can cut inside their strings.
 
     Example: `render_calls([Call("read_file", {"name": "a"})], "python")` is `[read_file(name="a")]`.
     """
@@ -85,8 +84,7 @@ def parse_calls(text: str, format: str) -> list[Call | BadCall]:
 
 
 def message_state(text: str, format: str, overlong: bool = False) -> str:
-    """One of MESSAGE_STATES for an assistant message without its stop token; the first that fits, in that
-    order.
+    """The first of MESSAGE_STATES that fits an assistant message (without its stop token).
 
     overlong: the message was cut at the token limit. empty: nothing. bare: a tag and nothing to call.
     malformed: a tag with an unreadable body, or unbalanced tags. polluted: a readable call with other text
@@ -156,8 +154,7 @@ def _loads(text: str) -> object:
 
 
 def _clean(value: object) -> object:
-    """Text that UTF-8 can hold, lists for tuples, finite floats; anything but JSON values raises
-    ValueError."""
+    """Text that UTF-8 can hold, lists for tuples, finite floats; ValueError for what is not JSON."""
     if isinstance(value, str):
         return value.encode("utf-8", "replace").decode()
     if isinstance(value, list | tuple):
@@ -373,8 +370,7 @@ class Chat:
         self.newline_ids = self.encode("\n")
 
     def guard(self, text: str, keep: tuple[str, ...] = ()) -> str:
-        """`text` with a mark inside every control string but those of `keep`, so that `encode` reads plain
-        text."""
+        """`text` with a mark inside every control string but those of `keep`: `encode` then reads text."""
         text = text.encode("utf-8", "replace").decode().replace(self.MARK, "")
         while True:  # breaking one string can leave another that overlaps it
             broken = self._split.sub(lambda m: m[0] if m[0] in keep else m[0][0] + self.MARK + m[0][1:], text)
@@ -417,8 +413,7 @@ class Chat:
         return self.encode(head) + self._messages_ids(rest)
 
     def extend_ids(self, messages: list[dict], stop_id: int | None) -> list[int]:
-        """Ids that follow an assistant message which ended with `stop_id`: new messages, next assistant
-        opening.
+        """Ids after an assistant message that ended with `stop_id`: new messages, the next opening.
 
         Any stop token but <|im_end|> (or none at all) is followed by one, so that the layout stays ChatML.
         """

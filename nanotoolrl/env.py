@@ -1,5 +1,4 @@
-"""The tool environment: play one task, check it, reward it (Hao et al. 2026, §3 and the published
-environment).
+"""The tool environment: play, check and reward one task (Hao et al. 2026, §3, and the published code).
 
 The rules that matter, collapse lives on some of them:
 - A message is read leniently: every marked block is tried, text around it is ignored, an unreadable block is
@@ -186,8 +185,7 @@ class Episode:
         return [system, self._user_message()], [schema(tool) for tool in self.task.tools]
 
     def step(self, text: str, overlong: bool = False) -> list[dict] | None:
-        """Take one assistant message and return the messages that answer it, or None when the episode is
-        over.
+        """Take one assistant message; return the messages that answer it, or None at the end.
 
         overlong: the message was cut at the token limit; it has no end, so the task fails here.
         """
@@ -226,8 +224,7 @@ class Episode:
 
     @property
     def calls_left(self) -> int:
-        """Ground-truth calls of the current turn minus the tool calls made in it: whether the next message
-        should call."""
+        """Ground-truth calls of the turn minus the calls made in it: whether a call should come next."""
         return 0 if self.done else max(0, len(self.task.turns[self.turn].calls) - self._calls)
 
     def _answer(self, call: Call | BadCall) -> object:

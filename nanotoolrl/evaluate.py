@@ -12,6 +12,7 @@ import sys
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 
 import torch
 
@@ -60,6 +61,7 @@ def evaluate(
     hints: Sequence[str] | None = None,
     seed: int = 0,
     max_messages: int = MAX_MESSAGES,
+    strict_empty_turn: bool = False,
     **sampler: object,
 ) -> Scores:
     """Play every task once (greedily by default) and score it. `sampler` passes settings to `Sampler`.
@@ -70,9 +72,8 @@ def evaluate(
     order = sorted(range(len(tasks)), key=lambda i: len(str(tasks[i].state)))
     player = Sampler(policy, seed=seed, **sampler)
     hints = [hints[i] for i in order] if hints else None
-    trajectories = player.rollout(
-        [Episode(tasks[i], format, max_messages) for i in order], hints, temperature
-    )
+    episodes = [Episode(tasks[i], format, max_messages, strict_empty_turn) for i in order]
+    trajectories = player.rollout(episodes, hints, temperature)
     scores = Scores()
     for trajectory in trajectories:
         scores.rewards.setdefault(trajectory.category, []).append(trajectory.reward)
@@ -104,9 +105,10 @@ def states_table(columns: dict[str, Scores]) -> str:
     return "\n".join(lines)
 
 
-def fits(policy: Policy, task: Task, format: str, room: int) -> bool:
-    """Whether the prompt of a task has at most `room` tokens."""
-    return len(policy.chat.prompt_ids(*Episode(task, format).prompt(), format)) <= room
+def fits(policy: Policy, task: Task, format: str, room: int, hinted: bool = False) -> bool:
+    """Whether the prompt of a task, with its hint if `hinted`, has at most `room` tokens."""
+    hint = hint_text(task, format) if hinted else ""
+    return len(policy.chat.prompt_ids(*Episode(task, format).prompt(), format, hint)) <= room
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -141,21 +143,15 @@ def main(argv: list[str] | None = None) -> int:
     try:
         if args.count < 0 or args.temperature < 0:
             raise ValueError("--count and --temperature must not be negative")
+        if args.json and not Path(args.json).resolve().parent.is_dir():
+            raise FileNotFoundError(f"no directory for --json {args.json}")
         policy, tasks = load(args.model), load_tasks(args.tasks)
         tasks = subset(tasks, args.count) if args.count else tasks
         columns = {}
         for format in FORMATS if args.format == "all" else [args.format]:
             hints = [hint_text(task, format) for task in tasks] if args.hint else None
-            columns[format] = evaluate(
-                policy,
-                tasks,
-                format,
-                args.temperature,
-                hints,
-                args.seed,
-                args.max_messages,
-                context=args.context,
-            )
+            how = (args.temperature, hints, args.seed, args.max_messages)
+            columns[format] = evaluate(policy, tasks, format, *how, context=args.context)
             print(f"{format}: {len(tasks)} tasks in {columns[format].seconds:.0f} s", file=sys.stderr)
     except (ModelError, FileNotFoundError, ValueError) as error:
         print(f"evaluate: {error}", file=sys.stderr)

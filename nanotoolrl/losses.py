@@ -32,8 +32,7 @@ def policy_loss(
     clip_high: float = 0.2,
     dual_clip: float = 3.0,
 ) -> tuple[Tensor, Tensor]:
-    """PPO's clipped loss per token and whether it was clipped, both [N] (arXiv 1707.06347, dual clip
-    1912.09729).
+    """PPO's clipped loss and whether it was clipped, both [N] (arXiv 1707.06347; dual clip 1912.09729).
 
     loss = max(-A r, -A clamp(r, 1 - clip_low, 1 + clip_high)) with r = exp(logprob - old); where A < 0 at
     most -A dual_clip. Clipped tokens have no gradient. All inputs are [N].

@@ -1,5 +1,4 @@
-"""A transformers causal language model with its tokenizer and chat layout: load, save, hidden states,
-log-probs.
+"""A transformers causal language model as policy: load, save, hidden states, log-probs.
 
 The built-in model and a hub model take the same path; whatever is saved here opens with
 `AutoModelForCausalLM.from_pretrained`.
@@ -58,8 +57,7 @@ class Policy:
     def logprobs(
         self, ids: Tensor, mask: Tensor, temperature: float = 1.0, want_entropy: bool = False
     ) -> tuple[Tensor, Tensor | None]:
-        """(log-prob [N], entropy [N] or None) of the tokens of `ids` [B, T] where `mask` [B, T] is True, row
-        by row.
+        """(log-prob [N], entropy [N] or None) of the tokens of `ids` [B, T] where `mask` [B, T] is True.
 
         Only those N positions pass through the head. `mask[:, 0]` must be False: nothing predicts a first
         token.

@@ -15,8 +15,7 @@ SPURIOUS_FLOOR = 1e-6
 
 
 class ProbeSet:
-    """Ground-truth conversations, the positions the assistant writes in them, and the model they are compared
-    with.
+    """Ground-truth conversations, what the assistant writes in them, and the model to compare with.
 
     Keeps the start's hidden states [N, D] and a copy of its head [V, D]. "Control" positions are those whose
     next token is a control token. The first position of a message, where calling and answering can both be
@@ -112,6 +111,6 @@ def _chunks(n: int) -> list[slice]:
 
 def _kl(hidden: Tensor, head: Tensor, other_hidden: Tensor, other_head: Tensor) -> float:
     """Sum over rows of KL between two models' next-token distributions."""
-    logp = torch.log_softmax((hidden @ head.T).float(), -1)
-    logq = torch.log_softmax((other_hidden @ other_head.T).float(), -1)
+    logp = torch.log_softmax(hidden.float() @ head.float().T, -1)
+    logq = torch.log_softmax(other_hidden.float() @ other_head.float().T, -1)
     return (logp.exp() * (logp - logq)).sum().item()

@@ -1,5 +1,4 @@
-"""Batched multi-turn rollouts with a KV cache of our own, and `Trajectory`, the object every other part
-exchanges.
+"""Batched multi-turn rollouts with a KV cache of our own, and `Trajectory`, which all parts exchange.
 
 Each row of the batch is one episode. Rows are never left-padded (position = length), never wait for each
 other's turns, and only tokens that are not in the cache yet pass through the model: one new token per row in
@@ -30,7 +29,7 @@ class Trajectory:
 
     loss_mask is True exactly on sampled tokens, stop tokens included, in every turn; logprobs holds their
     log-probability (nats, under the policy, the temperature and the prompt they were sampled with) and 0.0
-    elsewhere. `tokens` never holds a hint: a hinted rollout keeps the prompt it was sampled under in
+    elsewhere. `tokens` of a rollout never holds a hint: it keeps the prompt it was sampled under in
     `sampled_prompt`.
 
     Example, prompt [5, 6], sampled [7, stop], observation [8], sampled [stop]:
@@ -132,8 +131,7 @@ class Cache:
 
 @dataclass
 class _Row:
-    """A live episode: its trajectory, the ids that are not in the cache yet, and the message being
-    written."""
+    """A live episode: its trajectory, the ids not yet in the cache, the message being written."""
 
     episode: Episode
     trajectory: Trajectory
@@ -272,8 +270,7 @@ class Sampler:
         return order, torch.stack(hidden)
 
     def _forward(self, cache: Cache, rows: list[_Row | None], part: list[int]) -> Tensor:
-        """Feed the pending ids of the rows `part`; returns the hidden state [len(part), D] after each one's
-        last."""
+        """Feed the pending ids of the rows `part`; returns the hidden states [len(part), D] after them."""
         device = self.policy.device
         counts = torch.tensor([len(rows[i].pending) for i in part], device=device)
         starts = torch.tensor([rows[i].cached for i in part], device=device)
@@ -282,8 +279,7 @@ class Sampler:
         for k, i in enumerate(part):
             ids[k, : len(rows[i].pending)] = torch.tensor(rows[i].pending)
             rows[i].cached += len(rows[i].pending)
-        # Padding writes behind the row's end, where real tokens overwrite it before anything can attend to
-        # it.
+        # Padding writes behind the row's end; real tokens overwrite it before anything attends to it.
         positions = starts[:, None] + torch.arange(widest, device=device)  # [rows, T]
         cache.at(torch.tensor(part, device=device), positions, int(positions.max()) + 1, len(rows))
         hidden = self._backbone(ids.to(device), positions, cache)  # [rows, T, D]
@@ -317,8 +313,7 @@ class Sampler:
     def _sample(
         self, rows: list[_Row | None], fed: list[int], hidden: Tensor, temperature: float
     ) -> list[int]:
-        """Sample one token for each row in `fed` from its hidden state; returns the rows whose message
-        ended."""
+        """Sample a token for each row in `fed` from its hidden state; returns rows whose message ended."""
         logits = hidden.float() @ self.policy.head.float().T  # [N, V], never rounded to half
         logprobs = torch.log_softmax(logits / (temperature or 1.0), dim=-1)
         if temperature == 0:

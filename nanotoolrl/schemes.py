@@ -77,8 +77,7 @@ def scheme(about: str, source: str, settings: Sequence[str] = ()) -> Callable:
 # ---------------------------------------------------------------------------------------------------- schemes
 @scheme("groups of rollouts, reward above the group's mean is good", "Hao et al. 2026, §4; arXiv 2402.03300")
 def grpo(run: Run, tasks: list[Task]) -> Step:
-    """GRPO: G rollouts of every task; a rollout's tokens share the advantage A = (R - mean) / std of its
-    group.
+    """GRPO: G rollouts of every task; the tokens of one share A = (R - mean) / std over its group.
 
     loss = mean over trained tokens of max(-A r, -A clamp(r, 0.8, 1.2)), dual clip 3, plus kl * k3.
     Published: kl 1e-4; our small preset has 0, which lets the rows without contrast be left out of the
@@ -220,8 +219,7 @@ class Tally:
 
 
 def optimizer_step(run: Run, loss: float) -> float | None:
-    """Clip the gradient and step; returns its norm, or None if loss or gradient are not finite (nothing
-    changes)."""
+    """Clip the gradient and step; returns its norm, or None, without a step, if anything is not finite."""
     parameters = list(run.policy.model.parameters())
     norm = torch.nn.utils.clip_grad_norm_(parameters, run.config.grad_clip).item()
     finite = math.isfinite(loss) and math.isfinite(norm)
@@ -236,16 +234,14 @@ def optimizer_step(run: Run, loss: float) -> float | None:
 
 
 def zero_gradients(policy: Policy) -> None:
-    """Zeros, not None: an update without any contrast still decays Adam's momentum, as in the published
-    code."""
+    """Zeros, not None: as published, an update without any contrast still decays Adam's momentum."""
     for parameter in policy.model.parameters():
         parameter.grad = torch.zeros_like(parameter)
 
 
 @torch.no_grad()
 def score(policy: Policy, row: Trajectory, temperature: float) -> list[float]:
-    """Log-probs of the row's sampled tokens under its (unhinted) tokens; 0.0 elsewhere, as
-    `Trajectory.logprobs`."""
+    """New `Trajectory.logprobs` of a row: the policy's, under the row's own (unhinted) prompt."""
     ids, mask = pad([row], policy.device)
     values = iter(policy.logprobs(ids, mask, temperature)[0].tolist())
     return [next(values) if sampled else 0.0 for sampled in row.loss_mask]

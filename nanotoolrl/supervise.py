@@ -5,8 +5,7 @@ from nanotoolrl.env import Task
 
 
 def hint_text(task: Task, format: str) -> str:
-    """A hint for the system prompt, from the ground truth: the steps in words, a call example, a format
-    reminder.
+    """A hint from the ground truth: the steps in words, a call example, a format reminder.
 
     Hao et al. 2026, §4 (hint-based guidance); the published hints are summaries of at most ~300 words. Values
     are escaped, so that the text of a task cannot put a tag into the prompt.

@@ -771,8 +771,7 @@ def _draw(rng: Random, goal: Goal, world: dict) -> dict:
 
 
 def _play(goal: Goal, bindings: dict, world: dict) -> tuple[list[Call], dict]:
-    """Execute a goal's calls; every result extends the bindings (of a list: the record that a binding
-    names)."""
+    """Execute a goal's calls; every result extends the bindings (a list: by the record they name)."""
     bindings, calls = dict(bindings), []
     for tool, arguments in goal.steps():
         call = Call(tool, {name: bindings[binding] for name, binding in arguments.items()})
@@ -894,8 +893,7 @@ def _honest(task: Task) -> bool:
 
 # ----------------------------------------------------------------------------------------------------- splits
 def make_split(split: str) -> list[Task]:
-    """The tasks of a committed split, in file order. train and test are 100 indices each of the train
-    pool."""
+    """The tasks of a committed split, in file order; train and test are 100 indices each of one pool."""
     pool = split if split in ("foreign", "ood") else "train"
     wanted = ("base", "miss_func", "miss_param", "long_context")
     wanted = wanted[:3] if split in ("train", "foreign") else wanted

@@ -48,8 +48,7 @@ def method_names(cls: type[API]) -> list[str]:
 
 @cache
 def owner_of(tool: str) -> str | None:
-    """Name of the class that has the tool, or None. Tool names are unique over all classes (a test holds
-    it)."""
+    """Name of the class that has the tool, or None. Tool names are unique over all classes."""
     return next((name for name, cls in API_CLASSES.items() if tool in method_names(cls)), None)
 
 
