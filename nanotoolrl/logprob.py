@@ -15,7 +15,7 @@ TILE = 2048  # vocabulary columns held at a time
 def token_logprob(
     hidden: Tensor, weight: Tensor, ids: Tensor, temperature: float = 1.0, want_entropy: bool = False
 ) -> tuple[Tensor, Tensor | None]:
-    """(log-prob [N] of `ids` [N], entropy [N] or None), fp32 nats, of softmax(hidden @ weight.T / temperature).
+    """(log-prob [N] of `ids` [N], entropy [N] or None) in nats of softmax(hidden @ weight.T / temperature).
 
     hidden [N, D] and weight [V, D] share dtype (fp32, bf16 or fp16) and device; sums are in fp32.
     Differentiable in both. N may be 0. Raises ValueError on shapes that do not fit or a temperature that is
