@@ -23,7 +23,7 @@ def play(sampler: Sampler, task: Task, args: argparse.Namespace, color: bool) ->
     print("message states:", ", ".join(row.states))
     for number, verdict in enumerate(row.verdicts, 1):
         word = paint("pass", 32, color) if verdict.passed else paint("FAIL", 31, color)
-        print(f"turn {number}: {word} {verdict.reason}")
+        print(f"turn {number}: {word} {verdict.reason}".rstrip())
     print(f"reward {row.reward:.0f}")
     return row
 

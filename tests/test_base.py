@@ -112,7 +112,7 @@ def test_premature_calls_end_in_the_hidden_tool_and_change_nothing():
             answer = episode.step(render_calls([call], "hermes"))[0]["content"]
             assert ("no tool" in answer) == (i == len(calls) - 1)
         assert episode.world == before
-    assert found >= 80
+    assert found > 50
 
 
 def test_demonstrations_and_copying_are_pure_functions(policy):
