@@ -439,7 +439,7 @@ def train(config: Config, resume: bool, given: set[str]) -> int:
         directory.rewind(config, run.step)
     print(
         f"{config.scheme}: {config.prompts} prompts x {config.group} rollouts "
-        f"= {config.prompts * config.group} trajectories, {config.updates} updates; "
+        f"= {config.prompts * config.group} trajectories, {config.updates} update{'s' * (config.updates > 1)}; "
         f"{config.steps} steps on {len(tasks)} tasks; {directory.path}"
     )
     probes = ProbeSet(load(config.model), subset(tasks, config.probe_tasks), config.format)
