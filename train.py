@@ -17,6 +17,7 @@ import random
 import signal
 import subprocess
 import sys
+import threading
 import time
 from dataclasses import dataclass
 from pathlib import Path
@@ -434,12 +435,14 @@ def train(config: Config, resume: bool, given: set[str]) -> int:
     run, tasks, held, left_out = setup(config)
     if saved is None:
         directory.create(config)
+        directory.save(run, None)
     else:
         restore(run, saved, directory)
         directory.rewind(config, run.step)
+    updates = f"{config.updates} update{'s' if config.updates > 1 else ''}"
     print(
         f"{config.scheme}: {config.prompts} prompts x {config.group} rollouts "
-        f"= {config.prompts * config.group} trajectories, {config.updates} update{'s' * (config.updates > 1)}; "
+        f"= {config.prompts * config.group} trajectories, {updates}; "
         f"{config.steps} steps on {len(tasks)} tasks; {directory.path}"
     )
     probes = ProbeSet(load(config.model), subset(tasks, config.probe_tasks), config.format)
@@ -449,28 +452,28 @@ def train(config: Config, resume: bool, given: set[str]) -> int:
         before = score_tasks(run, held, "before") if run.step == 0 else None
     if run.step == 0:
         directory.save(run, before)
+    spurious, code = "", 0
     bar = tqdm(total=config.steps, initial=run.step, unit="step", dynamic_ncols=True)
-    stop, first, spurious, code = StopSignal(), {}, "", 0
-    while run.step < config.steps and code == 0:
-        run.step += 1
-        started = time.perf_counter()
-        step = SCHEMES[config.scheme].step(run, tasks_of_step(config, tasks, run.step))
-        row = {"step": run.step, "skipped_tasks": left_out} | measures(run, step) | step.metrics
-        if run.step % config.probe_every == 0:
-            columns, spurious = probes.measure(run.policy)
-            row |= columns
-        row["seconds"] = time.perf_counter() - started
-        first = first or row
-        directory.log(config, run, row, step)
-        bar.set_postfix_str(progress(row) + alarm(row, first, spurious), refresh=False)
-        bar.update()
-        if config.show_every and run.step % config.show_every == 0:
-            tqdm.write(show(run.policy, step.trajectories[-1], run.step))
-        code = 1 if run.skipped_in_a_row >= 3 else 130 if stop.asked else 0
-        if run.step % config.save_every == 0 or run.step == config.steps or code:
-            directory.save(run, before)
-    bar.close()
-    stop.restore()
+    with bar, StopSignal() as stop:
+        while run.step < config.steps and code == 0:
+            run.step += 1
+            started = time.perf_counter()
+            step = SCHEMES[config.scheme].step(run, tasks_of_step(config, tasks, run.step))
+            row = {"step": run.step, "skipped_tasks": left_out} | measures(run, step) | step.metrics
+            if run.step % config.probe_every == 0:
+                columns, spurious = probes.measure(run.policy)
+                row |= columns
+            row["seconds"] = time.perf_counter() - started
+            shares = {name: share for name, share in row.items() if name.startswith("state_")}
+            first = run.state.setdefault("first", shares)
+            directory.log(config, run, row, step)
+            bar.set_postfix_str(progress(row) + alarm(row, first, spurious), refresh=False)
+            bar.update()
+            if config.show_every and run.step % config.show_every == 0:
+                tqdm.write(show(run.policy, step.trajectories[-1], run.step))
+            code = 1 if run.skipped_in_a_row >= 3 else 130 if stop.asked else 0
+            if run.step % config.save_every == 0 or run.step == config.steps or code:
+                directory.save(run, before)
     if code:
         print(WHY_STOPPED[code], f"Step {run.step} is saved in {directory.path}.", file=sys.stderr)
     else:
@@ -526,26 +529,23 @@ def show(policy: Policy, trajectory: Trajectory, step: int) -> str:
 
 
 class StopSignal:
-    """Ctrl-C asks the loop to save after the current step; a second one stops at once."""
+    """While it is open, Ctrl-C asks the loop to save after the current step; a second one stops at once."""
 
-    def __init__(self) -> None:
-        self.asked = False
-        self.old = signal.getsignal(signal.SIGINT)
-        try:
-            signal.signal(signal.SIGINT, self._handle)
-        except ValueError:  # not in the main thread: Ctrl-C stays as it is
-            self.old = None
+    def __enter__(self) -> "StopSignal":
+        self.asked, self.old = False, None
+        if threading.current_thread() is threading.main_thread():  # elsewhere Ctrl-C stays as it is
+            self.old = signal.signal(signal.SIGINT, self._handle)
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        if self.old is not None:
+            signal.signal(signal.SIGINT, self.old)
 
     def _handle(self, *_: object) -> None:
         if self.asked:
             raise KeyboardInterrupt
         self.asked = True
         print("\nfinishing this step, then saving; Ctrl-C again stops at once", file=sys.stderr)
-
-    def restore(self) -> None:
-        """Give Ctrl-C back to who had it."""
-        if self.old is not None:
-            signal.signal(signal.SIGINT, self.old)
 
 
 def main(argv: list[str] | None = None) -> int:

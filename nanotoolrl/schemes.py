@@ -33,7 +33,7 @@ class Run:
     reference: Policy | None = None
     step: int = 0
     skipped_in_a_row: int = 0
-    state: dict = field(default_factory=dict)  # what a scheme keeps across steps; saved in the checkpoint
+    state: dict = field(default_factory=dict)  # what is kept across steps; saved in the checkpoint
     sample_seconds: float = 0.0  # of the last rollout
 
     def __post_init__(self) -> None:

@@ -107,6 +107,19 @@ def test_two_steps_and_resume_equal_four(four, tmp_path):
     same_run(four, out)
 
 
+def test_interrupt_before_the_first_step_loses_nothing(tmp_path, monkeypatch, capsys):
+    def interrupted(*_, **__):
+        raise KeyboardInterrupt
+
+    out, evaluated = tmp_path / "run", ("--eval-count", 4)
+    with monkeypatch.context() as patch:
+        patch.setattr(train, "evaluate", interrupted)
+        assert run("--scheme", "hint", *evaluated, out=out) == 130
+    assert "--resume goes on" in capsys.readouterr().err
+    assert run("--scheme", "hint", *evaluated, "--resume", out=out) == 0
+    assert len(rows(out)) == 2 and (out / "result.json").is_file()
+
+
 def test_kill_between_checkpoints_and_resume(four, tmp_path, monkeypatch):
     """Dies in step 4 after a checkpoint at step 2: row 3 is written, cut on resume, and made again."""
     out = tmp_path / "run"
