@@ -27,7 +27,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from nanotoolrl.chat import FORMATS, Call, Chat, message_state, render_calls, signature  # noqa: E402
 from nanotoolrl.env import Episode, Task, call_tool, oracle  # noqa: E402
 from nanotoolrl.evaluate import evaluate  # noqa: E402
-from nanotoolrl.model import Policy, load  # noqa: E402
+from nanotoolrl.model import Policy, load, pad  # noqa: E402
+from nanotoolrl.schemes import micro_batches  # noqa: E402
 from nanotoolrl.supervise import hint_text  # noqa: E402
 from nanotoolrl.tasks import alter, generate, load_tasks, subset  # noqa: E402
 
@@ -293,20 +294,11 @@ def train_step(
     policy: Policy, optimizers: list[torch.optim.Optimizer], batch: list, tokens_at_once: int = 4096
 ) -> float:
     """One update; returns the mean loss over trained tokens. Rows are sorted into micro-batches."""
-    rows = sorted(batch, key=lambda row: len(row[0]))
-    trained = sum(sum(mask) for _, mask in rows)
-    loss_sum, i = 0.0, 0
-    while i < len(rows):
-        j = i + 1
-        while j < len(rows) and (j + 1 - i) * len(rows[j][0]) <= tokens_at_once:
-            j += 1
-        width = len(rows[j - 1][0])
-        ids, mask = torch.zeros(j - i, width, dtype=torch.long), torch.zeros(j - i, width, dtype=torch.bool)
-        for k, (row_ids, row_mask) in enumerate(rows[i:j]):
-            ids[k, : len(row_ids)], mask[k, : len(row_ids)] = torch.tensor(row_ids), torch.tensor(row_mask)
-        loss = -policy.logprobs(ids, mask)[0].sum() / trained
+    trained, loss_sum = sum(sum(mask) for _, mask in batch), 0.0
+    for part in micro_batches([len(ids) for ids, _ in batch], tokens_at_once):
+        loss = -policy.logprobs(*pad([batch[i] for i in part], policy.device))[0].sum() / trained
         loss.backward()
-        loss_sum, i = loss_sum + loss.item(), j
+        loss_sum += loss.item()
     torch.nn.utils.clip_grad_norm_(policy.model.parameters(), 1.0)
     for optimizer in optimizers:
         optimizer.step()

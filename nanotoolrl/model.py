@@ -6,6 +6,7 @@ The built-in model and a hub model take the same path; whatever is saved here op
 
 import logging
 import os
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
@@ -75,6 +76,16 @@ class Policy:
         self.model.save_pretrained(directory)
         self.tokenizer.save_pretrained(directory)
         transformers_logging.set_verbosity(level)
+
+
+def pad(rows: Sequence[tuple[Sequence[int], Sequence[bool]]], device: torch.device) -> tuple[Tensor, Tensor]:
+    """(ids [B, T], mask [B, T]) of B rows of (ids, mask), right-padded with 0 and False to the longest."""
+    width = max(len(ids) for ids, _ in rows)
+    padded = torch.zeros(len(rows), width, dtype=torch.long)
+    masks = torch.zeros(len(rows), width, dtype=torch.bool)
+    for i, (ids, mask) in enumerate(rows):
+        padded[i, : len(ids)], masks[i, : len(ids)] = torch.tensor(ids), torch.tensor(mask)
+    return padded.to(device), masks.to(device)
 
 
 def load(

@@ -8,7 +8,7 @@ from torch import Tensor
 from nanotoolrl.chat import control_tokens
 from nanotoolrl.env import Episode, Task, oracle
 from nanotoolrl.logprob import token_logprob
-from nanotoolrl.model import Policy
+from nanotoolrl.model import Policy, pad
 
 ROWS_AT_ONCE = 512  # probe positions whose whole distributions exist at a time
 SPURIOUS_FLOOR = 1e-6
@@ -26,15 +26,11 @@ class ProbeSet:
         self.control = control_tokens(policy.chat, format)
         self.control_ids = torch.tensor(list(self.control.values()), device=policy.device)  # [C]
         rows = [ground_truth_ids(policy, task, format) for task in tasks]
-        width = max(len(ids) for ids, _, _ in rows)
-        self.ids = torch.zeros(len(rows), width, dtype=torch.long)
-        self.mask = torch.zeros(len(rows), width, dtype=torch.bool)
-        first = torch.zeros(len(rows), width, dtype=torch.bool)
-        for i, (ids, mask, starts) in enumerate(rows):
-            self.ids[i, : len(ids)], self.mask[i, : len(ids)] = torch.tensor(ids), torch.tensor(mask)
+        self.ids, self.mask = pad([(ids, mask) for ids, mask, _ in rows], policy.device)
+        first = torch.zeros_like(self.mask)
+        for i, (_, _, starts) in enumerate(rows):
             first[i, starts] = True
-        self.ids, self.mask = self.ids.to(policy.device), self.mask.to(policy.device)
-        self.first = first.to(policy.device)[self.mask]  # [N]
+        self.first = first[self.mask]  # [N]
         self.targets = self.ids[self.mask]  # [N]
         with torch.inference_mode():
             self.start_hidden, self.start_head = self._hidden(policy), policy.head.detach().clone()

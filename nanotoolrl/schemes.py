@@ -17,7 +17,7 @@ from torch import Tensor
 
 from nanotoolrl.env import Episode, Task
 from nanotoolrl.losses import group_advantages, kl_k3, policy_loss
-from nanotoolrl.model import Policy
+from nanotoolrl.model import Policy, pad
 from nanotoolrl.sampler import Sampler, Trajectory
 from nanotoolrl.supervise import hint_text
 
@@ -171,7 +171,7 @@ def token_losses(
 ) -> Tensor:
     """Loss [N] of the sampled tokens of some rows: clipped policy loss plus kl * k3; `tally` takes notes."""
     config = run.config
-    ids, mask = pad(rows, run.policy.device)
+    ids, mask = pad([(row.tokens, row.loss_mask) for row in rows], run.policy.device)
     logprobs, entropy = run.policy.logprobs(ids, mask, config.temperature, want_entropy=first_update)  # [N]
     counts = torch.tensor([row.sampled_tokens for row in rows], device=logprobs.device)
     before = [x for values, row in zip(old, rows) for x, sampled in zip(values, row.loss_mask) if sampled]
@@ -242,20 +242,9 @@ def zero_gradients(policy: Policy) -> None:
 @torch.no_grad()
 def score(policy: Policy, row: Trajectory, temperature: float) -> list[float]:
     """New `Trajectory.logprobs` of a row: the policy's, under the row's own (unhinted) prompt."""
-    ids, mask = pad([row], policy.device)
+    ids, mask = pad([(row.tokens, row.loss_mask)], policy.device)
     values = iter(policy.logprobs(ids, mask, temperature)[0].tolist())
     return [next(values) if sampled else 0.0 for sampled in row.loss_mask]
-
-
-def pad(rows: Sequence[Trajectory], device: torch.device) -> tuple[Tensor, Tensor]:
-    """(ids [B, T], loss mask [B, T]), right-padded by length."""
-    width = max(len(row.tokens) for row in rows)
-    ids = torch.zeros(len(rows), width, dtype=torch.long)
-    mask = torch.zeros(len(rows), width, dtype=torch.bool)
-    for i, row in enumerate(rows):
-        ids[i, : len(row.tokens)] = torch.tensor(row.tokens)
-        mask[i, : len(row.tokens)] = torch.tensor(row.loss_mask)
-    return ids.to(device), mask.to(device)
 
 
 def micro_batches(lengths: Sequence[int], budget: int) -> Iterator[list[int]]:

@@ -583,14 +583,22 @@ UNTAGGED = st.text(st.characters(exclude_categories=["Cs"], exclude_characters=C
     contents=st.lists(st.tuples(st.sampled_from(["user", "tool"]), UNTAGGED), min_size=1, max_size=4),
     said=UNTAGGED,
 )
+@example(contents=[("user", "")], said="\n")
 def test_arbitrary_contents_equal_the_chat_template(chat, contents, said):
-    """Unicode, blanks and newlines at the seams of layout and content are joined as the template does."""
+    """Unicode, blanks and newlines at the seams of layout and content are joined as the template does.
+
+    One seam is kept apart on purpose: the newline that opens an assistant message stands in the prompt before
+    the model writes, so a newline the model begins with is a token of its own, never merged with it.
+    """
     start = [{"role": "system", "content": said}, {"role": "user", "content": said}]
     answers = [{"role": role, "content": text} for role, text in contents]
     messages = [*start, {"role": "assistant", "content": said}, *answers]
-    ids = chat.prompt_ids(start, [], "python") + chat.assistant_ids(said, "python")
-    ids += chat.extend_ids(answers, chat.end_id)
-    assert ids == template_ids(chat.tokenizer, messages, [], opening=True)
+    prompt = chat.prompt_ids(start, [], "python")
+    ids = prompt + chat.assistant_ids(said, "python") + chat.extend_ids(answers, chat.end_id)
+    expected = template_ids(chat.tokenizer, messages, [], opening=True)
+    assert prompt == template_ids(chat.tokenizer, start, [], opening=True)
+    assert chat.decode(ids) == chat.decode(expected)
+    assert ids == expected or said.startswith("\n")
 
 
 def test_neighbouring_results_share_one_turn(chat):
