@@ -6,9 +6,10 @@ import torch
 from torch import Tensor
 
 from nanotoolrl.chat import control_tokens
-from nanotoolrl.env import Episode, Task, oracle
+from nanotoolrl.env import Task
 from nanotoolrl.logprob import token_logprob
 from nanotoolrl.model import Policy, pad
+from nanotoolrl.sampler import demonstration
 
 ROWS_AT_ONCE = 512  # probe positions whose whole distributions exist at a time
 SPURIOUS_FLOOR = 1e-6
@@ -25,11 +26,9 @@ class ProbeSet:
     def __init__(self, policy: Policy, tasks: Sequence[Task], format: str) -> None:
         self.control = control_tokens(policy.chat, format)
         self.control_ids = torch.tensor(list(self.control.values()), device=policy.device)  # [C]
-        rows = [ground_truth_ids(policy, task, format) for task in tasks]
-        self.ids, self.mask = pad([(ids, mask) for ids, mask, _ in rows], policy.device)
-        first = torch.zeros_like(self.mask)
-        for i, (_, _, starts) in enumerate(rows):
-            first[i, starts] = True
+        rows = [demonstration(policy.chat, task, format) for task in tasks]
+        self.ids, self.mask = pad([(row.tokens, row.loss_mask) for row in rows], policy.device)
+        first = self.mask & ~self.mask.roll(1, 1)  # a message begins where the assistant takes over
         self.first = first[self.mask]  # [N]
         self.targets = self.ids[self.mask]  # [N]
         with torch.inference_mode():
@@ -81,24 +80,6 @@ class ProbeSet:
         }
         worst = max(growth, key=growth.get)
         return columns, f"{worst} x{growth[worst]:.0f}" if growth[worst] >= 10 else ""
-
-
-def ground_truth_ids(policy: Policy, task: Task, format: str) -> tuple[list[int], list[bool], list[int]]:
-    """(ids, mask, starts) of a task's ground-truth conversation: the mask is True on what the assistant
-    writes, starts are the positions at which its messages begin. Laid out exactly as a rollout would be."""
-    chat, episode = policy.chat, Episode(task, format)
-    ids = chat.prompt_ids(*episode.prompt(), format)
-    mask, starts = [False] * len(ids), []
-    for message in oracle(task, format):
-        if message["role"] != "assistant":
-            continue
-        starts.append(len(ids))
-        new = chat.assistant_ids(message["content"], format)
-        answer = episode.step(message["content"])
-        after = chat.extend_ids(answer, new[-1]) if answer is not None else []
-        ids += new + after
-        mask += [True] * len(new) + [False] * len(after)
-    return ids, mask, starts
 
 
 def _chunks(n: int) -> list[slice]:

@@ -13,8 +13,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from nanotoolrl.chat import FORMATS, message_state
-from nanotoolrl.env import Episode, Verdict
+from nanotoolrl.chat import FORMATS, Chat, message_state
+from nanotoolrl.env import Episode, Task, Verdict, oracle
 from nanotoolrl.model import Policy
 
 PREFILL_TOKENS = 8192  # most tokens in one prefill forward
@@ -45,8 +45,9 @@ class Trajectory:
     prompt_length: int
     reward: float = 0.0
     states: list[str] = field(default_factory=list)  # one message state per assistant message
-    verdicts: list[Verdict] = field(default_factory=list)  # one per turn
-    source: str = "policy"
+    verdicts: list[Verdict] = field(default_factory=list)  # one per finished turn
+    turns: int = 1  # of the task
+    source: str = "policy"  # who wrote it: "policy", "hint" (it saw one), "oracle", "reflection"
     sampled_prompt: list[int] | None = None
 
     def append(self, ids: Sequence[int], sampled: bool, logprobs: Sequence[float] | None = None) -> None:
@@ -59,6 +60,23 @@ class Trajectory:
     def sampled_tokens(self) -> int:
         """How many tokens the policy wrote."""
         return sum(self.loss_mask)
+
+    @property
+    def scored(self) -> bool:
+        """Whether `logprobs` are the sampler's under this very prompt; false for oracle and hinted rows."""
+        return self.source in ("policy", "hint") and self.sampled_prompt is None
+
+    def messages(self, chat: Chat) -> list[tuple[str, bool]]:
+        """(text, whether it ended with a stop token) of every assistant message. Nothing may be forced."""
+        spoken: list[list[int]] = []
+        before = False
+        for token, sampled in zip(self.tokens, self.loss_mask):
+            if sampled:
+                spoken = spoken if before else [*spoken, []]
+                spoken[-1].append(token)
+            before = sampled
+        ends = [ids[-1] in chat.stop_ids for ids in spoken]
+        return [(chat.decode(ids[:-1] if end else ids), end) for ids, end in zip(spoken, ends)]
 
     def with_sampled_prompt(self) -> "Trajectory":
         """The same trajectory under the prompt it was sampled with (the hint kept)."""
@@ -221,9 +239,7 @@ class Sampler:
             raise ValueError(
                 f"task {episode.task.id}: a prompt of {len(seen)} tokens leaves no room in {self.context}"
             )
-        task = episode.task
-        trajectory = Trajectory(task.id, task.category, episode.format, [], [], [], len(prompt))
-        trajectory.append(prompt, sampled=False)
+        trajectory = _opened(episode, prompt)
         if hint:
             trajectory.source, trajectory.sampled_prompt = "hint", list(seen)
         row = _Row(episode, trajectory, list(seen), list(seen), stream)
@@ -357,6 +373,34 @@ class Sampler:
     def _finish(self, row: _Row) -> Trajectory:
         row.trajectory.reward, row.trajectory.verdicts = row.episode.reward, list(row.episode.turn_verdicts)
         return row.trajectory
+
+
+def _opened(episode: Episode, prompt: list[int]) -> Trajectory:
+    task = episode.task
+    trajectory = Trajectory(task.id, task.category, episode.format, [], [], [], len(prompt))
+    trajectory.turns = len(task.turns)
+    trajectory.append(prompt, sampled=False)
+    return trajectory
+
+
+def demonstration(chat: Chat, task: Task, format: str) -> Trajectory:
+    """The ground truth of a task played turn by turn through a live episode, laid out as a rollout is.
+
+    `loss_mask` is True on what the assistant writes; `logprobs` are 0, nobody sampled it.
+    """
+    episode = Episode(task, format)
+    row = _opened(episode, chat.prompt_ids(*episode.prompt(), format))
+    row.source = "oracle"
+    for message in oracle(task, format):
+        if message["role"] == "assistant":
+            ids = chat.assistant_ids(message["content"], format)
+            row.append(ids, sampled=True)
+            row.states.append(message_state(message["content"], format))
+            answer = episode.step(message["content"])
+            if answer is not None:
+                row.append(chat.extend_ids(answer, ids[-1]), sampled=False)
+    row.reward, row.verdicts = episode.reward, list(episode.turn_verdicts)
+    return row
 
 
 def uniform(seed: int, streams: np.ndarray, places: np.ndarray) -> np.ndarray:

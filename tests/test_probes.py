@@ -9,8 +9,8 @@ from test_model import tiny_policy
 
 from nanotoolrl.chat import FORMATS, control_tokens
 from nanotoolrl.env import Episode, oracle
-from nanotoolrl.probes import ProbeSet, ground_truth_ids
-from nanotoolrl.sampler import Sampler
+from nanotoolrl.probes import ProbeSet
+from nanotoolrl.sampler import Sampler, demonstration
 from nanotoolrl.tasks import load_tasks
 
 COLUMNS = ["kl", "spurious_control", "required_control", "nll_control", "nll_content"]
@@ -27,6 +27,13 @@ def tasks():
     every = load_tasks("train")
     categories = dict.fromkeys(task.category for task in every)
     return [task for name in categories for task in [task for task in every if task.category == name][:2]]
+
+
+def laid_out(policy, task, format):
+    """(ids, mask, where messages begin) of a demonstration."""
+    row = demonstration(policy.chat, task, format)
+    starts = [t for t in range(1, len(row.tokens)) if row.loss_mask[t] and not row.loss_mask[t - 1]]
+    return row.tokens, row.loss_mask, starts
 
 
 class Speaker:
@@ -46,10 +53,14 @@ class Speaker:
 def test_layout_is_that_of_a_rollout(policy, tasks, format):
     """A model that says the ground truth is rolled out to exactly these ids and this mask, and rewarded."""
     for task in tasks:
-        ids, mask, starts = ground_truth_ids(policy, task, format)
+        ids, mask, starts = laid_out(policy, task, format)
         speaker = Speaker(policy, ids)
         row = Sampler(speaker, max_new_tokens=500).rollout([Episode(task, format)], temperature=0)[0]
         assert (row.tokens, row.loss_mask) == (ids, mask)
+        shown = demonstration(policy.chat, task, format)
+        assert (row.reward, row.states, row.verdicts) == (shown.reward, shown.states, shown.verdicts)
+        said = [message["content"] for message in oracle(task, format) if message["role"] == "assistant"]
+        assert row.messages(policy.chat) == [(text, True) for text in said]
         assert row.reward == 1.0 and set(row.states) <= {"call", "reply"}
         assert len(starts) == len(row.states)
 
@@ -58,7 +69,7 @@ def test_layout_is_that_of_a_rollout(policy, tasks, format):
 def test_mask_covers_the_assistants_messages(policy, tasks, format):
     end = policy.chat.end_id
     for task in tasks:
-        ids, mask, starts = ground_truth_ids(policy, task, format)
+        ids, mask, starts = laid_out(policy, task, format)
         said = [message["content"] for message in oracle(task, format) if message["role"] == "assistant"]
         assert len(ids) == len(mask) and len(starts) == len(said)
         assert sum(mask) == sum(len(policy.chat.assistant_ids(text, format)) for text in said)
@@ -75,7 +86,7 @@ def plain(policy, start, tasks, format):
     control = control_tokens(policy.chat, format)
     logp, logq, targets, firsts = [], [], [], []
     for task in tasks:
-        ids, mask, starts = ground_truth_ids(policy, task, format)
+        ids, mask, starts = laid_out(policy, task, format)
         with torch.no_grad():
             ours, theirs = (
                 torch.log_softmax(p.model(torch.tensor([ids])).logits[0], -1) for p in (policy, start)
