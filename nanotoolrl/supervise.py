@@ -1,24 +1,456 @@
-"""The texts of supervision (Hao et al. 2026, §4): here, hints."""
+"""The texts of supervision (Hao et al. 2026, §4): hints, and reflections on failed rollouts.
 
-from nanotoolrl.chat import Call, escaped_json, render_calls
-from nanotoolrl.env import Task
+A reflection is a pair for SFT: its prompt holds the log of a failed rollout and the ground truth, its target
+says what went wrong. In the paper a language model writes the targets. Here the environment does (`review`),
+or, if there is one, a `Judge`, whose corrected calls must earn reward 1.
+"""
+
+import http.client
+import json
+import os
+import time
+import urllib.request
+from bisect import bisect
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
+
+from nanotoolrl.chat import FORMATS, Call, Chat, escaped_json, message_state, parse_calls, render_calls
+from nanotoolrl.env import Episode, Task, replay, to_json
+from nanotoolrl.sampler import Trajectory
+from nanotoolrl.tasks import similar, wish
+from nanotoolrl.tools import owner_of, schema
+
+LINE = 200  # characters of one text in a log or a review
+UNREADABLE = ("overlong", "bare", "malformed", "foreign")  # messages that try to call and hold no call
+BACK_OFF = (1.0, 2.0, 4.0)  # seconds between requests to a judge
+MAX_BODY = 1_000_000  # bytes of a judge's answer
+MAX_TEXT = 600  # characters of one text in it
+FAILURES = (OSError, http.client.HTTPException, ValueError, LookupError, TypeError, RecursionError)
+
+# mistake: (cause, fix). {got} is the tool of the offending call, {due} the call that was due.
+ADVICE = {
+    "no call": ("nothing was called", "call before answering: {due}"),
+    "wrong tool": ("{got} is not the tool for this", "call {due}"),
+    "wrong argument": ("{got} got a value that nobody gave", "take every value from user and results: {due}"),
+    "missing step": ("a step was left out or came too late", "keep the order: {due}"),
+    "extra step": ("more was done than the user asked", "do every step once, without this {got}"),
+    "malformed": ("a call that cannot be read does nothing", "write the call in its format, and only it"),
+    "premature end": ("the turn ended before all was done", "go on: {due}"),
+    "called when it should ask": ("{got} was called while a tool or value was missing", "call nothing, ask"),
+}
+MISTAKES = tuple(ADVICE)
 
 
+# ------------------------------------------------------------------------------------------------------ hints
 def hint_text(task: Task, format: str) -> str:
     """A hint from the ground truth: the steps in words, a call example, a format reminder.
 
     Hao et al. 2026, §4 (hint-based guidance); the published hints are summaries of at most ~300 words. Values
     are escaped, so that the text of a task cannot put a tag into the prompt.
     """
-    lines = ["Hint, how this task was solved:"]
-    for number, turn in enumerate(task.turns, 1):
-        steps = [_in_words(call) for call in turn.calls]
-        lines.append(f"turn {number}: {'; '.join(steps) if steps else 'call nothing, ask'}")
     first = next(call for turn in task.turns for call in turn.calls)
-    lines.append(f"Call like this, with nothing around it: {render_calls([first], format)}")
-    return "\n".join(lines)
+    example = f"Call like this, with nothing around it: {render_calls([first], format)}"
+    return "\n".join(["Hint, how this task was solved:", *_steps(task), example])
+
+
+def _steps(task: Task) -> list[str]:
+    """The ground truth in words, one line per turn."""
+    steps = ["; ".join(_in_words(call) for call in turn.calls) for turn in task.turns]
+    return [f"turn {number}: {words or 'call nothing, ask'}" for number, words in enumerate(steps, 1)]
 
 
 def _in_words(call: Call) -> str:
     values = ", ".join(f"{name} {escaped_json(value)}" for name, value in call.arguments.items())
     return f"{call.name} with {values}" if values else call.name
+
+
+# ---------------------------------------------------------------------------------------------------- reviews
+@dataclass(frozen=True)
+class TurnReview:
+    """One turn: what the user wanted, one of MISTAKES ("" for none), its evidence, the right calls."""
+
+    intent: str
+    mistake: str
+    evidence: str
+    calls: list[Call]
+
+
+@dataclass(frozen=True)
+class Review:
+    """A failed rollout, turn by turn. `error_turn` is the index of the first failed turn; cause and fix are
+    about it. Texts are as users, tools, models and judges wrote them: `reflections` escapes them."""
+
+    turns: list[TurnReview]
+    error_turn: int
+    cause: str
+    fix: str
+
+
+@dataclass(frozen=True)
+class _Attempt:
+    """A call, or what should have been one (None), the message it stands in, and the tool's answer."""
+
+    call: Call | None
+    said: str
+    answer: str
+
+    @property
+    def refused(self) -> bool:
+        return self.answer.startswith('{"error": ')
+
+    def __str__(self) -> str:
+        what = _short(_in_words(self.call)) if self.call else f"it wrote {_short(self.said)}"
+        return f"{what} gave {_short(self.answer)}" if self.answer else what
+
+
+@dataclass
+class _Played:
+    """One turn as it went: (role, text) of its messages, and what was attempted in it."""
+
+    log: list[tuple[str, str]]
+    attempts: list[_Attempt] = field(default_factory=list)
+
+    @property
+    def calls(self) -> list[_Attempt]:
+        return [attempt for attempt in self.attempts if attempt.call]
+
+
+@dataclass(frozen=True)
+class _Finding:
+    """What `review` says about a turn."""
+
+    mistake: str = ""
+    evidence: str = ""
+    cause: str = ""
+    fix: str = ""
+
+
+def review(task: Task, trajectory: Trajectory, chat: Chat) -> Review:
+    """The checker's own reflection on a failed rollout of the task (Hao et al. 2026, §4; there a judge's).
+
+    The mistake of a failed turn is that of the first line that fits. "Left out" are ground-truth calls made
+    nowhere in the turn; "others" are calls beyond the ground truth, but for refused ones that were then put
+    right. The evidence is the attempt in brackets and its answer, else the last message and the verdict.
+
+    | ground-truth calls | what happened | mistake |
+    |---|---|---|
+    | none | calls were made, even if the turn passed | called when it should ask [the first] |
+    | none, or some left out | the last attempt cannot be read | malformed [it] |
+    | none, or some left out | the rollout was cut before the turn | premature end |
+    | some left out | no call was made | no call |
+    | some left out | others to the first tool left out | wrong argument [the first] |
+    | some left out | the first of the others is to a tool due later | missing step [it] |
+    | some left out | others | wrong tool [the first] |
+    | the last left out | no others | premature end |
+    | earlier ones left out | no others | missing step |
+    | all made | others that were not refused | extra step [the first] |
+    | all made | an earlier turn has a mistake: the world was wrong already | that one [the same] |
+    | all made | in another order | missing step [the first that came too early] |
+    | all made | the last attempt cannot be read | malformed [it] |
+    | all made | the rollout was cut | premature end |
+
+    Attempts that cannot be read are blocks that do not parse, and messages in an UNREADABLE state. A turn
+    that was not reached has no mistake and the evidence "not reached". Raises ValueError if no turn failed.
+    """
+    failed = [i for i, verdict in enumerate(trajectory.verdicts) if not verdict.passed]
+    if not failed:
+        raise ValueError(f"task {task.id}: no turn of this rollout failed")
+    played = _play(task, trajectory.messages(chat), trajectory.format)
+    findings: list[_Finding] = []
+    for turn, now, verdict in zip(task.turns, played, trajectory.verdicts):
+        wrong = not verdict.passed or (now.calls and not turn.calls)
+        earlier = next((finding for finding in findings if finding.mistake), None)
+        findings.append(_find(turn.calls, now, verdict.reason, earlier) if wrong else _Finding())
+    findings += [_Finding(evidence="not reached")] * (len(task.turns) - len(findings))
+    turns = [
+        TurnReview(_short(wish(task, i)), finding.mistake, finding.evidence, task.turns[i].calls)
+        for i, finding in enumerate(findings)
+    ]
+    return Review(turns, failed[0], findings[failed[0]].cause, findings[failed[0]].fix)
+
+
+def _play(task: Task, messages: list[tuple[str, bool]], format: str) -> list[_Played]:
+    """Play assistant messages (text, whether it ended) once more and note what happens, turn by turn."""
+    episode = Episode(task, format, max_messages=len(messages) + 1)
+    played = [_Played([("user", " ".join([turn.user, *turn.offers]))]) for turn in task.turns]
+    for text, ended in messages:
+        now = played[episode.turn]
+        now.log.append(("assistant", text))
+        calls = parse_calls(text, format) if ended else []
+        answers = [message["content"] for message in episode.step(text, overlong=not ended) or ()]
+        for call, answer in zip(calls, answers):
+            now.log.append(("tool", answer))
+            now.attempts.append(_Attempt(call if isinstance(call, Call) else None, text, answer))
+        if not calls and message_state(text, format, overlong=not ended) in UNREADABLE:
+            now.attempts.append(_Attempt(None, text, ""))
+    return played
+
+
+def _find(truth: list[Call], now: _Played, reason: str, earlier: _Finding | None) -> _Finding:
+    mistake, attempt, due = _diagnose(truth, now, earlier is not None)
+    if not mistake:
+        return replace(earlier, evidence=f"its calls are right, but before: {earlier.evidence}")
+    role, text = now.log[-1]
+    said = f'it said "{_short(text)}"; ' if role == "assistant" else ""
+    got = attempt.call.name if attempt and attempt.call else ""
+    words = {"got": got, "due": _in_words(due) if due else "answer the user"}
+    cause, fix = (text.format(**words) for text in ADVICE[mistake])
+    return _Finding(mistake, str(attempt) if attempt else said + reason, cause, fix)
+
+
+def _diagnose(truth: list[Call], now: _Played, blamed: bool) -> tuple[str, _Attempt | None, Call | None]:
+    """(mistake, attempt at fault, call that was due) of a turn, by the table of `review`. blamed: an earlier
+    turn has a mistake; the mistake "" is that one."""
+    others, left_out = now.calls, []
+    for call in truth:
+        same = next((attempt for attempt in others if _key(attempt.call) == _key(call)), None)
+        if same:
+            others.remove(same)
+        else:
+            left_out.append(call)
+    due = [call.name for call in left_out]
+    settled = {call.name for call in truth} - set(due)
+    others = [attempt for attempt in others if not (attempt.refused and attempt.call.name in settled)]
+    unread = now.attempts[-1] if now.attempts and not now.attempts[-1].call else None
+    first = left_out[0] if left_out else None
+    if now.calls and not truth:
+        return "called when it should ask", now.calls[0], None
+    if left_out or not truth:
+        if unread:
+            return "malformed", unread, first
+        if len(now.log) == 1:
+            return "premature end", None, first
+        if not now.calls:
+            return "no call", None, first
+        at_fault = next((attempt for attempt in others if attempt.call.name == due[0]), None)
+        if at_fault:
+            return "wrong argument", at_fault, first
+        if others:
+            return "missing step" if others[0].call.name in due else "wrong tool", others[0], first
+        return "premature end" if truth[-len(due) :] == left_out else "missing step", None, first
+    done = [attempt for attempt in now.calls if not attempt.refused]
+    extra = next((attempt for attempt in others if not attempt.refused), None)
+    if extra:
+        return "extra step", extra, None
+    if blamed:
+        return "", None, None
+    for attempt, call in zip(done, truth):
+        if _key(attempt.call) != _key(call):
+            return "missing step", attempt, call
+    return "malformed" if unread else "premature end", unread, None
+
+
+def _key(call: Call) -> tuple[str, str]:
+    """Equal for calls that do the same: defaults filled in, arguments in any order."""
+    known = schema(call.name)["parameters"]["properties"] if owner_of(call.name) else {}
+    defaults = {name: kind["default"] for name, kind in known.items() if "default" in kind}
+    return call.name, to_json(sorted((defaults | call.arguments).items()))
+
+
+def _short(text: str, limit: int = LINE) -> str:
+    """The text on one line, cut to `limit` characters."""
+    text = " ".join(text.split())
+    return text if len(text) <= limit else text[:limit] + "..."
+
+
+# ------------------------------------------------------------------------------------------------ reflections
+def reflections(
+    task: Task,
+    trajectory: Trajectory,
+    chat: Chat,
+    others: Sequence[Task],
+    context: int,
+    judge: "Judge | None" = None,
+) -> tuple[list[Trajectory], bool]:
+    """(SFT pairs on a failed rollout, whether a judge was asked and could not be used).
+
+    Two pairs, as in Hao et al. 2026, §4 (PRS): every turn's intent, mistake, evidence and right calls; and
+    the error turn's cause, evidence, fix and right calls, three similar scenarios and one that looks alike
+    (`tasks.similar`; `others` are the tasks the run trains on). Each is a Trajectory of source "reflection"
+    and at most `context` tokens: the log in its prompt loses what is farthest from the error turn, and a pair
+    that still does not fit is left out. Its loss_mask is True exactly on the target, stop token included.
+    Results stand among the calls of a scenario, so that no value in it comes from nowhere. Only the calls
+    are written with the format's control tokens. Deterministic but for the judge. Raises ValueError if no
+    turn of the rollout failed.
+    """
+    format, written = trajectory.format, review(task, trajectory, chat)
+    error, system = written.error_turn, {"role": "system", "content": FORMATS[format].instruction}
+    log = [
+        (i, f"turn {i + 1} {role}: {_short(text) or '(nothing)'}")
+        for i, now in enumerate(_play(task, trajectory.messages(chat), format)[: len(trajectory.verdicts)])
+        for role, text in now.log
+    ]
+
+    def pair(request: str, target: str) -> Trajectory | None:
+        answer = chat.assistant_ids(target, format)
+
+        def prompt(count: int) -> list[int]:
+            user = _request(task, _nearest(log, error, count), request)
+            return chat.prompt_ids([system, {"role": "user", "content": user}], [], format)
+
+        room = context - len(answer)
+        ids = prompt(bisect(range(1, len(log) + 1), room, key=lambda count: len(prompt(count))))
+        if len(ids) > room:
+            return None
+        row = Trajectory(task.id, task.category, format, [], [], [], len(ids), source="reflection")
+        row.append(ids, sampled=False)
+        row.append(answer, sampled=True)
+        return row
+
+    judged = judge(task, format, error, [line for _, line in log]) if judge else None
+    written = judged or written
+    calls = next(turn.calls for turn in [*task.turns[error:], *task.turns] if turn.calls)
+    scenarios = similar(calls, others, f"{task.id}/{trajectory.tokens[trajectory.prompt_length :]}")
+    pairs = [
+        pair("Say for every turn: intent, mistake, evidence, right calls.", _turns_text(written, format)),
+        pair(
+            f"Turn {error + 1} failed. Say cause, evidence, fix, similar tasks, and one that looks alike.",
+            _error_text(written, format, *scenarios),
+        ),
+    ]
+    return [row for row in pairs if row], judge is not None and judged is None
+
+
+def _request(task: Task, log: list[str], request: str) -> str:
+    return "\n".join(["This rollout failed:", *log, "The right calls:", *_steps(task), request])
+
+
+def _nearest(log: list[tuple[int, str]], turn: int, count: int) -> list[str]:
+    """The `count` lines of the log that are nearest to a turn, in order; "..." stands for the others."""
+    away = [number - turn for number, _ in log]
+    kept = sorted(range(len(log)), key=lambda i: (abs(away[i]), -i if away[i] < 0 else i))[:count]
+    lines = [line if i in kept else "..." for i, (_, line) in enumerate(log)]
+    return [line for i, line in enumerate(lines) if line != "..." or lines[i - 1 : i] != ["..."]]
+
+
+def _turns_text(written: Review, format: str) -> str:
+    lines = []
+    for number, turn in enumerate(written.turns, 1):
+        lines += [f"turn {number}", f"intent: {_plain(turn.intent)}", f"mistake: {turn.mistake or 'none'}"]
+        lines += [f"evidence: {_plain(turn.evidence)}"] if turn.evidence else []
+        lines += _calls_text(turn.calls, format)
+    return "\n".join(lines)
+
+
+def _error_text(written: Review, format: str, alike: list[Task], other: Task | None) -> str:
+    turn = written.turns[written.error_turn]
+    lines = [f"turn {written.error_turn + 1}", f"mistake: {turn.mistake}", f"cause: {_plain(written.cause)}"]
+    lines += [f"evidence: {_plain(turn.evidence)}", f"fix: {_plain(written.fix)}"]
+    lines += _calls_text(turn.calls, format)
+    for number, task in enumerate(alike, 1):
+        lines += [f"similar {number}", *_scenario_text(task, format)]
+    lines += ["looks alike, is solved otherwise", *_scenario_text(other, format)] if other else []
+    return "\n".join(lines)
+
+
+def _scenario_text(task: Task, format: str) -> list[str]:
+    lines = []
+    for turn, (_, results) in zip(task.turns, task.expected):
+        lines.append(f"user: {_plain(_short(turn.user))}")
+        for call, result in zip(turn.calls, results):
+            lines += [render_calls([call], format), f"result: {_plain(_short(result))}"]
+        lines += [] if turn.calls else _calls_text([], format)
+    return lines[:-1] if task.turns[-1].calls else lines
+
+
+def _calls_text(calls: list[Call], format: str) -> list[str]:
+    return ["calls:", render_calls(calls, format)] if calls else ["calls: none, ask"]
+
+
+def _plain(text: str) -> str:
+    """One line of a text that others wrote, in which no tag and no call of any format can stand."""
+    return FORMATS["python"].opener.sub(r"\\u005b", _short(text, MAX_TEXT).replace("<", r"\u003c"))
+
+
+# ------------------------------------------------------------------------------------------------------ judge
+JUDGE_PROMPT = """You review a failed rollout of an assistant that calls tools. Answer with one JSON object:
+{"turns": [{"intent": "...", "mistake": "...", "evidence": "...",
+            "calls": [{"name": "...", "arguments": {}}]}], "cause": "...", "fix": "..."}
+"turns" has one entry per turn, in order. "mistake" is one of: %s; or "" if the turn is right. "calls" are the
+right calls of the turn, [] where the user must be asked. "cause" and "fix" are about turn %d. At most %d
+characters in a text."""
+
+
+@dataclass(frozen=True)
+class Judge:
+    """A language model behind an OpenAI-compatible server that writes reviews.
+
+    url: of the API, up to and without "/chat/completions"; ValueError if it is not http(s). timeout: seconds
+    without an answer before a request fails. The key is read from OPENAI_API_KEY, goes into the request's
+    header, and is neither kept nor printed; redirects are not followed.
+    """
+
+    url: str
+    model: str = "default"
+    timeout: float = 30.0
+
+    def __post_init__(self) -> None:
+        if not self.url.startswith(("http://", "https://")):
+            raise ValueError(f"a judge needs an http(s) address, not {self.url!r}")
+
+    def __call__(self, task: Task, format: str, error_turn: int, log: list[str]) -> Review | None:
+        """The judge's review of a failed rollout, or None after 1 + len(BACK_OFF) failures of any kind."""
+        system = JUDGE_PROMPT % (", ".join(MISTAKES), error_turn + 1, MAX_TEXT)
+        user = _request(task, log, "Write the JSON object.")
+        for pause in (*BACK_OFF, None):
+            try:
+                return _accepted(self._ask(system, user), task, format, error_turn)
+            except FAILURES:
+                if pause is not None:
+                    time.sleep(pause)
+        return None
+
+    def _ask(self, system: str, user: str) -> str:
+        messages = [{"role": "system", "content": system}, {"role": "user", "content": user}]
+        body = {"model": self.model, "temperature": 0, "messages": messages}
+        headers = {"Content-Type": "application/json"}
+        if key := os.environ.get("OPENAI_API_KEY"):
+            headers["Authorization"] = f"Bearer {key}"
+        url = self.url.rstrip("/") + "/chat/completions"
+        request = urllib.request.Request(url, json.dumps(body).encode(), headers)
+        with urllib.request.build_opener(_NoRedirect).open(request, timeout=self.timeout) as answer:
+            return _text(json.loads(answer.read(MAX_BODY))["choices"][0]["message"]["content"], MAX_BODY)
+
+
+class _NoRedirect(urllib.request.HTTPRedirectHandler):
+    """A redirected request would carry the key to another host."""
+
+    def redirect_request(self, *_: object) -> None:
+        return None
+
+
+def _accepted(content: str, task: Task, format: str, error_turn: int) -> Review:
+    """Read a judge's answer (text around the object is ignored); raises one of FAILURES unless it has the
+    right shape and its calls earn reward 1, none of them refused and none where the user must be asked."""
+    raw = json.loads(content[content.find("{") : content.rfind("}") + 1])
+    turns = [
+        TurnReview(*(_text(turn[key]) for key in ("intent", "mistake", "evidence")), _calls(turn["calls"]))
+        for turn in raw["turns"]
+    ]
+    if [bool(turn.calls) for turn in turns] != [bool(turn.calls) for turn in task.turns]:
+        raise ValueError("calls in other turns than the ground truth")
+    if not turns[error_turn].mistake or any(turn.mistake not in ("", *MISTAKES) for turn in turns):
+        raise ValueError("not a known mistake")
+    calls = [turn.calls for turn in turns]
+    texts = [[*(render_calls([call], format) for call in turn), "done"] for turn in calls]
+    played = _play(task, [(text, True) for turn in texts for text in turn], format)
+    sound = all(attempt.call and not attempt.refused for now in played for attempt in now.attempts)
+    if not sound or replay(task, calls, format) != 1:
+        raise ValueError("the calls do not solve the task")
+    return Review(turns, error_turn, _text(raw["cause"]), _text(raw["fix"]))
+
+
+def _calls(raw: object) -> list[Call]:
+    """Calls from JSON values; raises TypeError or ValueError."""
+    if not isinstance(raw, list):
+        raise TypeError("calls are a list")
+    calls = parse_calls("".join(f"<tool_call>{escaped_json(call)}</tool_call>" for call in raw), "hermes")
+    if not all(isinstance(call, Call) for call in calls):
+        raise ValueError("a call that cannot be read")
+    return calls
+
+
+def _text(value: object, limit: int = MAX_TEXT) -> str:
+    if not isinstance(value, str) or len(value) > limit:
+        raise TypeError(f"not a text of at most {limit} characters")
+    return value

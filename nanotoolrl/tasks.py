@@ -8,7 +8,7 @@ world is many times larger.
 """
 
 import random
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -891,6 +891,103 @@ def _honest(task: Task) -> bool:
     )
 
 
+# ---------------------------------------------------------------------------------------------------- similar
+def similar(
+    calls: list[Call], others: Sequence[Task], seed: str, count: int = 3
+) -> tuple[list[Task], Task | None]:
+    """Scenarios to compare a turn with (Hao et al. 2026, §4, PRS): (similar ones, one that looks alike).
+
+    `calls` are the turn's ground truth. The similar ones are one-turn tasks whose solution takes the same
+    tools in the same order, in other worlds and with other values; the one that looks alike touches the same
+    classes and takes other tools. They are made from the train pool's goals; where none of these fits, they
+    are turns of `others` (tasks the run trains on), and there may be fewer of them. All of them replay to
+    reward 1. A pure function of its arguments.
+    """
+    rng = random.Random(seed)
+    goals = [goal for goal in GOALS if goal.pool() == "train"]
+    fitting = [goal for goal in goals if _occurs(_tools(goal), [call.name for call in calls])]
+    if not fitting:
+        return _borrowed(calls, others, rng, count)
+    goal = max(fitting, key=lambda goal: len(_tools(goal)))
+    fresh = [_fresh(goal, f"similar-{k}", f"similar/{seed}/{k}") for k in range(count)]
+    rivals = [other for other in goals if other.apis() & goal.apis() and _tools(other) != _tools(goal)]
+    rivals = rng.sample(rivals, len(rivals))
+    rival = max(rivals, key=lambda other: _closeness(_tools(other), _tools(goal)), default=None)
+    return [task for task in fresh if task], rival and _fresh(rival, "alike", f"alike/{seed}")
+
+
+def _tools(goal: Goal) -> list[str]:
+    return [tool for tool, _ in goal.steps()]
+
+
+def _occurs(part: list[str], whole: list[str]) -> bool:
+    """Whether `part` stands in `whole` without a gap."""
+    return any(whole[i : i + len(part)] == part for i in range(len(whole) - len(part) + 1))
+
+
+def _closeness(tools: list[str], wanted: list[str]) -> tuple[int, bool, int]:
+    """Sorts tool sequences by shared tools, then same classes, then similar length."""
+    same_classes = set(map(owner_of, tools)) == set(map(owner_of, wanted))
+    return len(set(tools) & set(wanted)), same_classes, -abs(len(tools) - len(wanted))
+
+
+def _fresh(goal: Goal, name: str, seed: str) -> Task | None:
+    """An honest one-turn task for the goal, in a world of its classes; None if the dice never give one."""
+    for attempt in range(100):
+        rng = random.Random(f"{seed}/{attempt}")
+        state = {api: WORLDS[api][0](rng, SMALL) for api in sorted(goal.apis())}
+        tools = [tool for api in state for tool in method_names(API_CLASSES[api])]
+        try:
+            drawn = _draw(rng, goal, Task("", "base", state, [], []).new_world())
+            task = _twin(Scenario([[(goal, drawn)]], -1, tools, f"{seed}/{attempt}"), state, "base", name)
+        except (Rejected, IndexError):
+            continue
+        if _honest(task):
+            return task
+    return None
+
+
+def _borrowed(
+    calls: list[Call], others: Sequence[Task], rng: Random, count: int
+) -> tuple[list[Task], Task | None]:
+    """`similar` from the turns of other tasks: the same tools, best in the same order; then the closest."""
+    wanted, seen = [call.name for call in calls], {str(calls)}
+    same, rivals = [], []
+    for task in rng.sample(others, len(others)):
+        for i, turn in enumerate(task.turns):
+            tools = [call.name for call in turn.calls]
+            if str(turn.calls) in seen or not set(map(owner_of, tools)) & set(map(owner_of, wanted)):
+                continue
+            seen.add(str(turn.calls))  # twins share their turns
+            if set(tools) == set(wanted):
+                same.append((tools != wanted, task, i))
+            else:
+                rivals.append((_closeness(tools, wanted), task, i))
+    same.sort(key=lambda row: row[0])
+    rival = max(rivals, key=lambda row: row[0], default=None)
+    return [_alone(task, i) for _, task, i in same[:count]], rival and _alone(*rival[1:])
+
+
+def wish(task: Task, i: int) -> str:
+    """What the user has asked for by turn i and not got: the user messages since the last turn with calls."""
+    first = max((k + 1 for k in range(i) if task.turns[k].calls), default=0)
+    return " ".join(turn.user for turn in task.turns[first : i + 1])
+
+
+def _alone(task: Task, i: int) -> Task:
+    """Turn i of a task, with its whole wish, as a task of its own; the task itself if the world before the
+    turn cannot be made anew or the turn does not replay in it."""
+    turn = replace(task.turns[i], user=wish(task, i))
+    world = task.expected[i - 1][0] if i else task.new_world()
+    state = {name: dict(vars(api)) for name, api in world.items()}
+    tools = [*task.tools, *(tool for turn in task.turns[:i] for tool in turn.offers)]
+    alone = Task(f"{task.id}/{i}", task.category, state, tools, [turn])
+    try:
+        return alone if replay(alone, [turn.calls]) == 1 else task
+    except TypeError:  # a class whose attributes are not its parameters
+        return task
+
+
 # ----------------------------------------------------------------------------------------------------- splits
 def make_split(split: str) -> list[Task]:
     """The tasks of a committed split, in file order; train and test are 100 indices each of one pool."""
@@ -928,6 +1025,17 @@ def subset(tasks: list[Task], count: int) -> list[Task]:
     """A fixed random sample of `count` tasks in their order; all of them if there are no more."""
     chosen = random.Random(0).sample(range(len(tasks)), min(count, len(tasks)))
     return [tasks[i] for i in sorted(chosen)]
+
+
+def in_epochs(tasks: Sequence[Task], seed: str, places: range) -> list[Task]:
+    """The tasks at some places of an endless sequence: one seeded shuffle of all tasks after another."""
+    chosen = []
+    for place in places:
+        epoch, index = divmod(place, len(tasks))
+        order = list(range(len(tasks)))
+        random.Random(f"{seed}/{epoch}").shuffle(order)
+        chosen.append(tasks[order[index]])
+    return chosen
 
 
 def save_tasks(tasks: list[Task], path: Path) -> None:
