@@ -31,7 +31,7 @@ FAILURES = (OSError, http.client.HTTPException, ValueError, LookupError, TypeErr
 ADVICE = {
     "no call": ("nothing was called", "call before answering: {due}"),
     "wrong tool": ("{got} is not the tool for this", "call {due}"),
-    "wrong argument": ("{got} got a value that nobody gave", "take every value from user and results: {due}"),
+    "wrong argument": ("{got} did not get the right values", "take every value from user and results: {due}"),
     "missing step": ("a step was left out or came too late", "keep the order: {due}"),
     "extra step": ("more was done than the user asked", "do every step once, without this {got}"),
     "malformed": ("a call that cannot be read does nothing", "write the call in its format, and only it"),

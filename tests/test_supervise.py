@@ -206,7 +206,7 @@ def test_the_error_turn_is_the_first_failed_one_and_later_turns_may_suffer_from_
     found = review(task, play(chat, task, [find, close(34), "Done.", *TAIL]), chat)
     assert [turn.mistake for turn in found.turns] == ["wrong argument", "", "wrong argument"]
     assert found.turns[2].evidence == f"its calls are right, but before: {found.turns[0].evidence}"
-    assert found.cause == "close_ticket got a value that nobody gave"
+    assert found.cause == "close_ticket did not get the right values"
     assert found.fix == "take every value from user and results: close_ticket with ticket_id 50"
     assert found.turns[2].intent == "Open a high ticket. It is 'warm ribbon'." == wish(task, 2)
 
@@ -392,7 +392,7 @@ def test_pairs(chat, train, format):
             [
                 "turn 1",
                 "mistake: wrong argument",
-                "cause: close_ticket got a value that nobody gave",
+                "cause: close_ticket did not get the right values",
                 'evidence: close_ticket with ticket_id 34 gave "closed"',
                 "fix: take every value from user and results: close_ticket with ticket_id 50",
                 "calls:",
