@@ -13,10 +13,10 @@ import math
 import os
 import pickle
 import platform
-import random
 import signal
 import subprocess
 import sys
+import textwrap
 import threading
 import time
 from dataclasses import dataclass
@@ -33,17 +33,21 @@ from nanotoolrl.evaluate import Scores, evaluate, fits, table
 from nanotoolrl.model import BUILT_IN, ModelError, Policy, load
 from nanotoolrl.probes import ProbeSet
 from nanotoolrl.sampler import Sampler, Trajectory
-from nanotoolrl.schemes import SCHEMES, Run, Step
-from nanotoolrl.tasks import SPLITS, load_tasks, subset
+from nanotoolrl.schemes import SCHEDULES, SCHEMES
+from nanotoolrl.tasks import SPLITS, in_epochs, load_tasks, subset
+from nanotoolrl.updates import Run, Step, trained_reward
 
 METRICS = [
     *"step reward success contrast_groups loss kl entropy grad_norm clip_fraction tokens".split(),
     *"sample_tok_s train_tok_s logprob_gap".split(),
     *(f"state_{state}" for state in MESSAGE_STATES),
-    *"spurious_control required_control nll_control nll_content".split(),
+    *"spurious_control required_control nll_control nll_content spurious_growth".split(),
+    *"hinted_rows oracle_rows dropped_rows failed_tasks forced_success reflections judge_fallbacks".split(),
+    *"sft_loss sft_tokens chord_mu rollbacks".split(),
     *"skipped_updates skipped_tasks sample_seconds seconds".split(),
 ]
 STATE_JUMP = 0.2  # a share of an unhealthy message state this far above the first step's raises the alarm
+SPURIOUS_JUMP = 10  # so does this growth of a control token's spurious probability
 
 
 def setting(default: object, about: str, choices: tuple = ()) -> object:
@@ -57,13 +61,14 @@ class Config:
 
     # what runs
     scheme: str = setting("hint", "trainer variant; see --list", tuple(SCHEMES))
+    schedule: str = setting("", "when an SFT signal is trained (default: the scheme's own)", ("", *SCHEDULES))
     preset: str = setting("nano", "named set of settings, overridden by flags", ("nano", "smoke", "paper"))
     model: str = setting(BUILT_IN, "checkpoint directory, hub name, or nano, the built-in model")
     tasks: str = setting("train", f"training tasks: {', '.join(SPLITS)} or a JSONL file")
     format: str = setting("hermes", "syntax of tool calls", tuple(FORMATS))
     steps: int = setting(20, "RL steps")
     seed: int = setting(0, "of task order and sampling noise")
-    out: str = setting("", "run directory (default: runs/SCHEME-PRESET-sSEED)")
+    out: str = setting("", "run directory (default: runs/SCHEME-SCHEDULE-PRESET-sSEED)")
     # one step
     prompts: int = setting(16, "tasks per step")
     group: int = setting(8, "rollouts per task")
@@ -86,13 +91,53 @@ class Config:
     )
     weight_decay: float = setting(0.01, "of AdamW")
     grad_clip: float = setting(1.0, "largest gradient norm")
-    clip: float = setting(0.2, "ratios outside 1 +- clip get no gradient")
+    clip: float = setting(0.2, "ratios below 1 - CLIP get no gradient where the advantage is negative")
+    clip_high: float = setting(0.2, "ratios above 1 + CLIP_HIGH get none where it is positive")
     dual_clip: float = setting(3.0, "bound of the loss of a negative advantage, in advantages")
     kl: float = setting(0.0, "coefficient of KL(policy || start) in the loss (published: 1e-4)")
+    entropy: float = setting(0.0, "coefficient of an entropy bonus")
+    loss_agg: str = setting(
+        "token", "mean of the loss: over tokens, or over rows of the row's mean", ("token", "sequence")
+    )
     adv_std: bool = setting(True, "divide advantages by the group's standard deviation")
-    # hints
-    hint_count: int = setting(2, "rollouts of a group that see a hint; 0 is grpo")
+    graded_reward: bool = setting(False, "reward the share of turns passed, not only all of them")
+    tag_penalty: float = setting(0.0, "reward lost, times the share of bare or malformed messages")
+    # help inside a group
+    hint_count: int = setting(2, "rollouts of a group that see a hint")
     hint_keep: bool = setting(False, "train hinted rollouts under the hinted prompt")
+    oracle_count: int = setting(1, "rollouts of a group that are the ground truth")
+    ops_loss: str = setting("shaped", "of their tokens: p / (p + 0.1), or the ratio", ("shaped", "ratio"))
+    # SFT. Published: lr 1e-5, ten times that of RL, 2 epochs of batches of 128 after rounds of 50 to 150 RL
+    # steps, from the failures of the last 10. Here a run has 20 steps, so rounds are short and the window is
+    # the round; bursts train a fixed number of tokens, so that signals can be compared; RL's rate is high
+    # already (a small model), so that of SFT is not ten times higher.
+    sft_source: str = setting(
+        "own", "tasks of sft and sft_rl: the training tasks, or foreign", ("own", "foreign")
+    )
+    sft_coef: float = setting(0.1, "weight of an SFT loss that is added to policy updates")
+    sft_lr: float = setting(5e-4, "learning rate of SFT by itself")
+    sft_batch: int = setting(16, "conversations per SFT update")
+    sft_epochs: int = setting(2, "passes over the examples of a burst; 0: no bursts")
+    sft_tokens: int = setting(4000, "trained tokens of a burst between rounds; 0: --sft-epochs decides")
+    sft_warmup: float = setting(0.3, "share of a burst's updates in which its learning rate rises")
+    sft_window: int = setting(5, "steps whose failures are trained on")
+    round_steps: int = setting(5, "RL steps between bursts")
+    ets_any: bool = setting(False, "a task counts as failed if any rollout failed, not only if all did")
+    judge: str = setting("", "chat-completions URL that writes the reflections of prs (default: the checker)")
+    judge_model: str = setting("judge", "model name sent to it")
+    judge_timeout: float = setting(30.0, "seconds before it is asked again")
+    # strengths of single schemes
+    negative_weight: float = setting(0.0, "psr: factor of negative advantages")
+    positive_weight: float = setting(0.0, "nsr: factor of positive advantages")
+    void_weight: float = setting(0.0, "void: factor of the advantages of rollouts with a broken message")
+    guard_weight: float = setting(1.0, "guard: share of the push-down spared; guard-kl: KL coefficient")
+    llds_weight: float = setting(0.1, "llds: weight of the penalty on fallen likelihoods")
+    chord_mu: float = setting(0.5, "chord: share of SFT in the loss at the start")
+    chord_steps: int = setting(20, "chord: steps until it is 0")
+    chord_phi: bool = setting(False, "chord: keep the share, weigh SFT tokens by p (1 - p)")
+    sentinel_limit: float = setting(
+        10.0, "sentinel: growth of a spurious probability that rolls back; 0: never"
+    )
     # looking
     eval_tasks: str = setting("test", "tasks of the evaluation before and after training")
     eval_count: int = setting(400, "a fixed sample of so many of them; 0: no evaluation")
@@ -109,7 +154,18 @@ class Config:
 
 PRESETS: dict[str, dict] = {
     "nano": {},
-    "smoke": {"steps": 2, "prompts": 2, "group": 4, "warmup": 1, "eval_count": 16, "probe_tasks": 4},
+    "smoke": {
+        "steps": 2,
+        "prompts": 2,
+        "group": 4,
+        "warmup": 1,
+        "eval_count": 16,
+        "probe_tasks": 4,
+        "round_steps": 1,
+        "sft_window": 1,
+        "sft_epochs": 1,
+        "sft_tokens": 500,
+    },
     "paper": {
         "steps": 300,
         "prompts": 60,
@@ -120,6 +176,11 @@ PRESETS: dict[str, dict] = {
         "context": 8192,
         "max_new_tokens": 1024,
         "max_messages": MAX_MESSAGES,
+        "sft_lr": 1e-5,
+        "sft_batch": 128,
+        "sft_tokens": 0,
+        "sft_window": 10,
+        "round_steps": 50,
     },
 }
 
@@ -176,8 +237,11 @@ def parse(argv: list[str] | None) -> tuple[Config, set[str], bool]:
         print(scheme_table())
         raise SystemExit(0)
     resume = given.pop("resume", False)
-    config = Config(**(PRESETS[given.get("preset", "nano")] | given))
-    config.out = config.out or f"runs/{config.scheme}-{config.preset}-s{config.seed}"
+    scheme = SCHEMES[given.get("scheme", Config.scheme)]
+    own = {"schedule": scheme.schedules[0] if scheme.schedules else ""} | scheme.defaults
+    config = Config(**(own | PRESETS[given.get("preset", "nano")] | given))
+    name = [config.scheme, config.schedule, config.preset, f"s{config.seed}"]
+    config.out = config.out or "runs/" + "-".join(filter(None, name))
     try:
         check(config)
     except Refused as error:
@@ -190,27 +254,45 @@ def check(config: Config) -> None:
     for name in (
         *"steps prompts group updates max_new_tokens max_messages context lr temperature".split(),
         *"probe_every probe_tasks tokens_at_once slots save_every dual_clip grad_clip".split(),
+        *"sft_lr sft_batch sft_window round_steps chord_steps judge_timeout".split(),
     ):
         if not getattr(config, name) > 0:
             raise Refused(f"--{name.replace('_', '-')} must be positive, not {getattr(config, name)}")
     for name in (
         *"hint_count eval_count show_every rollout_groups kl warmup threads seed".split(),
-        *"weight_decay clip".split(),
+        *"weight_decay clip clip_high entropy tag_penalty oracle_count".split(),
+        *"sft_coef sft_epochs sft_tokens".split(),
+        *"negative_weight positive_weight void_weight guard_weight llds_weight sentinel_limit".split(),
     ):
         if not getattr(config, name) >= 0:
             raise Refused(f"--{name.replace('_', '-')} must not be negative, it is {getattr(config, name)}")
-    if "hint_count" in SCHEMES[config.scheme].settings and config.hint_count > config.group:
-        raise Refused(f"--hint-count {config.hint_count} is more than --group {config.group}")
+    for name in ("chord_mu", "sft_warmup"):
+        if not 0 <= getattr(config, name) <= 1:
+            raise Refused(f"--{name.replace('_', '-')} must be from 0 to 1, not {getattr(config, name)}")
+    scheme = SCHEMES[config.scheme]
+    for name in ("hint_count", "oracle_count"):
+        if name in scheme.settings and getattr(config, name) > config.group:
+            flag, value = f"--{name.replace('_', '-')}", getattr(config, name)
+            raise Refused(f"{flag} {value} is more than --group {config.group}")
+    allowed = scheme.schedules or (scheme.defaults.get("schedule", ""),)
+    if config.schedule not in allowed:
+        known = f"one of {', '.join(allowed)}" if scheme.schedules else "no --schedule"
+        raise Refused(f"{config.scheme} takes {known}, not {config.schedule or 'none at all'}")
     if config.updates > config.prompts:
         raise Refused(f"--updates {config.updates} needs at least as many --prompts, not {config.prompts}")
 
 
 def scheme_table() -> str:
-    """What --list prints."""
-    lines = [f"{'scheme':<10} {'what it does':<82} {'settings':<24} source"]
+    """What --list prints: name, one line, source, settings that matter with the value that makes it grpo."""
+    lines = []
     for one in SCHEMES.values():
-        settings = " ".join("--" + name.replace("_", "-") for name in one.settings) or "-"
-        lines.append(f"{one.name:<10} {one.about:<82} {settings:<24} {one.source}")
+        flags = ["--schedule " + "|".join(one.schedules)] if one.schedules else []
+        for name in one.settings:
+            neutral = f" ({one.neutral[name]:g}: grpo)" if name in one.neutral else ""
+            flags.append("--" + name.replace("_", "-") + neutral)
+        lines += [f"{one.name:<11}{one.about}", f"{'':<11}  {one.source}"]
+        indent = {"initial_indent": " " * 13, "subsequent_indent": " " * 13}
+        lines += textwrap.wrap(", ".join(flags), 110, break_on_hyphens=False, **indent)
     return "\n".join(lines)
 
 
@@ -356,8 +438,8 @@ def git_revision() -> str:
 
 
 # ---------------------------------------------------------------------------------------------------- one run
-def setup(config: Config) -> tuple[Run, list[Task], list[Task], int]:
-    """(run, training tasks, evaluation tasks, number of training tasks that do not fit the context)."""
+def setup(config: Config) -> tuple[Run, list[Task], int]:
+    """(run, evaluation tasks, number of training tasks that do not fit the context)."""
     torch.set_num_threads(config.threads or os.cpu_count() or 1)
     torch.manual_seed(config.seed)
     try:
@@ -369,7 +451,7 @@ def setup(config: Config) -> tuple[Run, list[Task], list[Task], int]:
     room = min(config.context, policy.context) - config.max_new_tokens
     fitting = [fits(policy, task, config.format, room, hinted=True) for task in tasks]
     for task in [task for task, ok in zip(tasks, fitting, strict=True) if not ok]:
-        print(f"skipped: the prompt of task {task.id}, with its hint, is longer than {room} tokens")
+        print(f"skipped: task {task.id}, with its hint or its ground truth, is longer than {room} tokens")
     tasks = [task for task, ok in zip(tasks, fitting, strict=True) if ok]
     chosen, held = held, [task for task in held if fits(policy, task, config.format, room)]
     if len(held) < len(chosen):
@@ -380,33 +462,29 @@ def setup(config: Config) -> tuple[Run, list[Task], list[Task], int]:
         policy.model.parameters(), lr=config.lr, weight_decay=config.weight_decay, foreach=True
     )
     sampler = Sampler(policy, config.max_new_tokens, config.context, config.slots, config.seed)
-    reference = load(config.model) if config.kl > 0 else None
-    return Run(config, policy, sampler, optimizer, reference), tasks, held, fitting.count(False)
+    return Run(config, policy, sampler, optimizer, tasks), held, fitting.count(False)
 
 
 def tasks_of_step(config: Config, tasks: list[Task], step: int) -> list[Task]:
-    """The P tasks of a step: epochs of seeded shuffles, cut into steps; a pure function of its arguments."""
-    chosen = []
-    for i in range((step - 1) * config.prompts, step * config.prompts):
-        epoch, place = divmod(i, len(tasks))
-        order = list(range(len(tasks)))
-        random.Random(f"{config.seed}/{epoch}").shuffle(order)
-        chosen.append(tasks[order[place]])
-    return chosen
+    """The P tasks of a step: a pure function of its arguments."""
+    return in_epochs(tasks, str(config.seed), range((step - 1) * config.prompts, step * config.prompts))
 
 
 def measures(run: Run, step: Step) -> dict[str, float]:
-    """The metrics every scheme shares, from its trajectories."""
+    """The metrics every scheme shares, from its trajectories; none without any."""
     rows = step.trajectories
+    if not rows:
+        return {}
     own = [row.reward for row in rows if row.source == "policy"]
     states = [state for row in rows for state in row.states]
-    tokens = sum(row.sampled_tokens for row in rows)
     return {
-        "reward": sum(row.reward for row in rows) / len(rows),
+        "reward": sum(trained_reward(run.config, row) for row in rows) / len(rows),
         "success": sum(own) / len(own) if own else math.nan,
         "contrast_groups": int((step.advantages.view(-1, run.config.group) != 0).any(1).sum()),
-        "tokens": tokens,
-        "sample_tok_s": tokens / run.sample_seconds,
+        "hinted_rows": sum(row.source == "hint" for row in rows) / len(rows),
+        "oracle_rows": sum(row.source == "oracle" for row in rows) / len(rows),
+        "tokens": run.sampled_tokens,
+        "sample_tok_s": run.sampled_tokens / run.sample_seconds,
         "sample_seconds": run.sample_seconds,
         **{f"state_{state}": states.count(state) / len(states) for state in MESSAGE_STATES},
     }
@@ -414,16 +492,24 @@ def measures(run: Run, step: Step) -> dict[str, float]:
 
 def progress(row: dict) -> str:
     """What the progress bar says of a step."""
-    return f"reward {row['reward']:.2f} success {row['success']:.2f} {row['sample_tok_s']:.0f} tok/s"
+    said = []
+    if "reward" in row:
+        said += [f"reward {row['reward']:.2f}", f"success {row['success']:.2f}"]
+        said += [f"{row['sample_tok_s']:.0f} tok/s"]
+    if row.get("sft_tokens"):
+        said += [f"SFT loss {row['sft_loss']:.3f}"]
+    return " ".join(said)
 
 
-def alarm(row: dict, first: dict, spurious: str) -> str:
-    """What the progress bar warns of: a control token or an unhealthy message state that jumped."""
-    warnings = [spurious] if spurious else []
-    for state in UNHEALTHY_STATES:
-        share = row[f"state_{state}"]
-        if share - first[f"state_{state}"] > STATE_JUMP:
-            warnings.append(f"{state} {share:.0%}")
+def alarm(row: dict, first: dict, token: str) -> str:
+    """What the progress bar warns of: an unhealthy message state, or a control token (`token` is the one of
+    spurious_growth), that jumped."""
+    warnings = []
+    if row.get("spurious_growth", 0) >= SPURIOUS_JUMP:
+        warnings.append(f"{token} x{row['spurious_growth']:.0f}")
+    for name in (f"state_{state}" for state in UNHEALTHY_STATES):
+        if name in row and row[name] - first[name] > STATE_JUMP:
+            warnings.append(f"{name.removeprefix('state_')} {row[name]:.0%}")
     return " ALARM " + ", ".join(warnings) if warnings else ""
 
 
@@ -432,7 +518,7 @@ def train(config: Config, resume: bool, given: set[str]) -> int:
     directory, saved = RunDirectory(config.out), None
     if resume:
         config, saved = directory.reopen(config, given)
-    run, tasks, held, left_out = setup(config)
+    run, held, left_out = setup(config)
     if saved is None:
         directory.create(config)
         directory.save(run, None)
@@ -441,35 +527,37 @@ def train(config: Config, resume: bool, given: set[str]) -> int:
         directory.rewind(config, run.step)
     updates = f"{config.updates} update{'s' if config.updates > 1 else ''}"
     print(
-        f"{config.scheme}: {config.prompts} prompts x {config.group} rollouts "
-        f"= {config.prompts * config.group} trajectories, {updates}; "
-        f"{config.steps} steps on {len(tasks)} tasks; {directory.path}"
+        f"{config.scheme}{', ' + config.schedule if config.schedule else ''}: {config.prompts} prompts x "
+        f"{config.group} rollouts = {config.prompts * config.group} trajectories, {updates}; "
+        f"{config.steps} steps on {len(run.tasks)} tasks; {directory.path}"
     )
-    probes = ProbeSet(load(config.model), subset(tasks, config.probe_tasks), config.format)
+    probes = ProbeSet(load(config.model), subset(run.tasks, config.probe_tasks), config.format)
     if saved and saved["before"]:
         before = Scores(**saved["before"])
     else:
         before = score_tasks(run, held, "before") if run.step == 0 else None
     if run.step == 0:
         directory.save(run, before)
-    spurious, code = "", 0
+    worst, code = "", 0
     bar = tqdm(total=config.steps, initial=run.step, unit="step", dynamic_ncols=True)
     with bar, StopSignal() as stop:
         while run.step < config.steps and code == 0:
             run.step += 1
+            run.sampled_tokens, run.sample_seconds = 0, 0.0
             started = time.perf_counter()
-            step = SCHEMES[config.scheme].step(run, tasks_of_step(config, tasks, run.step))
+            step = SCHEMES[config.scheme].step(run, tasks_of_step(config, run.tasks, run.step))
             row = {"step": run.step, "skipped_tasks": left_out} | measures(run, step) | step.metrics
             if run.step % config.probe_every == 0:
-                columns, spurious = probes.measure(run.policy)
+                columns, worst = probes.measure(run.policy)
+                run.state["probe"] = {"step": run.step} | columns
                 row |= columns
             row["seconds"] = time.perf_counter() - started
             shares = {name: share for name, share in row.items() if name.startswith("state_")}
             first = run.state.setdefault("first", shares)
             directory.log(config, run, row, step)
-            bar.set_postfix_str(progress(row) + alarm(row, first, spurious), refresh=False)
+            bar.set_postfix_str(progress(row) + alarm(row, first, worst), refresh=False)
             bar.update()
-            if config.show_every and run.step % config.show_every == 0:
+            if config.show_every and run.step % config.show_every == 0 and step.trajectories:
                 tqdm.write(show(run.policy, step.trajectories[-1], run.step))
             code = 1 if run.skipped_in_a_row >= 3 else 130 if stop.asked else 0
             if run.step % config.save_every == 0 or run.step == config.steps or code:

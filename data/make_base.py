@@ -28,9 +28,9 @@ from nanotoolrl.chat import FORMATS, Call, Chat, message_state, render_calls, si
 from nanotoolrl.env import Episode, Task, call_tool, oracle  # noqa: E402
 from nanotoolrl.evaluate import evaluate  # noqa: E402
 from nanotoolrl.model import Policy, load, pad  # noqa: E402
-from nanotoolrl.schemes import micro_batches  # noqa: E402
 from nanotoolrl.supervise import hint_text  # noqa: E402
 from nanotoolrl.tasks import alter, generate, load_tasks, subset  # noqa: E402
+from nanotoolrl.updates import micro_batches  # noqa: E402
 
 VOCABULARY = 1536
 SPECIAL = ["<|endoftext|>", "<|im_start|>", "<|im_end|>"]

@@ -19,7 +19,7 @@ import torch
 from nanotoolrl.chat import FORMATS, MESSAGE_STATES
 from nanotoolrl.env import CATEGORIES, MAX_MESSAGES, Episode, Task
 from nanotoolrl.model import BUILT_IN, ModelError, Policy, load
-from nanotoolrl.sampler import Sampler
+from nanotoolrl.sampler import Sampler, demonstration
 from nanotoolrl.supervise import hint_text
 from nanotoolrl.tasks import SPLITS, load_tasks, subset
 
@@ -106,9 +106,12 @@ def states_table(columns: dict[str, Scores]) -> str:
 
 
 def fits(policy: Policy, task: Task, format: str, room: int, hinted: bool = False) -> bool:
-    """Whether the prompt of a task, with its hint if `hinted`, has at most `room` tokens."""
+    """Whether the prompt of a task has at most `room` tokens; if `hinted`, with its hint, and whether its
+    ground truth has, too."""
     hint = hint_text(task, format) if hinted else ""
-    return len(policy.chat.prompt_ids(*Episode(task, format).prompt(), format, hint)) <= room
+    if len(policy.chat.prompt_ids(*Episode(task, format).prompt(), format, hint)) > room:
+        return False
+    return not hinted or len(demonstration(policy.chat, task, format).tokens) <= room
 
 
 def main(argv: list[str] | None = None) -> int:

@@ -50,3 +50,30 @@ def kl_k3(logprobs: Tensor, reference_logprobs: Tensor) -> Tensor:
     policy (J. Schulman's note; the "low_var_kl" of the published code, which also bounds it by 10)."""
     d = (reference_logprobs - logprobs).clamp(-MAX_LOG_RATIO, MAX_LOG_RATIO)
     return (torch.expm1(d) - d).clamp(0.0, 10.0)
+
+
+def shaped_loss(
+    logprobs: Tensor, advantages: Tensor, clip_low: float = 0.2, clip_high: float = 0.2
+) -> Tensor:
+    """Loss [N] of off-policy tokens: PPO's, with w = p / (p + 0.1) where the ratio stands (published code of
+    Hao et al. 2026; LUFFY, arXiv 2504.14945).
+
+    loss = max(-A w, -A clamp(w, 1 - clip_low, 1 + clip_high)), p the policy's own probability. As w < 0.91,
+    the upper clamp is never reached, and for A > 0 none ever cuts a gradient: dw/dlog p = w (1 - w), small
+    for tokens that are certain and for tokens that are out of reach.
+    """
+    p = logprobs.exp()
+    w = p / (p + 0.1)
+    return torch.maximum(-advantages * w, -advantages * w.clamp(1 - clip_low, 1 + clip_high))
+
+
+def likelihood_drop(logprobs: Tensor, old_logprobs: Tensor, preferred: Tensor, row: Tensor) -> Tensor:
+    """Penalty [N] where a preferred rollout has become less likely (LLDS, arXiv 2512.04220).
+
+    max(0, old - logprob) on the tokens of rows that are `preferred` [N] (bool) and whose summed log-prob
+    fell; 0 elsewhere. row: index [N] of each token's row.
+    """
+    drop = old_logprobs - logprobs  # [N]
+    rows = int(row.max()) + 1 if len(row) else 0
+    fell = drop.new_zeros(rows).index_add(0, row, drop.detach()) > 0  # [rows]
+    return torch.where(preferred & fell[row], drop.clamp(min=0.0), 0.0)

@@ -66,12 +66,12 @@ class ProbeSet:
 
     @torch.inference_mode()
     def measure(self, policy: Policy) -> tuple[dict[str, float], str]:
-        """(metrics columns, alarm): the alarm names the control token whose spurious probability (over 1e-6)
-        has grown tenfold or more since the start, the worst one; "" if there is none.
+        """(metrics columns, the control token that spurious_growth belongs to).
 
         Columns: kl, mean KL(policy || start) in nats over the assistant's positions; spurious_control and
         required_control, mean probability over control tokens where they are not, and are, the next token;
-        nll_control and nll_content, mean negative log-likelihood in nats.
+        nll_control and nll_content, mean negative log-likelihood in nats; spurious_growth, the largest ratio
+        of a control token's spurious probability (at least 1e-6) to that at the start.
         """
         columns, spurious = self._measure(policy)
         growth = {
@@ -79,7 +79,7 @@ class ProbeSet:
             for token, p in spurious.items()
         }
         worst = max(growth, key=growth.get)
-        return columns, f"{worst} x{growth[worst]:.0f}" if growth[worst] >= 10 else ""
+        return columns | {"spurious_growth": growth[worst]}, worst
 
 
 def _chunks(n: int) -> list[slice]:

@@ -7,7 +7,7 @@ depends on its own noise stream and its own tokens alone.
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 import torch
@@ -83,16 +83,22 @@ class Trajectory:
         if self.sampled_prompt is None:
             return self
         prompt, old = self.sampled_prompt, self.prompt_length
-        return Trajectory(
-            **{
-                **vars(self),
-                "tokens": prompt + self.tokens[old:],
-                "loss_mask": [False] * len(prompt) + self.loss_mask[old:],
-                "logprobs": [0.0] * len(prompt) + self.logprobs[old:],
-                "prompt_length": len(prompt),
-                "sampled_prompt": None,
-            }
+        return replace(
+            self,
+            tokens=prompt + self.tokens[old:],
+            loss_mask=[False] * len(prompt) + self.loss_mask[old:],
+            logprobs=[0.0] * len(prompt) + self.logprobs[old:],
+            prompt_length=len(prompt),
+            sampled_prompt=None,
         )
+
+    def with_trained(self, prefix: list[int]) -> "Trajectory":
+        """The same trajectory with a forced `prefix` trained too, wherever one opens a message."""
+        mask, n = list(self.loss_mask), len(prefix)
+        for t in range(n, len(mask)):
+            if mask[t] and not self.loss_mask[t - 1] and self.tokens[t - n : t] == prefix:
+                mask[t - n : t] = [True] * n
+        return replace(self, loss_mask=mask)
 
 
 class Cache:

@@ -2,30 +2,22 @@
 
 A reflection is a pair for SFT: its prompt holds the log of a failed rollout and the ground truth, its target
 says what went wrong. In the paper a language model writes the targets. Here the environment does (`review`),
-or, if there is one, a `Judge`, whose corrected calls must earn reward 1.
+or, if there is one, a judge (nanotoolrl/judge.py).
 """
 
-import http.client
-import json
-import os
-import time
-import urllib.request
 from bisect import bisect
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 
 from nanotoolrl.chat import FORMATS, Call, Chat, escaped_json, message_state, parse_calls, render_calls
-from nanotoolrl.env import Episode, Task, replay, to_json
+from nanotoolrl.env import Episode, Task, to_json
 from nanotoolrl.sampler import Trajectory
 from nanotoolrl.tasks import similar, wish
 from nanotoolrl.tools import owner_of, schema
 
 LINE = 200  # characters of one text in a log or a review
 UNREADABLE = ("overlong", "bare", "malformed", "foreign")  # messages that try to call and hold no call
-BACK_OFF = (1.0, 2.0, 4.0)  # seconds between requests to a judge
-MAX_BODY = 1_000_000  # bytes of a judge's answer
-MAX_TEXT = 600  # characters of one text in it
-FAILURES = (OSError, http.client.HTTPException, ValueError, LookupError, TypeError, RecursionError)
+MAX_TEXT = 600  # characters of one text that somebody else wrote
 
 # mistake: (cause, fix). {got} is the tool of the offending call, {due} the call that was due.
 ADVICE = {
@@ -87,7 +79,7 @@ class Review:
 
 
 @dataclass(frozen=True)
-class _Attempt:
+class Attempt:
     """A call, or what should have been one (None), the message it stands in, and the tool's answer."""
 
     call: Call | None
@@ -104,14 +96,14 @@ class _Attempt:
 
 
 @dataclass
-class _Played:
+class Played:
     """One turn as it went: (role, text) of its messages, and what was attempted in it."""
 
     log: list[tuple[str, str]]
-    attempts: list[_Attempt] = field(default_factory=list)
+    attempts: list[Attempt] = field(default_factory=list)
 
     @property
-    def calls(self) -> list[_Attempt]:
+    def calls(self) -> list[Attempt]:
         return [attempt for attempt in self.attempts if attempt.call]
 
 
@@ -155,7 +147,7 @@ def review(task: Task, trajectory: Trajectory, chat: Chat) -> Review:
     failed = [i for i, verdict in enumerate(trajectory.verdicts) if not verdict.passed]
     if not failed:
         raise ValueError(f"task {task.id}: no turn of this rollout failed")
-    played = _play(task, trajectory.messages(chat), trajectory.format)
+    played = play_again(task, trajectory.messages(chat), trajectory.format)
     findings: list[_Finding] = []
     for turn, now, verdict in zip(task.turns, played, trajectory.verdicts):
         wrong = not verdict.passed or (now.calls and not turn.calls)
@@ -169,10 +161,10 @@ def review(task: Task, trajectory: Trajectory, chat: Chat) -> Review:
     return Review(turns, failed[0], findings[failed[0]].cause, findings[failed[0]].fix)
 
 
-def _play(task: Task, messages: list[tuple[str, bool]], format: str) -> list[_Played]:
+def play_again(task: Task, messages: list[tuple[str, bool]], format: str) -> list[Played]:
     """Play assistant messages (text, whether it ended) once more and note what happens, turn by turn."""
     episode = Episode(task, format, max_messages=len(messages) + 1)
-    played = [_Played([("user", " ".join([turn.user, *turn.offers]))]) for turn in task.turns]
+    played = [Played([("user", " ".join([turn.user, *turn.offers]))]) for turn in task.turns]
     for text, ended in messages:
         now = played[episode.turn]
         now.log.append(("assistant", text))
@@ -180,13 +172,13 @@ def _play(task: Task, messages: list[tuple[str, bool]], format: str) -> list[_Pl
         answers = [message["content"] for message in episode.step(text, overlong=not ended) or ()]
         for call, answer in zip(calls, answers):
             now.log.append(("tool", answer))
-            now.attempts.append(_Attempt(call if isinstance(call, Call) else None, text, answer))
+            now.attempts.append(Attempt(call if isinstance(call, Call) else None, text, answer))
         if not calls and message_state(text, format, overlong=not ended) in UNREADABLE:
-            now.attempts.append(_Attempt(None, text, ""))
+            now.attempts.append(Attempt(None, text, ""))
     return played
 
 
-def _find(truth: list[Call], now: _Played, reason: str, earlier: _Finding | None) -> _Finding:
+def _find(truth: list[Call], now: Played, reason: str, earlier: _Finding | None) -> _Finding:
     mistake, attempt, due = _diagnose(truth, now, earlier is not None)
     if not mistake:
         return replace(earlier, evidence=f"its calls are right, but before: {earlier.evidence}")
@@ -198,7 +190,7 @@ def _find(truth: list[Call], now: _Played, reason: str, earlier: _Finding | None
     return _Finding(mistake, str(attempt) if attempt else said + reason, cause, fix)
 
 
-def _diagnose(truth: list[Call], now: _Played, blamed: bool) -> tuple[str, _Attempt | None, Call | None]:
+def _diagnose(truth: list[Call], now: Played, blamed: bool) -> tuple[str, Attempt | None, Call | None]:
     """(mistake, attempt at fault, call that was due) of a turn, by the table of `review`. blamed: an earlier
     turn has a mistake; the mistake "" is that one."""
     others, left_out = now.calls, []
@@ -260,7 +252,7 @@ def reflections(
     chat: Chat,
     others: Sequence[Task],
     context: int,
-    judge: "Judge | None" = None,
+    judge: Callable[[Task, str, int, str], Review | None] | None = None,
 ) -> tuple[list[Trajectory], bool]:
     """(SFT pairs on a failed rollout, whether a judge was asked and could not be used).
 
@@ -275,9 +267,10 @@ def reflections(
     """
     format, written = trajectory.format, review(task, trajectory, chat)
     error, system = written.error_turn, {"role": "system", "content": FORMATS[format].instruction}
+    played = play_again(task, trajectory.messages(chat), format)
     log = [
         (i, f"turn {i + 1} {role}: {_short(text) or '(nothing)'}")
-        for i, now in enumerate(_play(task, trajectory.messages(chat), format)[: len(trajectory.verdicts)])
+        for i, now in enumerate(played[: len(trajectory.verdicts)])
         for role, text in now.log
     ]
 
@@ -285,7 +278,7 @@ def reflections(
         answer = chat.assistant_ids(target, format)
 
         def prompt(count: int) -> list[int]:
-            user = _request(task, _nearest(log, error, count), request)
+            user = request_text(task, _nearest(log, error, count)) + "\n" + request
             return chat.prompt_ids([system, {"role": "user", "content": user}], [], format)
 
         room = context - len(answer)
@@ -297,7 +290,7 @@ def reflections(
         row.append(answer, sampled=True)
         return row
 
-    judged = judge(task, format, error, [line for _, line in log]) if judge else None
+    judged = judge(task, format, error, request_text(task, [line for _, line in log])) if judge else None
     written = judged or written
     calls = next(turn.calls for turn in [*task.turns[error:], *task.turns] if turn.calls)
     scenarios = similar(calls, others, f"{task.id}/{trajectory.tokens[trajectory.prompt_length :]}")
@@ -311,8 +304,9 @@ def reflections(
     return [row for row in pairs if row], judge is not None and judged is None
 
 
-def _request(task: Task, log: list[str], request: str) -> str:
-    return "\n".join(["This rollout failed:", *log, "The right calls:", *_steps(task), request])
+def request_text(task: Task, log: list[str]) -> str:
+    """A log and the ground truth, as whoever reflects on them reads it."""
+    return "\n".join(["This rollout failed:", *log, "The right calls:", *_steps(task)])
 
 
 def _nearest(log: list[tuple[int, str]], turn: int, count: int) -> list[str]:
@@ -360,97 +354,3 @@ def _calls_text(calls: list[Call], format: str) -> list[str]:
 def _plain(text: str) -> str:
     """One line of a text that others wrote, in which no tag and no call of any format can stand."""
     return FORMATS["python"].opener.sub(r"\\u005b", _short(text, MAX_TEXT).replace("<", r"\u003c"))
-
-
-# ------------------------------------------------------------------------------------------------------ judge
-JUDGE_PROMPT = """You review a failed rollout of an assistant that calls tools. Answer with one JSON object:
-{"turns": [{"intent": "...", "mistake": "...", "evidence": "...",
-            "calls": [{"name": "...", "arguments": {}}]}], "cause": "...", "fix": "..."}
-"turns" has one entry per turn, in order. "mistake" is one of: %s; or "" if the turn is right. "calls" are the
-right calls of the turn, [] where the user must be asked. "cause" and "fix" are about turn %d. At most %d
-characters in a text."""
-
-
-@dataclass(frozen=True)
-class Judge:
-    """A language model behind an OpenAI-compatible server that writes reviews.
-
-    url: of the API, up to and without "/chat/completions"; ValueError if it is not http(s). timeout: seconds
-    without an answer before a request fails. The key is read from OPENAI_API_KEY, goes into the request's
-    header, and is neither kept nor printed; redirects are not followed.
-    """
-
-    url: str
-    model: str = "default"
-    timeout: float = 30.0
-
-    def __post_init__(self) -> None:
-        if not self.url.startswith(("http://", "https://")):
-            raise ValueError(f"a judge needs an http(s) address, not {self.url!r}")
-
-    def __call__(self, task: Task, format: str, error_turn: int, log: list[str]) -> Review | None:
-        """The judge's review of a failed rollout, or None after 1 + len(BACK_OFF) failures of any kind."""
-        system = JUDGE_PROMPT % (", ".join(MISTAKES), error_turn + 1, MAX_TEXT)
-        user = _request(task, log, "Write the JSON object.")
-        for pause in (*BACK_OFF, None):
-            try:
-                return _accepted(self._ask(system, user), task, format, error_turn)
-            except FAILURES:
-                if pause is not None:
-                    time.sleep(pause)
-        return None
-
-    def _ask(self, system: str, user: str) -> str:
-        messages = [{"role": "system", "content": system}, {"role": "user", "content": user}]
-        body = {"model": self.model, "temperature": 0, "messages": messages}
-        headers = {"Content-Type": "application/json"}
-        if key := os.environ.get("OPENAI_API_KEY"):
-            headers["Authorization"] = f"Bearer {key}"
-        url = self.url.rstrip("/") + "/chat/completions"
-        request = urllib.request.Request(url, json.dumps(body).encode(), headers)
-        with urllib.request.build_opener(_NoRedirect).open(request, timeout=self.timeout) as answer:
-            return _text(json.loads(answer.read(MAX_BODY))["choices"][0]["message"]["content"], MAX_BODY)
-
-
-class _NoRedirect(urllib.request.HTTPRedirectHandler):
-    """A redirected request would carry the key to another host."""
-
-    def redirect_request(self, *_: object) -> None:
-        return None
-
-
-def _accepted(content: str, task: Task, format: str, error_turn: int) -> Review:
-    """Read a judge's answer (text around the object is ignored); raises one of FAILURES unless it has the
-    right shape and its calls earn reward 1, none of them refused and none where the user must be asked."""
-    raw = json.loads(content[content.find("{") : content.rfind("}") + 1])
-    turns = [
-        TurnReview(*(_text(turn[key]) for key in ("intent", "mistake", "evidence")), _calls(turn["calls"]))
-        for turn in raw["turns"]
-    ]
-    if [bool(turn.calls) for turn in turns] != [bool(turn.calls) for turn in task.turns]:
-        raise ValueError("calls in other turns than the ground truth")
-    if not turns[error_turn].mistake or any(turn.mistake not in ("", *MISTAKES) for turn in turns):
-        raise ValueError("not a known mistake")
-    calls = [turn.calls for turn in turns]
-    texts = [[*(render_calls([call], format) for call in turn), "done"] for turn in calls]
-    played = _play(task, [(text, True) for turn in texts for text in turn], format)
-    sound = all(attempt.call and not attempt.refused for now in played for attempt in now.attempts)
-    if not sound or replay(task, calls, format) != 1:
-        raise ValueError("the calls do not solve the task")
-    return Review(turns, error_turn, _text(raw["cause"]), _text(raw["fix"]))
-
-
-def _calls(raw: object) -> list[Call]:
-    """Calls from JSON values; raises TypeError or ValueError."""
-    if not isinstance(raw, list):
-        raise TypeError("calls are a list")
-    calls = parse_calls("".join(f"<tool_call>{escaped_json(call)}</tool_call>" for call in raw), "hermes")
-    if not all(isinstance(call, Call) for call in calls):
-        raise ValueError("a call that cannot be read")
-    return calls
-
-
-def _text(value: object, limit: int = MAX_TEXT) -> str:
-    if not isinstance(value, str) or len(value) > limit:
-        raise TypeError(f"not a text of at most {limit} characters")
-    return value

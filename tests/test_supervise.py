@@ -9,11 +9,13 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 import pytest
 
+from nanotoolrl import judge as judging
 from nanotoolrl import supervise
 from nanotoolrl.chat import FORMATS, Call, message_state, parse_calls, render_calls
 from nanotoolrl.env import Episode, Task, Turn, replay
+from nanotoolrl.judge import Judge
 from nanotoolrl.sampler import Trajectory
-from nanotoolrl.supervise import ADVICE, MISTAKES, Judge, Review, TurnReview, reflections, review
+from nanotoolrl.supervise import ADVICE, MISTAKES, Review, TurnReview, reflections, review
 from nanotoolrl.tasks import _honest, load_tasks, mutations, similar, subset, wish
 from nanotoolrl.tools import API_CLASSES, owner_of
 
@@ -455,8 +457,8 @@ def test_no_text_of_others_becomes_a_control_token(chat, train, format):
         play(chat, bad, [find], format, cut=BAD_TEXT),
     ]
 
-    def judge(task, format, error_turn, log):
-        assert any(BAD_TEXT[:10] in line for line in log)
+    def judge(task, format, error_turn, request):
+        assert BAD_TEXT[:10] in request
         turns = [TurnReview(BAD_TEXT, "no call", BAD_TEXT, turn.calls) for turn in task.turns]
         return Review(turns, error_turn, BAD_TEXT, BAD_TEXT)
 
@@ -575,7 +577,7 @@ class Stub:
 
 @pytest.fixture
 def serve(monkeypatch):
-    monkeypatch.setattr(supervise, "BACK_OFF", (0.001, 0.002, 0.004))
+    monkeypatch.setattr(judging, "BACK_OFF", (0.001, 0.002, 0.004))
     monkeypatch.setenv("no_proxy", "127.0.0.1")
     monkeypatch.delenv("OPENAI_API_KEY", raising=False)
     stubs = []
@@ -720,8 +722,8 @@ def test_nobody_listens(chat, train, serve):
 
 def test_pauses_between_requests(chat, train, serve, monkeypatch):
     pauses = []
-    monkeypatch.setattr(supervise, "BACK_OFF", (1.0, 2.0, 4.0))
-    monkeypatch.setattr(supervise.time, "sleep", pauses.append)
+    monkeypatch.setattr(judging, "BACK_OFF", (1.0, 2.0, 4.0))
+    monkeypatch.setattr(judging.time, "sleep", pauses.append)
     assert ask(chat, train, Judge(serve((500, "")).url))[1]
     assert pauses == [1.0, 2.0, 4.0]
 

@@ -1,0 +1,450 @@
+"""The verbs that schemes are composed of: roll out, compare, update the policy, train on examples.
+
+Shapes: P prompts, G rollouts per prompt, B = P G rows in group order, T tokens, N trained tokens.
+"""
+
+import copy
+import itertools
+import math
+import random
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
+from functools import cached_property
+
+import torch
+from torch import Tensor
+from tqdm import tqdm
+
+from nanotoolrl.chat import control_tokens
+from nanotoolrl.env import Episode, Task
+from nanotoolrl.losses import group_advantages, kl_k3, policy_loss
+from nanotoolrl.model import Policy, load, pad
+from nanotoolrl.sampler import Sampler, Trajectory, demonstration
+from nanotoolrl.tasks import in_epochs, load_tasks
+
+BROKEN_TAGS = ("bare", "malformed")  # message states that --tag-penalty punishes
+
+
+@dataclass
+class Run:
+    """What a scheme works with. `config` is train.py's, `tasks` are all training tasks."""
+
+    config: object
+    policy: Policy
+    sampler: Sampler
+    optimizer: torch.optim.Optimizer
+    tasks: list[Task] = field(default_factory=list)
+    step: int = 0
+    skipped_in_a_row: int = 0
+    state: dict = field(default_factory=dict)  # what is kept across steps; saved in the checkpoint
+    sampled_tokens: int = 0  # of this step so far
+    sample_seconds: float = 0.0  # of this step so far
+
+    def __post_init__(self) -> None:
+        zero_gradients(self.policy)
+
+    @cached_property
+    def reference(self) -> Policy:
+        """The policy RL started from, for KL terms; loaded when one first needs it."""
+        policy = load(self.config.model)
+        if "reference" in self.state:
+            policy.model.load_state_dict(self.state["reference"])
+        return policy
+
+    @cached_property
+    def source(self) -> list[Task]:
+        """The tasks of plain SFT: the training tasks, or those of another domain (`--sft-source foreign`)."""
+        return self.tasks if self.config.sft_source == "own" else load_tasks("foreign")
+
+    @cached_property
+    def control(self) -> Tensor:
+        """Ids [C] of the control tokens of the format."""
+        ids = control_tokens(self.policy.chat, self.config.format).values()
+        return torch.tensor(list(ids), device=self.policy.device)
+
+
+@dataclass
+class Step:
+    """What one step did: its trajectories, their advantages [B], and its metrics (columns of metrics.csv)."""
+
+    trajectories: list[Trajectory]
+    advantages: Tensor
+    metrics: dict[str, float]
+
+
+# ------------------------------------------------------------------------------------ rollouts and advantages
+def rollout(
+    run: Run,
+    tasks: Sequence[Task],
+    hints: Sequence[str] | None = None,
+    group: int | None = None,
+    part: int = 0,
+    force_prefix: bool = False,
+) -> list[Trajectory]:
+    """`group` rollouts (default: the config's G) of every task with the current policy, in group order.
+
+    hints: one text per row. part: keys the noise; a second rollout within a step takes another one.
+    force_prefix: write the canonical prefix where a call should come (`Sampler.rollout`).
+    """
+    config = run.config
+    episodes = [
+        Episode(task, config.format, config.max_messages, config.strict_empty_turn)
+        for task in tasks
+        for _ in range(config.group if group is None else group)
+    ]
+    started, stream = time.perf_counter(), run.step + (part << 24)
+    rows = run.sampler.rollout(episodes, hints, config.temperature, stream, force_prefix)
+    run.sample_seconds += time.perf_counter() - started
+    run.sampled_tokens += sum(row.sampled_tokens for row in rows)
+    return rows
+
+
+def trained_reward(config: object, row: Trajectory) -> float:
+    """The reward that advantages are made of: 0 or 1; the share of turns passed with `--graded-reward`; less
+    `--tag-penalty` times the share of messages with a broken tag."""
+    passed = sum(verdict.passed for verdict in row.verdicts) / row.turns
+    broken = sum(state in BROKEN_TAGS for state in row.states) / max(1, len(row.states))
+    return (passed if config.graded_reward else row.reward) - config.tag_penalty * broken
+
+
+def advantages(run: Run, trajectories: list[Trajectory]) -> Tensor:
+    """Group-relative advantages [B] of trajectories in group order."""
+    rewards = [trained_reward(run.config, row) for row in trajectories]
+    grouped = torch.tensor(rewards).view(-1, run.config.group)  # [P, G]
+    return group_advantages(grouped, run.config.adv_std).flatten()
+
+
+def failed_tasks(run: Run, tasks: Sequence[Task], trajectories: list[Trajectory]) -> list[int]:
+    """Indices of the tasks whose rollouts all failed; with `--ets-any`, of those with any failure."""
+    groups = [trajectories[i : i + run.config.group] for i in range(0, len(trajectories), run.config.group)]
+    enough = any if run.config.ets_any else all
+    return [i for i in range(len(tasks)) if enough(row.reward == 0 for row in groups[i])]
+
+
+def demonstrations(run: Run, tasks: Sequence[Task]) -> list[Trajectory]:
+    """Ground-truth conversations of the tasks; those that do not fit the context are left out."""
+    rows = [demonstration(run.policy.chat, task, run.config.format) for task in tasks]
+    return [row for row in rows if len(row.tokens) <= run.config.context]
+
+
+def source_examples(run: Run) -> list[Trajectory]:
+    """Ground truth of this step's `sft_batch` tasks of the SFT source, in seeded epochs."""
+    size = run.config.sft_batch
+    places = range((run.step - 1) * size, run.step * size)
+    return demonstrations(run, in_epochs(run.source, f"sft/{run.config.seed}", places))
+
+
+# --------------------------------------------------------------------------------------------- policy updates
+@dataclass(frozen=True)
+class Tokens:
+    """The N trained tokens of some rows, as an objective sees them: `logprobs` (differentiable), the `old`
+    ones they were sampled with, `advantages`, and `row`, the index of each token's row; all [N]."""
+
+    run: Run
+    rows: list[Trajectory]
+    ids: Tensor  # [rows, T]
+    mask: Tensor  # [rows, T]
+    logprobs: Tensor
+    old: Tensor
+    advantages: Tensor
+    row: Tensor
+
+    @cached_property
+    def control(self) -> Tensor:
+        """[N], True on control tokens."""
+        return torch.isin(self.ids[self.mask], self.run.control)
+
+    @cached_property
+    def reference(self) -> Tensor:
+        """Log-probs [N] under the reference."""
+        with torch.no_grad():
+            return self.run.reference.logprobs(self.ids, self.mask, self.run.config.temperature)[0]
+
+    def of(self, source: str) -> Tensor:
+        """[N], True on the tokens of rows from `source`."""
+        flags = torch.tensor([row.source == source for row in self.rows], device=self.row.device)
+        return flags[self.row]
+
+
+Objective = Callable[[Run, Tokens], tuple[Tensor, Tensor]]
+
+
+def clipped_objective(run: Run, tokens: Tokens) -> tuple[Tensor, Tensor]:
+    """GRPO's objective: (loss, whether it was clipped), both [N]."""
+    config = run.config
+    bounds = (config.clip, config.clip_high, config.dual_clip)
+    return policy_loss(tokens.logprobs, tokens.old, tokens.advantages, *bounds)
+
+
+@dataclass(frozen=True)
+class Supervision:
+    """An SFT loss that rides along with policy updates: coefficient times the mean over trained tokens of
+    -w log p, on up to `sft_batch` of the examples, drawn anew for each update."""
+
+    examples: list[Trajectory]
+    coefficient: float
+    weight: Callable[[Tensor], Tensor] = torch.ones_like  # w [N] of the tokens' probabilities [N]
+
+
+def policy_update(
+    run: Run,
+    trajectories: list[Trajectory],
+    scores: Tensor,
+    objective: Objective = clipped_objective,
+    every_row: bool = False,
+    supervised: Supervision | None = None,
+) -> dict[str, float]:
+    """`updates` optimiser steps on an objective, each on an equal share of the prompts.
+
+    scores: advantages [B]. The loss is the mean over all sampled tokens of the share (`--loss-agg sequence`:
+    the mean over rows of each row's mean). Rows without advantage are left out, unless `every_row` or a KL or
+    entropy term says something about them. Old log-probs are the sampler's; rows that lack them under this
+    prompt (hinted, oracle) get new ones from a scoring forward first. Returns `Tally.metrics`.
+    """
+    config, tally = run.config, Tally()
+    every_row = every_row or config.kl > 0 or config.entropy > 0
+    used = [i for i in range(len(trajectories)) if every_row or scores[i] != 0]
+    old = {i: old_logprobs(run, trajectories[i]) for i in used}
+    by_token, groups = config.loss_agg == "token", len(trajectories) // config.group
+    for update in range(config.updates):
+        first, end = (groups * k // config.updates * config.group for k in (update, update + 1))
+        share = trajectories[first:end]
+        total = sum(row.sampled_tokens for row in share) if by_token else len(share)
+        mine = [i for i in used if first <= i < end]
+        loss_sum = 0.0
+        for part in micro_batches([len(trajectories[i].tokens) for i in mine], config.tokens_at_once):
+            batch = [mine[k] for k in part]
+            rows, before = [trajectories[i] for i in batch], [old[i] for i in batch]
+            losses = token_losses(run, rows, before, scores[batch], objective, tally, update == 0)
+            lengths = [row.sampled_tokens for row in rows]
+            if not by_token:
+                losses = losses / losses.new_tensor([n for n in lengths for _ in range(n)])
+            loss = losses.sum() / total
+            loss.backward()
+            loss_sum += loss.item()
+        if supervised and supervised.coefficient > 0:
+            tally.supervise(run, supervised, update)
+        tally.losses.append(loss_sum)
+        tally.norms.append(optimizer_step(run, loss_sum, run.optimizer, config.lr * warm_up(run)))
+    return tally.metrics()
+
+
+def token_losses(
+    run: Run,
+    rows: list[Trajectory],
+    old: list[list[float]],
+    scores: Tensor,
+    objective: Objective,
+    tally: "Tally",
+    first_update: bool,
+) -> Tensor:
+    """Loss [N] of the sampled tokens of some rows: objective + kl * k3 - entropy * H; `tally` takes notes."""
+    config = run.config
+    ids, mask = pad([(row.tokens, row.loss_mask) for row in rows], run.policy.device)
+    want_entropy = first_update or config.entropy > 0
+    logprobs, entropy = run.policy.logprobs(ids, mask, config.temperature, want_entropy)  # [N]
+    counts = torch.tensor([row.sampled_tokens for row in rows], device=logprobs.device)
+    index = torch.arange(len(rows), device=logprobs.device).repeat_interleave(counts)
+    before = [x for values, row in zip(old, rows) for x, sampled in zip(values, row.loss_mask) if sampled]
+    before, weights = logprobs.new_tensor(before), scores.to(logprobs)[index]
+    tokens = Tokens(run, rows, ids, mask, logprobs, before, weights, index)
+    loss, clipped = objective(run, tokens)
+    if config.kl > 0:
+        loss = loss + config.kl * kl_k3(logprobs, tokens.reference)
+    if config.entropy > 0:
+        loss = loss - config.entropy * entropy
+    own = tokens.of("policy")
+    tally.tokens += sum(len(row.tokens) for row in rows)
+    tally.clipped += clipped[own].tolist()
+    if first_update:
+        tally.entropies += entropy.tolist()
+        tally.gaps += (logprobs - before).detach().abs()[own].tolist()
+    return loss
+
+
+@dataclass
+class Tally:
+    """Notes of one policy update, summed up by `metrics`. Rows that are not the policy's own (hinted, oracle)
+    stay out of `clipped` and `gaps`."""
+
+    started: float = field(default_factory=time.perf_counter)
+    tokens: int = 0
+    losses: list[float] = field(default_factory=list)
+    norms: list[float | None] = field(default_factory=list)  # None: the update was skipped
+    clipped: list[bool] = field(default_factory=list)
+    entropies: list[float] = field(default_factory=list)
+    gaps: list[float] = field(default_factory=list)
+    sft_losses: list[float] = field(default_factory=list)
+    sft_tokens: int = 0
+
+    def supervise(self, run: Run, supervised: Supervision, update: int) -> None:
+        """Add the gradient of the SFT loss that rides along with this update."""
+        count = min(run.config.sft_batch, len(supervised.examples))
+        draw = random.Random(f"{run.config.seed}/{run.step}/{update}").sample(supervised.examples, count)
+        if draw:
+            self.sft_losses.append(sft_backward(run, draw, supervised.coefficient, supervised.weight))
+            self.sft_tokens += sum(row.sampled_tokens for row in draw)
+            self.tokens += sum(len(row.tokens) for row in draw)
+
+    def metrics(self) -> dict[str, float]:
+        """Columns of metrics.csv; nan where there is nothing to average."""
+        columns = {
+            "loss": _mean(self.losses),
+            "entropy": _mean(self.entropies),
+            "grad_norm": _mean([norm for norm in self.norms if norm is not None]),
+            "clip_fraction": _mean(self.clipped),
+            "train_tok_s": self.tokens / (time.perf_counter() - self.started),
+            "logprob_gap": max(self.gaps, default=math.nan),
+            "skipped_updates": self.norms.count(None),
+        }
+        sft = {"sft_loss": _mean(self.sft_losses), "sft_tokens": self.sft_tokens}
+        return columns | (sft if self.sft_losses else {})
+
+
+def warm_up(run: Run) -> float:
+    """Share of the learning rate that this step runs at."""
+    return min(1.0, (run.step + 1) / max(1, run.config.warmup))
+
+
+def optimizer_step(run: Run, loss: float, optimizer: torch.optim.Optimizer, lr: float) -> float | None:
+    """Clip the gradient and step; returns its norm, or None, without a step, if anything is not finite."""
+    parameters = list(run.policy.model.parameters())
+    norm = torch.nn.utils.clip_grad_norm_(parameters, run.config.grad_clip).item()
+    finite = math.isfinite(loss) and math.isfinite(norm)
+    if finite:
+        for group in optimizer.param_groups:
+            group["lr"] = lr
+        optimizer.step()
+    run.skipped_in_a_row = 0 if finite else run.skipped_in_a_row + 1
+    zero_gradients(run.policy)
+    return norm if finite else None
+
+
+def zero_gradients(policy: Policy) -> None:
+    """Zeros, not None: as published, an update without any contrast still decays Adam's momentum."""
+    for parameter in policy.model.parameters():
+        parameter.grad = torch.zeros_like(parameter)
+
+
+def old_logprobs(run: Run, row: Trajectory) -> list[float]:
+    """Log-probs of a row before the update: the sampler's, or new ones where those say nothing."""
+    return row.logprobs if row.scored else score(run.policy, row, run.config.temperature)
+
+
+@torch.no_grad()
+def score(policy: Policy, row: Trajectory, temperature: float) -> list[float]:
+    """New `Trajectory.logprobs` of a row: the policy's, under the row's own (unhinted) prompt."""
+    ids, mask = pad([(row.tokens, row.loss_mask)], policy.device)
+    values = iter(policy.logprobs(ids, mask, temperature)[0].tolist())
+    return [next(values) if sampled else 0.0 for sampled in row.loss_mask]
+
+
+def micro_batches(lengths: Sequence[int], budget: int) -> Iterator[list[int]]:
+    """Indices in batches of similar length, each of at most `budget` padded tokens (at least one row)."""
+    order = sorted(range(len(lengths)), key=lambda i: lengths[i])
+    start = 0
+    while start < len(order):
+        end = start + 1
+        while end < len(order) and (end + 1 - start) * lengths[order[end]] <= budget:
+            end += 1
+        yield order[start:end]
+        start = end
+
+
+# ---------------------------------------------------------------------------------------- supervised training
+def sft_backward(
+    run: Run,
+    examples: Sequence[Trajectory],
+    coefficient: float = 1.0,
+    weight: Callable[[Tensor], Tensor] = torch.ones_like,
+) -> float:
+    """Add the gradient of coefficient * SFT loss; returns the SFT loss, the mean over the examples' trained
+    tokens of -w log p in nats (temperature 1).
+
+    Whole conversations, every assistant message trained: the same gradient as the published pairs (all before
+    a message -> the message), in one forward each.
+    """
+    total = sum(row.sampled_tokens for row in examples)
+    loss_sum = 0.0
+    for part in micro_batches([len(row.tokens) for row in examples], run.config.tokens_at_once):
+        rows = [(examples[i].tokens, examples[i].loss_mask) for i in part]
+        logprobs = run.policy.logprobs(*pad(rows, run.policy.device))[0]  # [N]
+        loss = -(weight(logprobs.detach().exp()) * logprobs).sum() / total
+        (coefficient * loss).backward()
+        loss_sum += loss.item()
+    return loss_sum
+
+
+def sft_update(run: Run, examples: Sequence[Trajectory]) -> dict[str, float]:
+    """One optimiser step of SFT with the run's own optimiser."""
+    started, trained = time.perf_counter(), sum(row.sampled_tokens for row in examples)
+    loss = sft_backward(run, examples)
+    norm = optimizer_step(run, loss, run.optimizer, run.config.sft_lr * warm_up(run))
+    return {
+        "sft_loss": loss,
+        "sft_tokens": trained,
+        "grad_norm": math.nan if norm is None else norm,
+        "train_tok_s": sum(len(row.tokens) for row in examples) / (time.perf_counter() - started),
+        "skipped_updates": int(norm is None),
+    }
+
+
+def burst(run: Run, examples: Sequence[Trajectory], tokens: int = 0) -> dict[str, float]:
+    """SFT by itself between RL steps: `sft_epochs` passes over the examples in shuffled batches of
+    `sft_batch`; with `tokens`, as many passes as train so many tokens. No burst if either is nothing.
+
+    As in the published code, where SFT is a run of its own, a burst has an AdamW of its own and a warm-up
+    over `sft_warmup` of its updates; the moments of RL wait for it.
+    """
+    config = run.config
+    if not examples or not config.sft_epochs:
+        return {"sft_tokens": 0}
+    rng = random.Random(f"{config.seed}/{run.step}/burst")
+    passes = itertools.count() if tokens else range(config.sft_epochs)
+    rows, trained = [], 0
+    for row in itertools.chain.from_iterable(rng.sample(examples, len(examples)) for _ in passes):
+        if tokens and trained >= tokens:
+            break
+        rows.append(row)
+        trained += row.sampled_tokens
+    batches = [rows[i : i + config.sft_batch] for i in range(0, len(rows), config.sft_batch)]
+    settings = {"lr": config.sft_lr, "weight_decay": config.weight_decay, "foreach": True}
+    optimizer, losses = torch.optim.AdamW(run.policy.model.parameters(), **settings), []
+    warm = max(1, round(config.sft_warmup * len(batches)))
+    for n, batch in enumerate(tqdm(batches, "SFT burst", unit="batch", leave=False, disable=None)):
+        losses.append(sft_backward(run, batch))
+        optimizer_step(run, losses[-1], optimizer, config.sft_lr * min(1.0, (n + 1) / warm))
+    return {"sft_loss": _mean(losses), "sft_tokens": trained}
+
+
+def collect(run: Run, examples: Sequence[Trajectory]) -> None:
+    """Put a step's examples into the pool, and let go of those of more than `sft_window` steps ago."""
+    kept = [row for row in run.state.get("pool", []) if row["step"] > run.step - run.config.sft_window]
+    names = ("task_id", "category", "format", "tokens", "loss_mask", "source")
+    new = [{"step": run.step} | {name: getattr(row, name) for name in names} for row in examples]
+    run.state["pool"] = kept + new
+
+
+def pool(run: Run) -> list[Trajectory]:
+    """The collected examples, oldest first."""
+    rows = [
+        {name: value for name, value in row.items() if name != "step"} for row in run.state.get("pool", [])
+    ]
+    return [Trajectory(**row, logprobs=[0.0] * len(row["tokens"]), prompt_length=0) for row in rows]
+
+
+# -------------------------------------------------------------------------------------------------- snapshots
+def snapshot(run: Run) -> dict:
+    """Copies of weights and optimiser state, to be put back by `roll_back`."""
+    return copy.deepcopy({"model": run.policy.model.state_dict(), "optimizer": run.optimizer.state_dict()})
+
+
+def roll_back(run: Run, saved: dict) -> None:
+    """Put a snapshot back."""
+    run.policy.model.load_state_dict(saved["model"])
+    run.optimizer.load_state_dict(copy.deepcopy(saved["optimizer"]))
+
+
+def _mean(values: Sequence[float]) -> float:
+    return sum(values) / len(values) if values else math.nan
