@@ -274,6 +274,8 @@ def check(config: Config) -> None:
         if name in scheme.settings and getattr(config, name) > config.group:
             flag, value = f"--{name.replace('_', '-')}", getattr(config, name)
             raise Refused(f"{flag} {value} is more than --group {config.group}")
+    if config.judge and not config.judge.startswith(("http://", "https://")):
+        raise Refused(f"--judge must be an http(s) address, not {config.judge}")
     allowed = scheme.schedules or (scheme.defaults.get("schedule", ""),)
     if config.schedule not in allowed:
         known = f"one of {', '.join(allowed)}" if scheme.schedules else "no --schedule"

@@ -3,7 +3,14 @@ import math
 import pytest
 import torch
 
-from nanotoolrl.losses import MAX_LOG_RATIO, group_advantages, kl_k3, policy_loss
+from nanotoolrl.losses import (
+    MAX_LOG_RATIO,
+    group_advantages,
+    kl_k3,
+    likelihood_drop,
+    policy_loss,
+    shaped_loss,
+)
 
 
 def close(tensor, expected, abs=1e-6):
@@ -161,3 +168,87 @@ def test_k3_is_bounded(d):
     value = kl_k3(logprobs, torch.tensor([d]))
     assert value.item() == 10.0
     assert torch.autograd.grad(value.sum(), logprobs)[0].isfinite().all()
+
+
+# ----------------------------------------------------------------------------------------------- clip borders
+@pytest.mark.parametrize("advantage, border, inside", [(1.0, 1.2, -1), (-1.0, 0.8, 1), (-1.0, 3.0, -1)])
+def test_gradient_ends_at_the_border(advantage, border, inside):
+    """A hair inside there is a gradient, a hair outside there is none."""
+    for side, expected in ((inside, True), (-inside, False)):
+        logprob = torch.tensor([border * (1 + side * 1e-4)]).log().requires_grad_()
+        loss, clipped = policy_loss(logprob, torch.zeros(1), torch.tensor([advantage]))
+        slope = torch.autograd.grad(loss.sum(), logprob)[0].item()
+        assert (slope != 0) is expected and clipped.item() is not expected
+
+
+# ------------------------------------------------------------------------------------------ off-policy tokens
+@pytest.mark.parametrize(
+    "p, advantage, loss, slope",
+    [
+        # w = p / (p + 0.1), dw / dlog p = w (1 - w) = 0.1 p / (p + 0.1)^2
+        (0.1, 2.0, -1.0, -0.5),  # w = 1/2
+        (0.4, 1.0, -0.8, -0.16),  # w = 0.8, the lower clamp
+        (0.9, 1.0, -0.9, -0.09),  # inside the band
+        (0.9, -1.0, 0.9, 0.09),
+        (0.1, -2.0, 1.6, 0.0),  # a bad one below the band is left alone: 2 * 0.8
+        (0.1, 0.0, 0.0, 0.0),
+    ],
+)
+def test_shaped_loss_by_hand(p, advantage, loss, slope):
+    logprob = torch.tensor([math.log(p)], requires_grad=True)
+    value = shaped_loss(logprob, torch.tensor([advantage]))
+    close(value.detach(), [loss], 1e-5)
+    if p != 0.4:  # at the clamp itself the slope is one of two
+        close(torch.autograd.grad(value.sum(), logprob)[0], [slope], 1e-5)
+
+
+def test_shaped_loss_central_differences():
+    logprobs = torch.linspace(-6, -0.01, 60, dtype=torch.double).requires_grad_()
+    advantages = torch.tensor([1.3, -0.7], dtype=torch.double).repeat(30)
+    gradient = torch.autograd.grad(shaped_loss(logprobs, advantages).sum(), logprobs)[0]
+    with torch.no_grad():
+        above, below = shaped_loss(logprobs + 1e-6, advantages), shaped_loss(logprobs - 1e-6, advantages)
+    torch.testing.assert_close(gradient, (above - below) / 2e-6, atol=1e-6, rtol=1e-6)
+
+
+@pytest.mark.parametrize("logprob", [-1e4, -1e30, -math.inf])
+def test_hopeless_tokens_have_no_gradient_when_shaped(logprob):
+    logprobs = torch.tensor([logprob], requires_grad=True)
+    loss = shaped_loss(logprobs, torch.ones(1))
+    assert loss.item() == 0 and torch.autograd.grad(loss.sum(), logprobs)[0].item() == 0
+
+
+# --------------------------------------------------------------------------------------- fallen likelihoods
+def test_likelihood_drop_by_hand():
+    """Rows: fell by 0.3 in all, rose, fell but is not preferred. Only tokens that fell count."""
+    old = torch.tensor([-1.0, -1.0, -2.0, -2.0, -1.0])
+    logprobs = torch.tensor([-1.5, -0.8, -1.9, -1.9, -3.0], requires_grad=True)
+    row = torch.tensor([0, 0, 1, 1, 2])
+    preferred = torch.tensor([True, True, True, True, False])
+    loss = likelihood_drop(logprobs, old, preferred, row)
+    close(loss.detach(), [0.5, 0.0, 0.0, 0.0, 0.0])
+    close(torch.autograd.grad(loss.sum(), logprobs)[0], [-1.0, 0.0, 0.0, 0.0, 0.0])
+
+
+def test_likelihood_drop_central_differences():
+    generator = torch.Generator().manual_seed(0)
+    logprobs = torch.randn(40, generator=generator, dtype=torch.double).requires_grad_()
+    old = torch.randn(40, generator=generator, dtype=torch.double)
+    row, preferred = torch.arange(40) // 5, (torch.arange(40) // 5) % 2 == 0
+    gradient = torch.autograd.grad(likelihood_drop(logprobs, old, preferred, row).sum(), logprobs)[0]
+    with torch.no_grad():
+        above = likelihood_drop(logprobs + 1e-7, old, preferred, row)
+        slope = (above - likelihood_drop(logprobs - 1e-7, old, preferred, row)) / 2e-7
+    torch.testing.assert_close(gradient, slope, atol=1e-6, rtol=1e-6)
+    assert 0 < (gradient != 0).sum() < 20
+
+
+@pytest.mark.parametrize("drop", [0.0, 1e4])
+def test_likelihood_drop_at_the_edges(drop):
+    """One token; nothing fell; a hopeless token pulls with slope 1, no more; no tokens at all."""
+    logprobs = torch.tensor([-drop], requires_grad=True)
+    loss = likelihood_drop(logprobs, torch.zeros(1), torch.ones(1, dtype=torch.bool), torch.zeros(1).long())
+    assert loss.item() == drop
+    assert torch.autograd.grad(loss.sum(), logprobs)[0].item() == (-1.0 if drop else 0.0)
+    nothing = torch.zeros(0)
+    assert likelihood_drop(nothing, nothing, nothing.bool(), nothing.long()).shape == (0,)

@@ -14,6 +14,7 @@ from nanotoolrl.sampler import Sampler, demonstration
 from nanotoolrl.tasks import load_tasks
 
 COLUMNS = ["kl", "spurious_control", "required_control", "nll_control", "nll_content"]
+COLUMNS += ["spurious_growth"]
 
 
 @pytest.fixture
@@ -82,7 +83,8 @@ def test_mask_covers_the_assistants_messages(policy, tasks, format):
 
 # ------------------------------------------------------------------------------------------------- columns
 def plain(policy, start, tasks, format):
-    """(columns, spurious probability by control token), from whole [N, V] tables, row by row."""
+    """(columns, spurious probability by control token, the one that grew most), from whole [N, V]
+    tables, row by row."""
     control = control_tokens(policy.chat, format)
     logp, logq, targets, firsts = [], [], [], []
     for task in tasks:
@@ -109,14 +111,17 @@ def plain(policy, start, tasks, format):
     nll = [-logp[i, target].item() for i, target in enumerate(targets)]
     of_control = [x for x, target in zip(nll, targets, strict=True) if target in control.values()]
     of_content = [x for x, target in zip(nll, targets, strict=True) if target not in control.values()]
+    start = spurious if policy is start else plain(start, start, tasks, format)[1]
+    growth = {name: max(p, 1e-6) / max(start[name], 1e-6) for name, p in spurious.items()}
     columns = {
         "kl": (logp.exp() * (logp - logq)).sum(-1).mean().item(),
         "spurious_control": sum(spurious.values()) / len(spurious),
         "required_control": sum(required) / len(required),
         "nll_control": sum(of_control) / len(of_control),
         "nll_content": sum(of_content) / len(of_content),
+        "spurious_growth": max(growth.values()),
     }
-    return columns, spurious
+    return columns, spurious, max(growth, key=growth.get)
 
 
 def perturb(policy, size, seed=1):
@@ -132,25 +137,25 @@ def test_columns_equal_whole_tables(policy, tiny, tasks, monkeypatch, format, at
     monkeypatch.setattr("nanotoolrl.probes.ROWS_AT_ONCE", at_once)
     probes = ProbeSet(tiny, tasks[:4], format)
     perturb(tiny, 0.02)
-    columns, _ = probes.measure(tiny)
-    expected, _ = plain(tiny, tiny_policy(policy.tokenizer), tasks[:4], format)
-    assert list(columns) == COLUMNS
+    columns, worst = probes.measure(tiny)
+    expected, _, token = plain(tiny, tiny_policy(policy.tokenizer), tasks[:4], format)
+    assert list(columns) == COLUMNS and worst == token
     assert columns == pytest.approx(expected, rel=1e-3, abs=1e-7)
     assert expected["kl"] > 1e-3 and expected["spurious_control"] > 0 and expected["required_control"] > 0
 
 
 def test_columns_of_the_builtin_model(policy, tasks):
-    columns, alarm = ProbeSet(policy, tasks[:3], "hermes").measure(policy)
-    expected, _ = plain(policy, policy, tasks[:3], "hermes")
-    assert columns == pytest.approx(expected, rel=1e-3, abs=1e-6) and alarm == ""
+    columns, _ = ProbeSet(policy, tasks[:3], "hermes").measure(policy)
+    expected, *_ = plain(policy, policy, tasks[:3], "hermes")
+    assert columns == pytest.approx(expected, rel=1e-3, abs=1e-6)
 
 
 def test_nothing_moved(tiny, tasks):
-    """At the start the divergence is 0 and there is no alarm; measuring changes nothing."""
+    """At the start the divergence is 0 and nothing has grown; measuring changes nothing."""
     probes = ProbeSet(tiny, tasks, "hermes")
-    columns, alarm = probes.measure(tiny)
-    assert columns["kl"] == 0.0 and alarm == ""
-    assert probes.measure(tiny) == (columns, alarm)
+    columns, worst = probes.measure(tiny)
+    assert columns["kl"] == 0.0 and columns["spurious_growth"] == 1.0
+    assert probes.measure(tiny) == (columns, worst)
     assert all(math.isfinite(value) for value in columns.values())
 
 
@@ -167,24 +172,23 @@ def test_set_is_frozen(policy, tiny, tasks):
     """Another model is compared with the start as well: it is not the object that is remembered."""
     probes = ProbeSet(tiny, tasks[:3], "hermes")
     other = tiny_policy(policy.tokenizer, seed=1)
-    expected, _ = plain(other, tiny, tasks[:3], "hermes")
+    expected, *_ = plain(other, tiny, tasks[:3], "hermes")
     assert probes.measure(other)[0]["kl"] == pytest.approx(expected["kl"], rel=1e-3)
 
 
-# --------------------------------------------------------------------------------------------------- alarm
+# --------------------------------------------------------------------------------------------------- growth
 @pytest.mark.parametrize("name", ["<tool_call>", "<|im_start|>", "</tool_response>"])
-def test_alarm_names_the_token_that_is_pushed(tiny, tasks, name):
+def test_growth_names_the_token_that_is_pushed(tiny, tasks, name):
     probes = ProbeSet(tiny, tasks[:3], "hermes")
     before = probes.measure(tiny)[0]
     with torch.no_grad():
         tiny.head[tiny.chat.control[name], 0] += 50.0  # dimension 0 of the hidden state is always positive
-    columns, alarm = probes.measure(tiny)
-    assert alarm.startswith(f"{name} x") and float(alarm.removeprefix(f"{name} x")) >= 10
+    columns, worst = probes.measure(tiny)
+    assert worst == name and columns["spurious_growth"] >= 10
     assert columns["spurious_control"] > before["spurious_control"]
 
 
-def test_alarm_needs_tenfold(tiny, tasks):
-    """Its number is the growth of the mean spurious probability, and less than tenfold is silent."""
+def test_growth_is_that_of_the_mean_probability(tiny, tasks):
     probes = ProbeSet(tiny, tasks[:3], "hermes")
     token = tiny.chat.control["</tool_call>"]
     usual = tiny.head[token, 0].item()
@@ -195,15 +199,15 @@ def test_alarm_needs_tenfold(tiny, tasks):
             tiny.head[token, 0] = usual + push
         now = plain(tiny, tiny, tasks[:3], "hermes")[1]
         growth = {name: max(now[name], 1e-6) / max(start[name], 1e-6) for name in now}
-        worst = max(growth, key=growth.get)
+        columns, worst = probes.measure(tiny)
+        assert worst == max(growth, key=growth.get)
+        assert columns["spurious_growth"] == pytest.approx(growth[worst], rel=1e-3)
         grown.append(growth[worst])
-        expected = f"{worst} x{growth[worst]:.0f}" if growth[worst] >= 10 else ""
-        assert probes.measure(tiny)[1] == expected
     assert any(3 < growth < 10 for growth in grown) and grown[-1] > 10
 
 
-def test_alarm_ignores_what_stays_tiny(tiny, tasks):
-    """A probability that grows a thousandfold and stays under one in a million is no alarm."""
+def test_growth_ignores_what_stays_tiny(tiny, tasks):
+    """A probability that grows a thousandfold and stays under one in a million has not grown."""
     token = tiny.chat.control["<tool_call>"]
     with torch.no_grad():
         tiny.head[token] = 0
@@ -212,4 +216,4 @@ def test_alarm_ignores_what_stays_tiny(tiny, tasks):
     with torch.no_grad():
         tiny.head[token, 0] = -50.0
     assert plain(tiny, tiny, tasks[:3], "hermes")[1]["<tool_call>"] < 1e-6
-    assert probes.measure(tiny)[1] == ""
+    assert probes.measure(tiny)[0]["spurious_growth"] < 2

@@ -595,12 +595,12 @@ def test_guard_kl_by_hand(policy, tiny, monkeypatch):
 
 
 def test_llds_by_hand(tiny, monkeypatch):
-    rows, scores = made_up(tiny, spread=0.05)
+    rows, scores = made_up(tiny, spread=0.02)
     scores = scores.abs() * torch.tensor([1, 1, -1, -1] * 2)
     for row in rows[::2]:
-        row.logprobs = [x + 0.1 for x in row.logprobs]  # as if they had been likelier
+        row.logprobs = [x + 0.05 for x in row.logprobs]  # as if they had been likelier
     for row in rows[1::2]:
-        row.logprobs = [x - 0.1 for x in row.logprobs]
+        row.logprobs = [x - 0.05 for x in row.logprobs]
     gradients, _ = objective_of("llds", monkeypatch, tiny, rows, scores, llds_weight=0.6)
     loss, count, fell = 0.0, 0, 0
     for row, a in zip(rows, scores.tolist(), strict=True):

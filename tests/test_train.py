@@ -15,7 +15,9 @@ import torch
 import train
 from nanotoolrl import schemes
 from nanotoolrl.model import NANO, load
-from nanotoolrl.schemes import SCHEMES, Step
+from nanotoolrl.schemes import SCHEMES
+from nanotoolrl.tasks import load_tasks, save_tasks, subset
+from nanotoolrl.updates import Step
 
 ROOT = Path(train.__file__).parent
 TINY = (
@@ -57,15 +59,27 @@ def four(tmp_path_factory):
     return out
 
 
-@pytest.mark.parametrize("scheme", list(SCHEMES))
-def test_every_scheme_runs_with_evaluation(scheme, tmp_path, capsys):
+@pytest.fixture(scope="module")
+def few(tmp_path_factory):
+    """A file with a dozen training tasks."""
+    path = tmp_path_factory.mktemp("few") / "tasks.jsonl"
+    save_tasks(subset(load_tasks("train"), 12), path)
+    return path
+
+
+ALL = [(name, schedule) for name, one in SCHEMES.items() for schedule in one.schedules or ("",)]
+
+
+@pytest.mark.parametrize("scheme, schedule", ALL)
+def test_every_scheme_runs_with_evaluation(scheme, schedule, few, tmp_path, capsys):
     out = tmp_path / "run"
-    flags = ["--scheme", scheme, "--eval-count", 4, "--eval-tasks", "ood", "--show-every", 1]
+    flags = ["--scheme", scheme, "--eval-count", 4, "--eval-tasks", "ood", "--show-every", 1, "--tasks", few]
+    flags += ["--schedule", schedule] if schedule else []
     assert run(*flags, out=out) == 0
     printed = capsys.readouterr().out
     assert "2 prompts x 2 rollouts = 4 trajectories, 2 updates" in printed
     assert "before" in printed and "after" in printed and "long_context" in printed
-    assert "assistant |" in printed and "turns:" in printed
+    assert ("assistant |" in printed and "turns:" in printed) or (scheme, schedule) == ("sft", "none")
     result = json.loads((out / "result.json").read_text())
     assert sum(len(rewards) for rewards in result["after"]["rewards"].values()) == 4
     stored = json.loads((out / "config.json").read_text())
@@ -164,6 +178,49 @@ def test_ctrl_c_saves_and_exits_130_and_resumes(four, tmp_path):
     same_run(four, out)
 
 
+STATEFUL = ["ets", "prs", "ctrl_sft", "selfrepair", "bursts", "chord", "sentinel", "sft", "sft_rl"]
+
+
+@pytest.mark.parametrize("scheme", STATEFUL)
+def test_resume_of_what_is_kept_across_steps(scheme, few, tmp_path):
+    """The pool of examples, healthy weights, a decaying share: all of it goes on after a stop."""
+    flags = ["--scheme", scheme, "--tasks", few, "--round-steps", 2, "--sft-window", 2, "--probe-every", 1]
+    flags += ["--sentinel-limit", 1.001, "--chord-steps", 4, "--lr", 3e-3]
+    assert run(*flags, "--steps", 4, out=tmp_path / "whole") == 0
+    assert run(*flags, "--steps", 2, out=tmp_path / "parts") == 0
+    assert train.main(["--resume", "--out", str(tmp_path / "parts"), "--steps", "4"]) == 0
+    same_run(tmp_path / "whole", tmp_path / "parts")
+    columns = {"chord": "chord_mu", "sentinel": "rollbacks"}
+    assert any(row[columns.get(scheme, "sft_loss")] for row in rows(tmp_path / "parts"))
+
+
+def test_kl_of_sft_rl_pulls_to_the_sft_checkpoint(few, tmp_path):
+    """Also after a resume, where it can only come from the checkpoint."""
+    flags = ["--scheme", "sft_rl", "--tasks", few, "--kl", 0.5, "--sft-lr", 3e-3]
+    assert run(*flags, "--steps", 2, out=tmp_path / "whole") == 0
+    assert run(*flags, "--steps", 1, out=tmp_path / "parts") == 0
+    assert train.main(["--resume", "--out", str(tmp_path / "parts"), "--steps", "2"]) == 0
+    same_run(tmp_path / "whole", tmp_path / "parts")
+    saved = torch.load(tmp_path / "parts" / "checkpoint.pt", weights_only=True)["state"]["reference"]
+    start = load(NANO).model.state_dict()
+    assert any(not torch.equal(saved[name], start[name]) for name in start)
+
+
+def test_foreign_source(few, tmp_path):
+    assert run("--scheme", "sft", "--sft-source", "foreign", "--tasks", few, out=tmp_path / "foreign") == 0
+    assert run("--scheme", "sft", "--tasks", few, out=tmp_path / "own") == 0
+    assert rows(tmp_path / "own")[0]["sft_loss"] != rows(tmp_path / "foreign")[0]["sft_loss"]
+    assert rows(tmp_path / "own")[0]["reward"] == "", "nothing was rolled out"
+
+
+def test_a_judge_that_is_not_there_is_counted(few, tmp_path, monkeypatch):
+    monkeypatch.setattr("nanotoolrl.judge.BACK_OFF", (0.0, 0.0, 0.0))
+    flags = ["--scheme", "prs", "--tasks", few, "--judge", "http://127.0.0.1:9/v1", "--steps", 1]
+    assert run(*flags, out=tmp_path / "run") == 0
+    row = rows(tmp_path / "run")[0]
+    assert int(row["judge_fallbacks"]) == int(row["failed_tasks"]) > 0
+
+
 def test_existing_directory_is_refused_not_overwritten(four, capsys):
     before = (four / "metrics.csv").read_bytes()
     assert run("--scheme", "grpo", out=four) == 2
@@ -183,6 +240,11 @@ def test_existing_directory_is_refused_not_overwritten(four, capsys):
         (["--updates", "99"], "--updates 99"),
         (["--steps", "many"], "--steps"),
         (["--lr", "nan"], "--lr must be positive"),
+        (["--scheme", "grpo", "--schedule", "sync"], "grpo takes no --schedule"),
+        (["--scheme", "ets", "--schedule", "always"], "'interleaved'"),
+        (["--scheme", "ops", "--oracle-count", "9"], "--oracle-count 9 is more than --group"),
+        (["--chord-mu", "1.5"], "--chord-mu must be from 0 to 1"),
+        (["--judge", "ftp://x"], "--judge"),
     ],
 )
 def test_bad_flags_are_refused_with_the_valid_ones(flags, said, tmp_path, capsys):
@@ -255,7 +317,7 @@ def test_three_bad_updates_in_a_row_stop_with_the_last_good_state(tmp_path, monk
 def test_long_prompts_are_named_skipped_and_counted(tmp_path, capsys):
     out = tmp_path / "run"
     assert run("--context", 330, "--steps", 1, out=out) == 0
-    skipped = capsys.readouterr().out.count("skipped: the prompt of task train-")
+    skipped = capsys.readouterr().out.count("skipped: task train-")
     assert 0 < skipped < 300
     assert rows(out)[0]["skipped_tasks"] == str(skipped)
 
@@ -279,9 +341,9 @@ def test_epochs_visit_every_task_once():
 
 
 def test_alarm_names_token_and_state():
-    calm = {f"state_{state}": 0.0 for state in train.UNHEALTHY_STATES}
-    assert train.alarm(calm, calm, "") == ""
-    loud = train.alarm(calm | {"state_bare": 0.5}, calm, "<tool_call> x12")
+    calm = {f"state_{state}": 0.0 for state in train.UNHEALTHY_STATES} | {"spurious_growth": 1.0}
+    assert train.alarm(calm, calm, "<tool_call>") == train.alarm({}, {}, "") == ""
+    loud = train.alarm(calm | {"state_bare": 0.5, "spurious_growth": 12.0}, calm, "<tool_call>")
     assert "bare 50%" in loud and "<tool_call> x12" in loud
 
 
