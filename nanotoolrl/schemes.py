@@ -480,10 +480,15 @@ def prs(run: Run, tasks: list[Task]) -> Step:
     "ours",
     SFT_SETTINGS,
     SFT_OFF,
+    defaults={"sft_tokens": 0},
     schedules=INTERLEAVED_FIRST,
 )
 def ctrl_sft(run: Run, tasks: list[Task]) -> Step:
-    """Like ets, but SFT trains control tokens only: if only they break, only they need repair."""
+    """Like ets, but SFT trains control tokens only: if only they break, only they need repair.
+
+    A burst is `sft_epochs` passes (`--sft-tokens 0`): a fixed number of control tokens would be several times
+    as many passes over the same tasks as in ets.
+    """
     return SCHEDULES[run.config.schedule](run, tasks, control_tokens_of_failures)
 
 
