@@ -5,6 +5,7 @@ business (nanotoolrl/schemes.py); the loop does not know which one it runs.
 """
 
 import argparse
+import contextlib
 import csv
 import dataclasses
 import difflib
@@ -117,10 +118,10 @@ class Config:
     sft_coef: float = setting(0.1, "weight of an SFT loss that is added to policy updates")
     sft_lr: float = setting(2e-4, "learning rate of SFT by itself")
     sft_batch: int = setting(16, "conversations per SFT update")
-    sft_epochs: int = setting(2, "passes over the examples of a burst; 0: no bursts")
+    sft_epochs: int = setting(2, "passes over the examples of a burst, where --sft-tokens is 0; 0: no bursts")
     sft_tokens: int = setting(4000, "trained tokens of a burst between rounds; 0: --sft-epochs decides")
     sft_warmup: float = setting(0.3, "share of a burst's updates in which its learning rate rises")
-    sft_window: int = setting(5, "steps whose failures are trained on")
+    sft_window: int = setting(5, "steps whose examples are trained on")
     round_steps: int = setting(5, "RL steps between bursts")
     ets_any: bool = setting(False, "a task counts as failed if any rollout failed, not only if all did")
     judge: str = setting("", "chat-completions URL that writes the reflections of prs (default: the checker)")
@@ -130,7 +131,8 @@ class Config:
     negative_weight: float = setting(0.0, "psr: factor of negative advantages")
     positive_weight: float = setting(0.0, "nsr: factor of positive advantages")
     void_weight: float = setting(0.0, "void: factor of the advantages of rollouts with a broken message")
-    guard_weight: float = setting(1.0, "guard: share of the push-down spared; guard-kl: KL coefficient")
+    guard_weight: float = setting(1.0, "guard: share of the push-down that control tokens are spared")
+    guard_kl: float = setting(1.0, "guard-kl: coefficient of the KL term on control tokens")
     llds_weight: float = setting(0.1, "llds: weight of the penalty on fallen likelihoods")
     chord_mu: float = setting(0.5, "chord: share of SFT in the loss at the start")
     chord_steps: int = setting(20, "chord: steps until it is 0")
@@ -156,7 +158,7 @@ PRESETS: dict[str, dict] = {
     "nano": {},
     "smoke": {
         "steps": 2,
-        "prompts": 2,
+        "prompts": 4,
         "group": 4,
         "warmup": 1,
         "eval_count": 16,
@@ -177,8 +179,9 @@ PRESETS: dict[str, dict] = {
         "max_new_tokens": 1024,
         "max_messages": MAX_MESSAGES,
         "sft_lr": 1e-5,
-        "sft_batch": 128,
+        "sft_batch": 20,  # conversations; published: 128 pairs of a message and all before it
         "sft_tokens": 0,
+        "chord_steps": 300,
         "sft_window": 10,
         "round_steps": 50,
     },
@@ -237,9 +240,13 @@ def parse(argv: list[str] | None) -> tuple[Config, set[str], bool]:
         print(scheme_table())
         raise SystemExit(0)
     resume = given.pop("resume", False)
-    scheme = SCHEMES[given.get("scheme", Config.scheme)]
+    stored = {}
+    if resume and "out" in given:
+        with contextlib.suppress(Refused):  # said later, by `reopen`
+            stored = vars(RunDirectory(given["out"]).stored())
+    scheme = SCHEMES[(stored | given).get("scheme", Config.scheme)]
     own = {"schedule": scheme.schedules[0] if scheme.schedules else ""} | scheme.defaults
-    config = Config(**(own | PRESETS[given.get("preset", "nano")] | given))
+    config = Config(**(PRESETS[given.get("preset", "nano")] | own | stored | given))
     name = [config.scheme, config.schedule, config.preset, f"s{config.seed}"]
     config.out = config.out or "runs/" + "-".join(filter(None, name))
     try:
@@ -262,18 +269,22 @@ def check(config: Config) -> None:
         *"hint_count eval_count show_every rollout_groups kl warmup threads seed".split(),
         *"weight_decay clip clip_high entropy tag_penalty oracle_count".split(),
         *"sft_coef sft_epochs sft_tokens".split(),
-        *"negative_weight positive_weight void_weight guard_weight llds_weight sentinel_limit".split(),
+        *"negative_weight positive_weight void_weight guard_kl llds_weight sentinel_limit".split(),
     ):
         if not getattr(config, name) >= 0:
             raise Refused(f"--{name.replace('_', '-')} must not be negative, it is {getattr(config, name)}")
-    for name in ("chord_mu", "sft_warmup"):
+    for name in ("chord_mu", "sft_warmup", "guard_weight"):
         if not 0 <= getattr(config, name) <= 1:
             raise Refused(f"--{name.replace('_', '-')} must be from 0 to 1, not {getattr(config, name)}")
     scheme = SCHEMES[config.scheme]
-    for name in ("hint_count", "oracle_count"):
-        if name in scheme.settings and getattr(config, name) > config.group:
-            flag, value = f"--{name.replace('_', '-')}", getattr(config, name)
-            raise Refused(f"{flag} {value} is more than --group {config.group}")
+    if config.group < 2:
+        raise Refused("--group must be at least 2: advantages compare the rollouts of a group")
+    if config.seed >= 2**63:
+        raise Refused(f"--seed must be below 2**63, it is {config.seed}")
+    if "hint_count" in scheme.settings and config.hint_count > config.group:
+        raise Refused(f"--hint-count {config.hint_count} is more than --group {config.group}")
+    if "oracle_count" in scheme.settings and config.oracle_count >= config.group:
+        raise Refused(f"--oracle-count {config.oracle_count} leaves no rollout in --group {config.group}")
     if config.judge and not config.judge.startswith(("http://", "https://")):
         raise Refused(f"--judge must be an http(s) address, not {config.judge}")
     allowed = scheme.schedules or (scheme.defaults.get("schedule", ""),)
@@ -312,7 +323,10 @@ class RunDirectory:
         """Make a new one. Refuses a directory that exists."""
         if self.path.exists() and (not self.path.is_dir() or any(self.path.iterdir())):
             raise Refused(f"{self.path} exists: choose another --out, or go on with --resume")
-        self.path.mkdir(parents=True, exist_ok=True)
+        try:
+            self.path.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise Refused(f"cannot make the directory {self.path}: {error.strerror}") from None
         with self.metrics.open("w", newline="") as file:
             csv.writer(file, lineterminator="\n").writerow(METRICS)
         self.rollouts.touch()
@@ -326,15 +340,19 @@ class RunDirectory:
             self.config, json.dumps(dataclasses.asdict(config) | {"versions": versions}, indent=1)
         )
 
-    def reopen(self, config: Config, given: set[str]) -> tuple[Config, dict]:
-        """(config of the run with grown steps, checkpoint); changes nothing."""
+    def stored(self) -> Config:
+        """The config of the run. Refuses one that is missing or cannot be read."""
         if not self.config.is_file():
             raise Refused(f"no run to resume in {self.path}: it has no config.json")
         try:
             stored = json.loads(self.config.read_text())
-            old = Config(**{f.name: stored[f.name] for f in dataclasses.fields(Config)})
+            return Config(**{f.name: stored[f.name] for f in dataclasses.fields(Config)})
         except (ValueError, KeyError, TypeError) as error:
             raise Refused(f"{self.config} cannot be read: {type(error).__name__}: {error}") from None
+
+    def reopen(self, config: Config, given: set[str]) -> tuple[Config, dict]:
+        """(config of the run with grown steps, checkpoint); changes nothing."""
+        old = self.stored()
         for name in sorted(given - {"steps", "out", "preset"}):
             if getattr(config, name) != getattr(old, name):
                 raise Refused(
@@ -478,7 +496,7 @@ def measures(run: Run, step: Step) -> dict[str, float]:
     if not rows:
         return {}
     own = [row.reward for row in rows if row.source == "policy"]
-    states = [state for row in rows for state in row.states]
+    states = [state for row in rows if row.source != "oracle" for state in row.states]
     return {
         "reward": sum(trained_reward(run.config, row) for row in rows) / len(rows),
         "success": sum(own) / len(own) if own else math.nan,
@@ -545,7 +563,7 @@ def train(config: Config, resume: bool, given: set[str]) -> int:
     with bar, StopSignal() as stop:
         while run.step < config.steps and code == 0:
             run.step += 1
-            run.sampled_tokens, run.sample_seconds = 0, 0.0
+            run.sampled_tokens, run.sample_seconds, run.skipped_updates = 0, 0.0, 0
             started = time.perf_counter()
             step = SCHEMES[config.scheme].step(run, tasks_of_step(config, run.tasks, run.step))
             row = {"step": run.step, "skipped_tasks": left_out} | measures(run, step) | step.metrics
@@ -553,7 +571,7 @@ def train(config: Config, resume: bool, given: set[str]) -> int:
                 columns, worst = probes.measure(run.policy)
                 run.state["probe"] = {"step": run.step} | columns
                 row |= columns
-            row["seconds"] = time.perf_counter() - started
+            row |= {"skipped_updates": run.skipped_updates, "seconds": time.perf_counter() - started}
             shares = {name: share for name, share in row.items() if name.startswith("state_")}
             first = run.state.setdefault("first", shares)
             directory.log(config, run, row, step)
@@ -561,7 +579,7 @@ def train(config: Config, resume: bool, given: set[str]) -> int:
             bar.update()
             if config.show_every and run.step % config.show_every == 0 and step.trajectories:
                 tqdm.write(show(run.policy, step.trajectories[-1], run.step))
-            code = 1 if run.skipped_in_a_row >= 3 else 130 if stop.asked else 0
+            code = 1 if run.stuck else 130 if stop.asked else 0
             if run.step % config.save_every == 0 or run.step == config.steps or code:
                 directory.save(run, before)
     if code:

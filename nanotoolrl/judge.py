@@ -18,7 +18,8 @@ from nanotoolrl.supervise import MAX_TEXT, MISTAKES, Review, TurnReview, play_ag
 AT_ONCE = 8  # requests in flight
 BACK_OFF = (1.0, 2.0, 4.0)  # seconds between requests about the same rollout
 MAX_BODY = 1_000_000  # bytes of an answer
-FAILURES = (OSError, http.client.HTTPException, ValueError, LookupError, TypeError, RecursionError)
+FAILURES = (OSError, http.client.HTTPException, ValueError, LookupError, TypeError)
+FAILURES += (RecursionError, OverflowError)
 JUDGE_PROMPT = """You review a failed rollout of an assistant that calls tools. Answer with one JSON object:
 {"turns": [{"intent": "...", "mistake": "...", "evidence": "...",
             "calls": [{"name": "...", "arguments": {}}]}], "cause": "...", "fix": "..."}

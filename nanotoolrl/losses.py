@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 MAX_LOG_RATIO = 20.0  # exp of more is no ratio anybody should learn from
+REAL_DROP = 1e-3  # nats; sampler and trainer differ by less, by rounding
 
 
 def group_advantages(rewards: Tensor, divide_by_std: bool = True) -> Tensor:
@@ -70,10 +71,11 @@ def shaped_loss(
 def likelihood_drop(logprobs: Tensor, old_logprobs: Tensor, preferred: Tensor, row: Tensor) -> Tensor:
     """Penalty [N] where a preferred rollout has become less likely (LLDS, arXiv 2512.04220).
 
-    max(0, old - logprob) on the tokens of rows that are `preferred` [N] (bool) and whose summed log-prob
-    fell; 0 elsewhere. row: index [N] of each token's row.
+    old - logprob on the fallen tokens of rows that are `preferred` [N] (bool) and whose summed log-prob fell;
+    0 elsewhere. Less than 1e-3 nats is no fall: the gradient is 1 however small the fall, and must not come
+    from rounding. row: index [N] of each token's row.
     """
     drop = old_logprobs - logprobs  # [N]
     rows = int(row.max()) + 1 if len(row) else 0
-    fell = drop.new_zeros(rows).index_add(0, row, drop.detach()) > 0  # [rows]
-    return torch.where(preferred & fell[row], drop.clamp(min=0.0), 0.0)
+    fell = drop.new_zeros(rows).index_add(0, row, drop.detach()) > REAL_DROP  # [rows]
+    return torch.where(preferred & fell[row] & (drop > REAL_DROP), drop, 0.0)

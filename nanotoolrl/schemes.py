@@ -178,16 +178,16 @@ def guard(run: Run, tasks: list[Task]) -> Step:
 @scheme(
     "like grpo, but control tokens are held by a KL term to the start",
     "ours; the test beside guard",
-    ("guard_weight",),
-    {"guard_weight": 0.0},
+    ("guard_kl",),
+    {"guard_kl": 0.0},
     name="guard-kl",
 )
 def guard_kl(run: Run, tasks: list[Task]) -> Step:
-    """Like grpo, but loss + guard_weight * k3(policy || start) on control tokens, in every rollout.
+    """Like grpo, but loss + guard_kl * k3(policy || start) on control tokens, in every rollout.
 
     Unlike `--kl`, content tokens are free to move.
     """
-    strength = run.config.guard_weight
+    strength = run.config.guard_kl
 
     def objective(run: Run, tokens: Tokens) -> tuple[Tensor, Tensor]:
         loss, clipped = clipped_objective(run, tokens)
@@ -213,7 +213,8 @@ def llds(run: Run, tasks: list[Task]) -> Step:
     summed log-prob is below that at sampling (`likelihood_drop`).
 
     In a step's first update nothing has fallen yet, so this needs `--updates` above 1 (its default is 4), in
-    which the updates on other prompts can displace this prompt's good rollouts.
+    which the updates on other prompts can displace this prompt's good rollouts. Deviation: the source also
+    has gates per action, and keeps actions with A = 0.
     """
 
     def objective(run: Run, tokens: Tokens) -> tuple[Tensor, Tensor]:
@@ -253,7 +254,7 @@ def ops(run: Run, tasks: list[Task]) -> Step:
     rest = run.config.group - count
     sampled = rollout(run, tasks, group=rest)
     trajectories = []
-    for i, shown in enumerate(demonstrations(run, tasks) if count else [None] * len(tasks)):
+    for i, shown in zip(range(len(tasks)), demonstrations(run, tasks), strict=True):
         trajectories += [shown] * count + sampled[i * rest : (i + 1) * rest]
     scores = advantages(run, trajectories)
     return Step(trajectories, scores, policy_update(run, trajectories, scores, objective))
@@ -295,18 +296,19 @@ def ghpo(run: Run, tasks: list[Task]) -> Step:
     by hinted ones, which are trained under the prompt with the hint.
 
     Deviation: the source replaces the whole group's prompt and lengthens the hint in stages; our hint has one
-    length.
+    length. `success` is that of the rollouts before the replacement.
     """
     group, count = run.config.group, run.config.hint_count
     trajectories = rollout(run, tasks)
-    failed = failed_tasks(run, tasks, trajectories)
+    failed = failed_tasks(trajectories, group)
+    success = sum(row.reward for row in trajectories) / len(trajectories)
     hints = [hint_text(tasks[i], run.config.format) for i in failed for _ in range(count)]
     hinted = rollout(run, [tasks[i] for i in failed], hints, group=count, part=1)
     for n, i in enumerate(failed):
         trajectories[i * group : i * group + count] = hinted[n * count : (n + 1) * count]
     scores = advantages(run, trajectories)
     metrics = policy_update(run, [row.with_sampled_prompt() for row in trajectories], scores)
-    return Step(trajectories, scores, metrics | {"failed_tasks": len(failed)})
+    return Step(trajectories, scores, metrics | {"failed_tasks": len(failed), "success": success})
 
 
 # -------------------------------------------------------------------------- signals: examples for an SFT loss
@@ -319,8 +321,8 @@ def ground_truth_of_source(run: Run, tasks: list[Task], trajectories: list[Traje
 
 
 def ground_truth_of_failures(run: Run, tasks: list[Task], trajectories: list[Trajectory]) -> tuple:
-    """Signal of `ets`: the ground truth of this step's tasks whose rollouts all failed."""
-    failed = failed_tasks(run, tasks, trajectories)
+    """Signal of `ets`: the ground truth of this step's tasks whose rollouts all failed (`--ets-any`: any)."""
+    failed = failed_tasks(trajectories, run.config.group, any if run.config.ets_any else all)
     return demonstrations(run, [tasks[i] for i in failed]), {"failed_tasks": len(failed)}
 
 
@@ -334,8 +336,9 @@ def reflections_on_failures(run: Run, tasks: list[Task], trajectories: list[Traj
         row = next(row for row in trajectories[i * group : (i + 1) * group] if row.reward == 0)
         return reflections(tasks[i], row, run.policy.chat, run.tasks, config.context, judge)
 
+    failed = failed_tasks(trajectories, group, any if config.ets_any else all)
     with ThreadPoolExecutor(AT_ONCE if judge else 1) as threads:
-        made = list(threads.map(reflect, failed_tasks(run, tasks, trajectories)))
+        made = list(threads.map(reflect, failed))
     counts = {"reflections": sum(len(pairs) for pairs, _ in made)}
     counts |= {"judge_fallbacks": sum(fallen for _, fallen in made)} if judge else {}
     return examples + [row for pairs, _ in made for row in pairs], metrics | counts
@@ -371,10 +374,16 @@ def sync(run: Run, tasks: list[Task], signal: Signal) -> Step:
 
 
 def interleaved(run: Run, tasks: list[Task], signal: Signal, between: Callable = grpo) -> Step:
-    """Interleaved: after each `round_steps` steps, before the next one, a burst of SFT on the signal's
-    examples of the round's last `sft_window` steps. between: what a step is apart from that."""
+    """Interleaved: between rounds of `round_steps` steps a burst of SFT on the signal's examples of the
+    round's last `sft_window` steps. between: what a step is apart from that.
+
+    The burst is the first thing that the first step of the next round does: none follows the last round.
+    """
     place, size = (run.step - 1) % run.config.round_steps, run.config.round_steps
-    notes = burst(run, pool(run), run.config.sft_tokens) if place == 0 and run.step > 1 else {}
+    notes = {}
+    if place == 0 and run.step > 1:
+        notes = burst(run, pool(run), run.config.sft_tokens)
+        run.state["pool"] = []
     step = between(run, tasks)
     if place >= size - run.config.sft_window:
         examples, counts = signal(run, tasks, step.trajectories)
@@ -397,6 +406,7 @@ SCHEDULES: dict[str, Callable[[Run, list[Task], Signal], Step]] = {
 # What a scheme with a signal says of itself.
 SFT_OFF = {"sft_coef": 0.0, "sft_epochs": 0}
 SFT_SETTINGS = ("sft_coef", "round_steps", "sft_window", "sft_epochs", "sft_tokens", "sft_lr", "sft_batch")
+ETS_SETTINGS = (*SFT_SETTINGS, "ets_any")
 INTERLEAVED_FIRST = ("interleaved", "sync", "none")
 
 
@@ -411,7 +421,7 @@ def sft(run: Run, tasks: list[Task]) -> Step:
     """SFT: loss = mean over the assistant's tokens of -log p on the ground truth of `sft_batch` tasks a step.
 
     `--sft-source foreign` takes them from another domain. `--schedule sync` and `interleaved` add the same
-    signal to grpo.
+    signal to grpo. Published: 3 epochs, at the paper preset's batch of 20 conversations --steps 45.
     """
     if run.config.schedule == "none":
         return Step([], torch.zeros(0), sft_update(run, source_examples(run)))
@@ -423,6 +433,7 @@ def sft(run: Run, tasks: list[Task]) -> Step:
     "Hao et al. 2026, §4, SFT+RL",
     ("sft_source", "sft_epochs", "sft_lr", "sft_batch"),
     {"sft_epochs": 0},
+    defaults={"sft_epochs": 3},
 )
 def sft_rl(run: Run, tasks: list[Task]) -> Step:
     """Like grpo, but from an SFT checkpoint: before the first step, `sft_epochs` passes over the source.
@@ -441,7 +452,7 @@ def sft_rl(run: Run, tasks: list[Task]) -> Step:
 @scheme(
     "grpo, and SFT on the ground truth of tasks whose rollouts all failed",
     "Hao et al. 2026, §4, erroneous-trajectory supervision (ETS)",
-    (*SFT_SETTINGS, "ets_any"),
+    ETS_SETTINGS,
     SFT_OFF,
     schedules=INTERLEAVED_FIRST,
 )
@@ -459,7 +470,7 @@ def ets(run: Run, tasks: list[Task]) -> Step:
 @scheme(
     "like ets, with reflections on the failed rollouts as further examples",
     "Hao et al. 2026, §4, process-reflection supervision (PRS)",
-    (*SFT_SETTINGS, "judge"),
+    (*ETS_SETTINGS, "judge"),
     SFT_OFF,
     defaults={"sft_tokens": 0},
     schedules=INTERLEAVED_FIRST,
@@ -478,7 +489,7 @@ def prs(run: Run, tasks: list[Task]) -> Step:
 @scheme(
     "like ets, but only control tokens are trained by SFT",
     "ours",
-    SFT_SETTINGS,
+    ETS_SETTINGS,
     SFT_OFF,
     defaults={"sft_tokens": 0},
     schedules=INTERLEAVED_FIRST,
@@ -487,7 +498,8 @@ def ctrl_sft(run: Run, tasks: list[Task]) -> Step:
     """Like ets, but SFT trains control tokens only: if only they break, only they need repair.
 
     A burst is `sft_epochs` passes (`--sft-tokens 0`): a fixed number of control tokens would be several times
-    as many passes over the same tasks as in ets.
+    as many passes over the same tasks as in ets. What opens a call is a control token and what opens an
+    answer is not, so this also teaches to call where an answer is due.
     """
     return SCHEDULES[run.config.schedule](run, tasks, control_tokens_of_failures)
 
@@ -527,14 +539,16 @@ def bursts(run: Run, tasks: list[Task]) -> Step:
 def hpt(run: Run, tasks: list[Task]) -> Step:
     """Like sync ets, but only this step's failed groups are trained on: loss of grpo + sft_coef * SFT loss.
 
-    Deviation: the source switches per prompt between two losses of weight 1; ours are summed with a weight.
-    A failed group has no advantage, so each task still has one of them.
+    Deviation: the source switches per prompt between two losses of weight 1; ours are summed with a weight,
+    each a mean over its own tokens. A failed group has no advantage (without `--graded-reward`), so each task
+    still has one of them. With `--updates` above 1, each of them trains on all failed tasks of the step.
     """
     trajectories = rollout(run, tasks)
     scores = advantages(run, trajectories)
-    examples, notes = ground_truth_of_failures(run, tasks, trajectories)
-    supervised = Supervision(examples, run.config.sft_coef)
-    return Step(trajectories, scores, policy_update(run, trajectories, scores, supervised=supervised) | notes)
+    failed = failed_tasks(trajectories, run.config.group)
+    supervised = Supervision(demonstrations(run, [tasks[i] for i in failed]), run.config.sft_coef)
+    metrics = policy_update(run, trajectories, scores, supervised=supervised)
+    return Step(trajectories, scores, metrics | {"failed_tasks": len(failed)})
 
 
 @scheme(
@@ -548,7 +562,7 @@ def chord(run: Run, tasks: list[Task]) -> Step:
 
     mu falls linearly from `chord_mu` to 0 over `chord_steps` steps. With `--chord-phi` it stays, and SFT
     tokens weigh p (1 - p): neither what is certain nor what is out of reach. (1 - mu) is put on the
-    advantages: the clipped loss is linear in their size.
+    advantages: the clipped loss is linear in their size (KL and entropy terms, if any, stay whole).
     """
     left = 1.0 if run.config.chord_phi else max(0.0, 1 - (run.step - 1) / run.config.chord_steps)
     mu = run.config.chord_mu * left
@@ -563,20 +577,21 @@ def chord(run: Run, tasks: list[Task]) -> Step:
 @scheme(
     "like grpo, but a broken control token rolls weights back and starts a burst of ets",
     "ours",
-    ("sentinel_limit", "probe_every", "sft_window", "sft_epochs", "sft_tokens", "sft_lr", "sft_batch"),
+    ("sentinel_limit", "probe_every", *ETS_SETTINGS[2:]),
     {"sentinel_limit": 0.0},
 )
 def sentinel(run: Run, tasks: list[Task]) -> Step:
     """Like grpo, but watches the probes: when the spurious probability of a control token has grown
     `sentinel_limit` times since the start (`spurious_growth`), weights and optimiser go back to the last
-    healthy measurement, and a burst of SFT on the recently failed tasks follows. 0: never.
+    healthy measurement, and a burst of SFT on the recently failed tasks follows; what it makes counts as
+    healthy, so that the next rollback starts from there. 0: never.
     """
     limit, probe, notes = run.config.sentinel_limit, run.state.get("probe", {}), {}
     measured = probe.get("step") == run.step - 1
     if limit and measured and probe["spurious_growth"] >= limit:
         roll_back(run, run.state["healthy"])
         notes = {"rollbacks": 1} | burst(run, pool(run), run.config.sft_tokens)
-    elif limit and (measured or run.step == 1):
+    if limit and (measured or run.step == 1):
         run.state["healthy"] = snapshot(run)
     step = grpo(run, tasks)
     examples, counts = ground_truth_of_failures(run, tasks, step.trajectories)

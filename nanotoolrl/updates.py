@@ -24,6 +24,7 @@ from nanotoolrl.sampler import Sampler, Trajectory, demonstration
 from nanotoolrl.tasks import in_epochs, load_tasks
 
 BROKEN_TAGS = ("bare", "malformed")  # message states that --tag-penalty punishes
+MOST_SKIPPED = 3  # updates in a row that were not finite, after which a run stops
 
 
 @dataclass
@@ -36,10 +37,10 @@ class Run:
     optimizer: torch.optim.Optimizer
     tasks: list[Task] = field(default_factory=list)
     step: int = 0
-    skipped_in_a_row: int = 0
     state: dict = field(default_factory=dict)  # what is kept across steps; saved in the checkpoint
     sampled_tokens: int = 0  # of this step so far
     sample_seconds: float = 0.0  # of this step so far
+    skipped_updates: int = 0  # of this step so far
 
     def __post_init__(self) -> None:
         zero_gradients(self.policy)
@@ -51,6 +52,11 @@ class Run:
         if "reference" in self.state:
             policy.model.load_state_dict(self.state["reference"])
         return policy
+
+    @property
+    def stuck(self) -> bool:
+        """Whether too many updates in a row were not finite."""
+        return self.state.get("skipped_in_a_row", 0) >= MOST_SKIPPED
 
     @cached_property
     def source(self) -> list[Task]:
@@ -115,11 +121,10 @@ def advantages(run: Run, trajectories: list[Trajectory]) -> Tensor:
     return group_advantages(grouped, run.config.adv_std).flatten()
 
 
-def failed_tasks(run: Run, tasks: Sequence[Task], trajectories: list[Trajectory]) -> list[int]:
-    """Indices of the tasks whose rollouts all failed; with `--ets-any`, of those with any failure."""
-    groups = [trajectories[i : i + run.config.group] for i in range(0, len(trajectories), run.config.group)]
-    enough = any if run.config.ets_any else all
-    return [i for i in range(len(tasks)) if enough(row.reward == 0 for row in groups[i])]
+def failed_tasks(trajectories: list[Trajectory], group: int, enough: Callable = all) -> list[int]:
+    """Indices of the tasks whose rollouts all failed, or (`enough` is any) of those with any failure."""
+    groups = [trajectories[i : i + group] for i in range(0, len(trajectories), group)]
+    return [i for i, rows in enumerate(groups) if enough(row.reward == 0 for row in rows)]
 
 
 def demonstrations(run: Run, tasks: Sequence[Task]) -> list[Trajectory]:
@@ -254,11 +259,11 @@ def token_losses(
         loss = loss + config.kl * kl_k3(logprobs, tokens.reference)
     if config.entropy > 0:
         loss = loss - config.entropy * entropy
-    own = tokens.of("policy")
+    own, sampled = tokens.of("policy"), ~tokens.of("oracle")
     tally.tokens += sum(len(row.tokens) for row in rows)
     tally.clipped += clipped[own].tolist()
     if first_update:
-        tally.entropies += entropy.tolist()
+        tally.entropies += entropy[sampled].tolist()
         tally.gaps += (logprobs - before).detach().abs()[own].tolist()
     return loss
 
@@ -266,7 +271,7 @@ def token_losses(
 @dataclass
 class Tally:
     """Notes of one policy update, summed up by `metrics`. Rows that are not the policy's own (hinted, oracle)
-    stay out of `clipped` and `gaps`."""
+    stay out of `clipped` and `gaps`, oracle rows also out of `entropies`."""
 
     started: float = field(default_factory=time.perf_counter)
     tokens: int = 0
@@ -296,7 +301,6 @@ class Tally:
             "clip_fraction": _mean(self.clipped),
             "train_tok_s": self.tokens / (time.perf_counter() - self.started),
             "logprob_gap": max(self.gaps, default=math.nan),
-            "skipped_updates": self.norms.count(None),
         }
         sft = {"sft_loss": _mean(self.sft_losses), "sft_tokens": self.sft_tokens}
         return columns | (sft if self.sft_losses else {})
@@ -308,7 +312,10 @@ def warm_up(run: Run) -> float:
 
 
 def optimizer_step(run: Run, loss: float, optimizer: torch.optim.Optimizer, lr: float) -> float | None:
-    """Clip the gradient and step; returns its norm, or None, without a step, if anything is not finite."""
+    """Clip the gradient and step; returns its norm, or None, without a step, if anything is not finite.
+
+    Counts what it skips; a run that is stuck stays so, whatever follows within the step.
+    """
     parameters = list(run.policy.model.parameters())
     norm = torch.nn.utils.clip_grad_norm_(parameters, run.config.grad_clip).item()
     finite = math.isfinite(loss) and math.isfinite(norm)
@@ -316,7 +323,9 @@ def optimizer_step(run: Run, loss: float, optimizer: torch.optim.Optimizer, lr: 
         for group in optimizer.param_groups:
             group["lr"] = lr
         optimizer.step()
-    run.skipped_in_a_row = 0 if finite else run.skipped_in_a_row + 1
+    run.skipped_updates += not finite
+    if not run.stuck:
+        run.state["skipped_in_a_row"] = 0 if finite else run.state.get("skipped_in_a_row", 0) + 1
     zero_gradients(run.policy)
     return norm if finite else None
 
@@ -386,7 +395,6 @@ def sft_update(run: Run, examples: Sequence[Trajectory]) -> dict[str, float]:
         "sft_tokens": trained,
         "grad_norm": math.nan if norm is None else norm,
         "train_tok_s": sum(len(row.tokens) for row in examples) / (time.perf_counter() - started),
-        "skipped_updates": int(norm is None),
     }
 
 
@@ -394,8 +402,9 @@ def burst(run: Run, examples: Sequence[Trajectory], tokens: int = 0) -> dict[str
     """SFT by itself between RL steps: `sft_epochs` passes over the examples in shuffled batches of
     `sft_batch`; with `tokens`, as many passes as train so many tokens. No burst if either is nothing.
 
-    As in the published code, where SFT is a run of its own, a burst has an AdamW of its own and a warm-up
-    over `sft_warmup` of its updates; the moments of RL wait for it.
+    As in the published code, where SFT is a run of its own, a burst has an AdamW of its own and a warm-up:
+    its first `sft_warmup` of n updates run at 1/(w+1), 2/(w+1), ... of the rate, w = sft_warmup * n, at least
+    1. The moments of RL wait for it.
     """
     config = run.config
     if not examples or not config.sft_epochs:
@@ -414,7 +423,7 @@ def burst(run: Run, examples: Sequence[Trajectory], tokens: int = 0) -> dict[str
     warm = max(1, round(config.sft_warmup * len(batches)))
     for n, batch in enumerate(tqdm(batches, "SFT burst", unit="batch", leave=False, disable=None)):
         losses.append(sft_backward(run, batch))
-        optimizer_step(run, losses[-1], optimizer, config.sft_lr * min(1.0, (n + 1) / warm))
+        optimizer_step(run, losses[-1], optimizer, config.sft_lr * min(1.0, (n + 1) / (warm + 1)))
     return {"sft_loss": _mean(losses), "sft_tokens": trained}
 
 

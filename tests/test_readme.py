@@ -55,6 +55,11 @@ def test_add_a_scheme(monkeypatch, tmp_path):
     assert train.train(config, resume=False, given=set()) == 0
 
 
+def stored_run(scheme):
+    """Directory of the committed default run of a scheme with seed 0."""
+    return RESULTS / "hint" / "seed0" if scheme == "hint" else RESULTS / "schemes" / scheme
+
+
 def stored(seed, name):
     return json.loads((RESULTS / "hint" / f"seed{seed}" / name).read_text())
 
@@ -77,6 +82,17 @@ def test_the_sampled_table_is_made_from_the_committed_results():
     assert table(columns) in README
     same = {"tasks", "count", "temperature", "hint", "seed", "context", "max_messages"}
     assert all(end["arguments"][name] == start["arguments"][name] for end in ends for name in same)
+
+
+def test_the_scheme_table_is_made_from_the_registry_and_the_committed_results():
+    lines = []
+    for name, scheme in schemes.SCHEMES.items():
+        scores = Scores(**json.loads((stored_run(name) / "result.json").read_text())["after"])
+        share, low, high, n = scores.of("all")
+        success = f"{100 * share:.1f} [{100 * low:.1f}, {100 * high:.1f}]"
+        lines.append(f"| `{name}` | {scheme.about} | `python train.py --scheme {name}` | {success} |")
+        assert n == 400
+    assert "\n".join(lines) in README, "\n".join(lines)
 
 
 def test_the_model_card_is_made_from_the_committed_scores():
@@ -107,11 +123,13 @@ def test_files_and_flags_named_in_the_readme_exist():
 
 
 def test_committed_runs_are_whole_and_made_with_the_present_defaults():
-    for seed in range(3):
-        config = stored(seed, "config.json")
-        with (RESULTS / "hint" / f"seed{seed}" / "metrics.csv").open() as file:
+    runs = {RESULTS / "hint" / f"seed{seed}": ("hint", seed) for seed in range(3)}
+    runs |= {stored_run(name): (name, 0) for name in schemes.SCHEMES}
+    for folder, (name, seed) in runs.items():
+        config = json.loads((folder / "config.json").read_text())
+        with (folder / "metrics.csv").open() as file:
             rows = list(csv.DictReader(file))
         assert [int(row["step"]) for row in rows] == list(range(1, config["steps"] + 1))
-        now = vars(train.Config(seed=seed))
-        same = set(now) & set(config) - {"out"}  # settings of other schemes came later
-        assert {name: config[name] for name in same} == {name: now[name] for name in same}
+        now = vars(train.parse(["--scheme", name, "--seed", str(seed)])[0])
+        same = set(now) & set(config) - {"out", "threads"}  # settings of other schemes came later
+        assert {key: config[key] for key in same} == {key: now[key] for key in same}
