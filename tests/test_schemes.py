@@ -3,6 +3,7 @@
 import dataclasses
 import inspect
 import math
+from dataclasses import replace
 from types import SimpleNamespace
 
 import pytest
@@ -143,7 +144,7 @@ def test_gradient_and_metrics_by_hand(policy, tiny, temperature, kl):
     assert metrics["loss"] == pytest.approx(expected.item(), abs=1e-5)
     norm = torch.stack([gradient.norm() for gradient in gradients]).norm().item()
     assert metrics["grad_norm"] == pytest.approx(norm, rel=1e-3) and norm > 1e-3
-    assert metrics["skipped_updates"] == 0
+    assert run.skipped_updates == 0
 
 
 def test_clip_fraction_entropy_and_gap_by_hand(tiny):
@@ -292,7 +293,7 @@ def test_no_contrast_at_all(tiny):
     policy_update(run, rows, scores)
     before = parameters_of(tiny)
     metrics = policy_update(run, rows, torch.zeros(8))
-    assert metrics["loss"] == metrics["grad_norm"] == metrics["skipped_updates"] == 0.0
+    assert metrics["loss"] == metrics["grad_norm"] == run.skipped_updates == 0.0
     assert math.isnan(metrics["entropy"]) and math.isnan(metrics["clip_fraction"])
     assert not any(torch.equal(a, b) for a, b in zip(parameters_of(tiny), before, strict=True) if a.ndim > 1)
 
@@ -320,15 +321,16 @@ def test_non_finite_updates_are_skipped(tiny, bad, value):
     handle = tiny.head.register_hook(lambda g: g * value if bad == "gradient" else g)
     before = parameters_of(tiny)
     for count in (1, 2):
-        assert policy_update(run, rows, scores)["skipped_updates"] == 1
-        assert run.skipped_in_a_row == count
+        assert math.isnan(policy_update(run, rows, scores)["grad_norm"])
+        assert run.skipped_updates == run.state["skipped_in_a_row"] == count
     assert all(torch.equal(a, b) for a, b in zip(parameters_of(tiny), before, strict=True))
     assert not run.optimizer.state, "Adam's moments must not see it either"
     assert all((parameter.grad == 0).all() for parameter in tiny.model.parameters())
     handle.remove()
     rows[2].logprobs = good
     metrics = policy_update(run, rows, scores)
-    assert metrics["skipped_updates"] == run.skipped_in_a_row == 0 and math.isfinite(metrics["grad_norm"])
+    assert run.skipped_updates == 2 and run.state["skipped_in_a_row"] == 0
+    assert math.isfinite(metrics["grad_norm"])
     assert not any(torch.equal(a, b) for a, b in zip(parameters_of(tiny), before, strict=True) if a.ndim > 1)
 
 
@@ -338,8 +340,20 @@ def test_one_bad_update_of_two(tiny):
     rows, scores = made_up(tiny)
     rows[0].logprobs = [math.nan] * len(rows[0].tokens)
     metrics = policy_update(run, rows, scores)
-    assert metrics["skipped_updates"] == 1 and run.skipped_in_a_row == 0
+    assert run.skipped_updates == 1 and run.state["skipped_in_a_row"] == 0
     assert len(run.optimizer.gradients) == 1 and math.isfinite(metrics["grad_norm"])
+
+
+def test_a_burst_of_bad_updates_stops_the_run(tiny):
+    """A good policy update later in the same step does not hide it."""
+    run = make_run(tiny, torch.optim.AdamW, sft_batch=1, sft_epochs=1)
+    rows, scores = made_up(tiny)
+    handle = tiny.head.register_hook(lambda g: g * math.nan)
+    updates.burst(run, rows[:3])
+    handle.remove()
+    assert run.skipped_updates == 3 and run.stuck
+    policy_update(run, rows, scores)
+    assert run.skipped_updates == 3 and run.stuck
 
 
 # ------------------------------------------------------------------------------------------------- the verbs
@@ -580,7 +594,7 @@ def test_guard_kl_by_hand(policy, tiny, monkeypatch):
     rows, control = with_control_tokens(tiny, rows)
     scores[:4] = 0.0  # rows without advantage are guarded, too
     reference = neighbour(policy)
-    settings = {"guard_weight": 0.7, "reference": reference}
+    settings = {"guard_kl": 0.7, "reference": reference}
     gradients, _ = objective_of("guard-kl", monkeypatch, tiny, rows, scores, **settings)
     loss, count = 0.0, 0
     for row, a in zip(rows, scores.tolist(), strict=True):
@@ -739,6 +753,15 @@ def test_burst_counts_passes_and_tokens(tiny, monkeypatch):
     assert updates.burst(run, shown, tokens=20) == {"sft_tokens": 0}, "0 epochs: no burst"
 
 
+def test_burst_warms_up(tiny, monkeypatch):
+    rates = []
+    monkeypatch.setattr(updates, "optimizer_step", lambda run, loss, optimizer, lr: rates.append(lr))
+    for batches, shares in ((1, [0.5]), (3, [0.5, 1, 1]), (10, [0.25, 0.5, 0.75] + [1] * 7)):
+        rates.clear()
+        updates.burst(make_run(tiny, sft_batch=1, sft_epochs=1, sft_lr=0.4), examples(tiny, 1) * batches)
+        assert rates == pytest.approx([0.4 * share for share in shares])
+
+
 def test_burst_learns_and_leaves_the_moments_of_rl_alone(tiny):
     shown = examples(tiny)
     run = make_run(tiny, torch.optim.AdamW, lr=1e-2, sft_lr=1e-2, sft_epochs=10, sft_batch=2)
@@ -765,9 +788,10 @@ def test_equal_tokens_for_ets_and_its_control(policy, monkeypatch):
     assert all(100 <= count < 100 + longest for count in counts.values())
 
 
-def test_window_and_rounds(tiny, monkeypatch):
-    """Bursts come before steps 4 and 7, from the failures of the last 2 steps of each round of 3."""
-    made, run = [], make_run(tiny, round_steps=3, sft_window=2, schedule="interleaved")
+@pytest.mark.parametrize("window", [2, 5])
+def test_window_and_rounds(window, tiny, monkeypatch):
+    """Bursts come before steps 4 and 7, from the last 2 (5: all) steps of their own round of 3."""
+    made, run = [], make_run(tiny, round_steps=3, sft_window=window, schedule="interleaved")
     monkeypatch.setattr(
         schemes, "burst", lambda run, rows, tokens: made.append((run.step, [r.task_id for r in rows])) or {}
     )
@@ -780,15 +804,32 @@ def test_window_and_rounds(tiny, monkeypatch):
 
     for run.step in range(1, 8):
         schemes.interleaved(run, [], signal, between=schemes.grpo)
-    assert made == [(4, ["of step 2", "of step 3"]), (7, ["of step 5", "of step 6"])]
+    rounds = [(4, ["of step 1", "of step 2", "of step 3"]), (7, ["of step 4", "of step 5", "of step 6"])]
+    assert made == [(step, names[-window:]) for step, names in rounds]
 
 
 def test_failed_tasks_by_both_rules(tiny):
-    run = make_run(tiny, group=2)
     rows = [graded([], 1, [], reward) for reward in (0.0, 0.0, 1.0, 0.0, 1.0, 1.0)]
-    assert updates.failed_tasks(run, tasks(3), rows) == [0]
-    run.config.ets_any = True
-    assert updates.failed_tasks(run, tasks(3), rows) == [0, 1]
+    assert updates.failed_tasks(rows, 2) == [0]
+    assert updates.failed_tasks(rows, 2, any) == [0, 1]
+    run = make_run(tiny, group=2, ets_any=True)
+    assert [row.task_id for row in schemes.ground_truth_of_failures(run, tasks(3), rows)[0]] == [
+        task.id for task in tasks(3)[:2]
+    ]
+
+
+def test_ghpo_reports_the_success_of_unhinted_rollouts(tiny, monkeypatch):
+    """2 tasks x 2 rollouts, 1 success: the failed group's first is replaced, success stays 1 in 4."""
+    run = make_run(tiny, group=2, hint_count=1)
+    first = [graded([], 1, [], reward) for reward in (0.0, 0.0, 1.0, 0.0)]
+    second = [replace(graded([], 1, [], 1.0), source="hint")]
+    rows = iter([first, second])
+    monkeypatch.setattr(schemes, "rollout", lambda *_, **__: list(next(rows)))
+    monkeypatch.setattr(schemes, "policy_update", lambda *_: {})
+    monkeypatch.setattr(schemes, "hint_text", lambda *_: "a hint")
+    step = SCHEMES["ghpo"].step(run, tasks(2))
+    assert [row.source for row in step.trajectories] == ["hint", "policy", "policy", "policy"]
+    assert step.metrics == {"failed_tasks": 1, "success": 0.25}
 
 
 def test_ctrl_sft_trains_control_tokens_only(tiny):
@@ -837,19 +878,29 @@ def test_roll_back_restores_weights_and_moments(tiny):
         assert all(torch.equal(a, b) for a, b in zip(now, moments, strict=True))
 
 
-def test_sentinel_rolls_back_and_bursts(policy):
+def test_sentinel_rolls_back_and_bursts(policy, monkeypatch):
     tiny = tiny_policy(policy.tokenizer, stop=0.2, close=0.1)
     run = make_run(tiny, torch.optim.AdamW, lr=1e-2, sft_tokens=30, sentinel_limit=5.0)
-    weights, notes = [], []
+    weights, notes, seen = [], [], {}
+    for real in (schemes.roll_back, schemes.burst):
+
+        def spied(run, *rest, real=real):
+            notes = real(run, *rest)
+            seen[real.__name__] = parameters_of(tiny)
+            return notes
+
+        monkeypatch.setattr(schemes, real.__name__, spied)
     for run.step, growth in ((1, 1.0), (2, 2.0), (3, 6.0), (4, 1.0)):
         weights.append(parameters_of(tiny))
         notes.append(SCHEMES["sentinel"].step(run, tasks(6)).metrics)
         run.state["probe"] = {"step": run.step, "spurious_growth": growth}
     assert [note.get("rollbacks") for note in notes] == [None, None, None, 1]
     assert notes[3]["sft_tokens"] >= 30
+    same = [torch.equal(a, b) for a, b in zip(seen["roll_back"], weights[2], strict=True)]
+    assert all(same), "as measured after step 2"
     healthy = run.state["healthy"]["model"]
-    named = dict(zip((name for name, _ in tiny.model.named_parameters()), weights[2], strict=True))
-    assert all(torch.equal(healthy[name], value) for name, value in named.items()), "as measured after step 2"
+    named = dict(zip((name for name, _ in tiny.model.named_parameters()), seen["burst"], strict=True))
+    assert all(torch.equal(healthy[name], value) for name, value in named.items()), "as repaired"
 
 
 # ------------------------------------------------------------------------------------------------- neutrality

@@ -242,8 +242,11 @@ def test_existing_directory_is_refused_not_overwritten(four, capsys):
         (["--lr", "nan"], "--lr must be positive"),
         (["--scheme", "grpo", "--schedule", "sync"], "grpo takes no --schedule"),
         (["--scheme", "ets", "--schedule", "always"], "'interleaved'"),
-        (["--scheme", "ops", "--oracle-count", "9"], "--oracle-count 9 is more than --group"),
+        (["--scheme", "ops", "--oracle-count", "9"], "--oracle-count 9 leaves no rollout"),
         (["--chord-mu", "1.5"], "--chord-mu must be from 0 to 1"),
+        (["--scheme", "guard", "--guard-weight", "3"], "--guard-weight must be from 0 to 1"),
+        (["--group", "1"], "--group must be at least 2"),
+        (["--seed", str(2**63)], "--seed must be below 2**63"),
         (["--judge", "ftp://x"], "--judge"),
     ],
 )
@@ -253,6 +256,14 @@ def test_bad_flags_are_refused_with_the_valid_ones(flags, said, tmp_path, capsys
     assert stop.value.code == 2
     assert said in capsys.readouterr().err
     assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize("preset", train.PRESETS)
+@pytest.mark.parametrize("scheme", SCHEMES)
+def test_a_scheme_keeps_its_own_settings_under_every_preset(scheme, preset):
+    config = vars(train.parse(["--scheme", scheme, "--preset", preset])[0])
+    own = dict(SCHEMES[scheme].defaults)
+    assert {name: config[name] for name in own} == own
 
 
 def test_bad_paths_are_refused_by_name(tmp_path, capsys):
@@ -280,6 +291,7 @@ def test_resume_refuses_what_it_cannot_continue(four, tmp_path, capsys):
 
     refused(said="config.json", out=tmp_path / "nothing")
     refused("--lr", "0.5", said="only --steps may change", out=four)
+    refused("--scheme", "ets", "--schedule", "sync", said="only --steps may change", out=four)
     refused("--steps", "3", said="may only grow", out=four)
     copy = tmp_path / "copy"
     shutil.copytree(four, copy)
