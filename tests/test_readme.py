@@ -131,5 +131,5 @@ def test_committed_runs_are_whole_and_made_with_the_present_defaults():
             rows = list(csv.DictReader(file))
         assert [int(row["step"]) for row in rows] == list(range(1, config["steps"] + 1))
         now = vars(train.parse(["--scheme", name, "--seed", str(seed)])[0])
-        same = set(now) & set(config) - {"out", "threads", "show_every"}  # settings of other schemes came later
+        same = set(now) & set(config) - {"out", "threads", "show_every"}  # others came later
         assert {key: config[key] for key in same} == {key: now[key] for key in same}
