@@ -31,6 +31,7 @@ from tqdm import tqdm
 from nanotoolrl.chat import FORMATS, MESSAGE_STATES, UNHEALTHY_STATES, readable
 from nanotoolrl.env import MAX_MESSAGES, Task
 from nanotoolrl.evaluate import Scores, evaluate, fits, table
+from nanotoolrl.judge import Judge
 from nanotoolrl.model import BUILT_IN, ModelError, Policy, load
 from nanotoolrl.probes import ProbeSet
 from nanotoolrl.sampler import Sampler, Trajectory
@@ -285,8 +286,11 @@ def check(config: Config) -> None:
         raise Refused(f"--hint-count {config.hint_count} is more than --group {config.group}")
     if "oracle_count" in scheme.settings and config.oracle_count >= config.group:
         raise Refused(f"--oracle-count {config.oracle_count} leaves no rollout in --group {config.group}")
-    if config.judge and not config.judge.startswith(("http://", "https://")):
-        raise Refused(f"--judge must be an http(s) address, not {config.judge}")
+    if config.judge:
+        try:
+            Judge(config.judge)
+        except ValueError as error:
+            raise Refused(f"--judge: {error}") from None
     allowed = scheme.schedules or (scheme.defaults.get("schedule", ""),)
     if config.schedule not in allowed:
         known = f"one of {', '.join(allowed)}" if scheme.schedules else "no --schedule"

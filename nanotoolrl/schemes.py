@@ -315,14 +315,19 @@ def ghpo(run: Run, tasks: list[Task]) -> Step:
 Signal = Callable[[Run, list[Task], list[Trajectory]], tuple[list[Trajectory], dict[str, float]]]
 
 
+def collected_failures(run: Run, trajectories: list[Trajectory]) -> list[int]:
+    """Indices of the tasks that ETS collects: all rollouts failed, or with `--ets-any` any of them."""
+    return failed_tasks(trajectories, run.config.group, any if run.config.ets_any else all)
+
+
 def ground_truth_of_source(run: Run, tasks: list[Task], trajectories: list[Trajectory]) -> tuple:
     """Signal of `sft`: the ground truth of `sft_batch` tasks of the source, whatever the rollouts were."""
     return source_examples(run), {}
 
 
 def ground_truth_of_failures(run: Run, tasks: list[Task], trajectories: list[Trajectory]) -> tuple:
-    """Signal of `ets`: the ground truth of this step's tasks whose rollouts all failed (`--ets-any`: any)."""
-    failed = failed_tasks(trajectories, run.config.group, any if run.config.ets_any else all)
+    """Signal of `ets`: the ground truth of this step's failed tasks."""
+    failed = collected_failures(run, trajectories)
     return demonstrations(run, [tasks[i] for i in failed]), {"failed_tasks": len(failed)}
 
 
@@ -336,9 +341,8 @@ def reflections_on_failures(run: Run, tasks: list[Task], trajectories: list[Traj
         row = next(row for row in trajectories[i * group : (i + 1) * group] if row.reward == 0)
         return reflections(tasks[i], row, run.policy.chat, run.tasks, config.context, judge)
 
-    failed = failed_tasks(trajectories, group, any if config.ets_any else all)
     with ThreadPoolExecutor(AT_ONCE if judge else 1) as threads:
-        made = list(threads.map(reflect, failed))
+        made = list(threads.map(reflect, collected_failures(run, trajectories)))
     counts = {"reflections": sum(len(pairs) for pairs, _ in made)}
     counts |= {"judge_fallbacks": sum(fallen for _, fallen in made)} if judge else {}
     return examples + [row for pairs, _ in made for row in pairs], metrics | counts
@@ -405,7 +409,8 @@ SCHEDULES: dict[str, Callable[[Run, list[Task], Signal], Step]] = {
 }
 # What a scheme with a signal says of itself.
 SFT_OFF = {"sft_coef": 0.0, "sft_epochs": 0}
-SFT_SETTINGS = ("sft_coef", "round_steps", "sft_window", "sft_epochs", "sft_tokens", "sft_lr", "sft_batch")
+BURST_SETTINGS = ("sft_window", "sft_epochs", "sft_tokens", "sft_lr", "sft_batch")
+SFT_SETTINGS = ("sft_coef", "round_steps", *BURST_SETTINGS)
 ETS_SETTINGS = (*SFT_SETTINGS, "ets_any")
 INTERLEAVED_FIRST = ("interleaved", "sync", "none")
 
@@ -520,7 +525,7 @@ def selfrepair(run: Run, tasks: list[Task]) -> Step:
 @scheme(
     "control: the bursts of ets without any RL between them",
     "ours",
-    ("round_steps", "sft_window", "sft_epochs", "sft_tokens", "sft_lr", "sft_batch", "ets_any"),
+    ("round_steps", *BURST_SETTINGS, "ets_any"),
     defaults={"schedule": "none"},
 )
 def bursts(run: Run, tasks: list[Task]) -> Step:
@@ -577,7 +582,7 @@ def chord(run: Run, tasks: list[Task]) -> Step:
 @scheme(
     "like grpo, but a broken control token rolls weights back and starts a burst of ets",
     "ours",
-    ("sentinel_limit", "probe_every", *ETS_SETTINGS[2:]),
+    ("sentinel_limit", "probe_every", *BURST_SETTINGS, "ets_any"),
     {"sentinel_limit": 0.0},
 )
 def sentinel(run: Run, tasks: list[Task]) -> Step:
