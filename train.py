@@ -33,7 +33,7 @@ from nanotoolrl.env import MAX_MESSAGES, Task
 from nanotoolrl.evaluate import Scores, evaluate, fits, table
 from nanotoolrl.judge import Judge
 from nanotoolrl.model import BUILT_IN, ModelError, Policy, load
-from nanotoolrl.probes import ProbeSet
+from nanotoolrl.probes import ProbeSet, advantage_mass, displacement_own, survival
 from nanotoolrl.sampler import Sampler, Trajectory
 from nanotoolrl.schemes import SCHEDULES, SCHEMES
 from nanotoolrl.tasks import SPLITS, in_epochs, load_tasks, subset
@@ -44,6 +44,7 @@ METRICS = [
     *"sample_tok_s train_tok_s logprob_gap".split(),
     *(f"state_{state}" for state in MESSAGE_STATES),
     *"spurious_control required_control nll_control nll_content spurious_growth".split(),
+    *"displacement_truth displacement_own probe_seconds eval_success".split(),
     *"hinted_rows oracle_rows dropped_rows failed_tasks forced_success reflections judge_fallbacks".split(),
     *"sft_loss sft_tokens chord_mu rollbacks".split(),
     *"skipped_updates skipped_tasks sample_seconds seconds".split(),
@@ -144,6 +145,8 @@ class Config:
     # looking
     eval_tasks: str = setting("test", "tasks of the evaluation before and after training")
     eval_count: int = setting(400, "a fixed sample of so many of them; 0: no evaluation")
+    eval_every: int = setting(10, "steps between evaluations on a part of that sample; 0: none")
+    eval_part: int = setting(100, "tasks in that part")
     probe_every: int = setting(2, "steps between measurements on the probe set")
     probe_tasks: int = setting(16, "ground-truth conversations in the probe set")
     show_every: int = setting(8, "steps between printed trajectories; 0: none")
@@ -163,6 +166,8 @@ PRESETS: dict[str, dict] = {
         "group": 4,
         "warmup": 1,
         "eval_count": 16,
+        "eval_part": 8,
+        "eval_every": 1,
         "probe_tasks": 4,
         "round_steps": 1,
         "sft_window": 1,
@@ -267,7 +272,8 @@ def check(config: Config) -> None:
         if not getattr(config, name) > 0:
             raise Refused(f"--{name.replace('_', '-')} must be positive, not {getattr(config, name)}")
     for name in (
-        *"hint_count eval_count show_every rollout_groups kl warmup threads seed".split(),
+        *"hint_count eval_count eval_every eval_part show_every rollout_groups".split(),
+        *"kl warmup threads seed".split(),
         *"weight_decay clip clip_high entropy tag_penalty oracle_count".split(),
         *"sft_coef sft_epochs sft_tokens".split(),
         *"negative_weight positive_weight void_weight guard_kl llds_weight sentinel_limit".split(),
@@ -315,12 +321,14 @@ def scheme_table() -> str:
 
 # ------------------------------------------------------------------------------------------ the run directory
 class RunDirectory:
-    """config.json, metrics.csv, rollouts.jsonl, checkpoint.pt, result.json and model/ of one run."""
+    """config.json, metrics.csv, probes.jsonl, rollouts.jsonl, checkpoint.pt, result.json and model/ of one
+    run."""
 
     def __init__(self, path: str) -> None:
         self.path = Path(path)
         self.config, self.metrics = self.path / "config.json", self.path / "metrics.csv"
         self.rollouts, self.checkpoint = self.path / "rollouts.jsonl", self.path / "checkpoint.pt"
+        self.probes = self.path / "probes.jsonl"
         self.result, self.model = self.path / "result.json", self.path / "model"
 
     def create(self, config: Config) -> None:
@@ -334,6 +342,7 @@ class RunDirectory:
         with self.metrics.open("w", newline="") as file:
             csv.writer(file, lineterminator="\n").writerow(METRICS)
         self.rollouts.touch()
+        self.probes.touch()
         self.write_config(config)
 
     def write_config(self, config: Config) -> None:
@@ -372,9 +381,10 @@ class RunDirectory:
         return resumed, saved
 
     def rewind(self, config: Config, step: int) -> None:
-        """Cut metrics and rollouts newer than the checkpoint, and write the config of the longer run."""
+        """Cut what is newer than the checkpoint from the logs, and write the config of the longer run."""
         cut(self.metrics, lambda line: int(line.split(",")[0]) <= step, header=True)
-        cut(self.rollouts, lambda line: json.loads(line)["step"] <= step)
+        for path in (self.probes, self.rollouts):
+            cut(path, lambda line: json.loads(line)["step"] <= step)
         self.write_config(config)
 
     def read_checkpoint(self) -> dict:
@@ -408,10 +418,12 @@ class RunDirectory:
         torch.save(state, half)
         os.replace(half, self.checkpoint)
 
-    def log(self, config: Config, run: Run, row: dict, step: Step) -> None:
-        """One metrics row, flushed, and the first `rollout_groups` groups of the step."""
+    def log(self, config: Config, run: Run, row: dict, details: dict, step: Step) -> None:
+        """One metrics row, one line of details, and the first `rollout_groups` groups of the step."""
         with self.metrics.open("a", newline="") as file:
             csv.writer(file, lineterminator="\n").writerow([text(row.get(name)) for name in METRICS])
+        with self.probes.open("a") as file:
+            file.write(json.dumps(rounded(details)) + "\n")
         with self.rollouts.open("a") as file:
             shown = min(config.rollout_groups * config.group, len(step.trajectories))
             for i, one in enumerate(step.trajectories[:shown]):
@@ -431,6 +443,17 @@ def text(value: object) -> str:
     if value is None or (isinstance(value, float) and math.isnan(value)):
         return ""
     return f"{value:.6g}" if isinstance(value, float) else str(value)
+
+
+def rounded(value: object) -> object:
+    """JSON of the same shape with floats of six digits, None for nan."""
+    if isinstance(value, dict):
+        return {key: rounded(item) for key, item in value.items()}
+    if isinstance(value, list):
+        return [rounded(item) for item in value]
+    if isinstance(value, float):
+        return float(f"{value:.6g}") if math.isfinite(value) else None
+    return value
 
 
 def cut(path: Path, keep, header: bool = False) -> None:
@@ -514,6 +537,28 @@ def measures(run: Run, step: Step) -> dict[str, float]:
     }
 
 
+def anatomy(run: Run, step: Step, probes: ProbeSet) -> tuple[dict[str, float], dict]:
+    """(columns of metrics.csv, line of probes.jsonl) of a step: what its rollouts and its update did at the
+    control tokens and, every `probe_every` steps, what the policy does there now."""
+    columns, details = {}, {"step": run.step}
+    if step.trajectories:
+        details["survival"] = survival(step.trajectories)
+        details["advantage_mass"] = advantage_mass(step.trajectories, step.advantages, run.control)
+    if step.metrics.get("logit_gradient"):
+        names = ("self", "other")
+        pushes = zip(probes.control, *step.metrics["logit_gradient"], strict=True)
+        details["logit_gradient"] = {token: dict(zip(names, push)) for token, *push in pushes}
+    if run.step % run.config.probe_every == 0:
+        started = time.perf_counter()
+        measured = probes.measure(run.policy)
+        columns = dict(measured.columns)
+        columns["displacement_own"] = displacement_own(run.policy, step.trajectories, run.config.temperature)
+        columns["probe_seconds"] = time.perf_counter() - started
+        details["tokens"] = measured.tokens
+        run.state["probe"] = {"step": run.step} | measured.columns
+    return columns, details
+
+
 def progress(row: dict) -> str:
     """What the progress bar says of a step."""
     said = []
@@ -522,15 +567,16 @@ def progress(row: dict) -> str:
         said += [f"{row['sample_tok_s']:.0f} tok/s"]
     if row.get("sft_tokens"):
         said += [f"SFT loss {row['sft_loss']:.3f}"]
+    if "eval_success" in row:
+        said += [f"greedy {row['eval_success']:.2f}"]
     return " ".join(said)
 
 
-def alarm(row: dict, first: dict, token: str) -> str:
-    """What the progress bar warns of: an unhealthy message state, or a control token (`token` is the one of
-    spurious_growth), that jumped."""
-    warnings = []
-    if row.get("spurious_growth", 0) >= SPURIOUS_JUMP:
-        warnings.append(f"{token} x{row['spurious_growth']:.0f}")
+def alarm(row: dict, first: dict, tokens: dict) -> str:
+    """What the progress bar warns of: an unhealthy message state, or a control token (`tokens`: what was
+    measured of them in this step, if anything was), that jumped."""
+    spikes = {token: values["growth"] for token, values in tokens.items()}
+    warnings = [f"{token} x{spike:.0f}" for token, spike in spikes.items() if spike >= SPURIOUS_JUMP]
     for name in (f"state_{state}" for state in UNHEALTHY_STATES):
         if name in row and row[name] - first[name] > STATE_JUMP:
             warnings.append(f"{name.removeprefix('state_')} {row[name]:.0%}")
@@ -562,7 +608,7 @@ def train(config: Config, resume: bool, given: set[str]) -> int:
         before = score_tasks(run, held, "before") if run.step == 0 else None
     if run.step == 0:
         directory.save(run, before)
-    worst, code = "", 0
+    code, part = 0, held[: config.eval_part]
     bar = tqdm(total=config.steps, initial=run.step, unit="step", dynamic_ncols=True)
     with bar, StopSignal() as stop:
         while run.step < config.steps and code == 0:
@@ -571,15 +617,16 @@ def train(config: Config, resume: bool, given: set[str]) -> int:
             started = time.perf_counter()
             step = SCHEMES[config.scheme].step(run, tasks_of_step(config, run.tasks, run.step))
             row = {"step": run.step, "skipped_tasks": left_out} | measures(run, step) | step.metrics
-            if run.step % config.probe_every == 0:
-                columns, worst = probes.measure(run.policy)
-                run.state["probe"] = {"step": run.step} | columns
-                row |= columns
+            columns, details = anatomy(run, step, probes)
+            if config.eval_every and part and run.step % config.eval_every == 0:
+                scores = greedy(run, part)
+                columns["eval_success"], details["greedy_states"] = scores.success, scores.states
+            row |= columns
             row |= {"skipped_updates": run.skipped_updates, "seconds": time.perf_counter() - started}
             shares = {name: share for name, share in row.items() if name.startswith("state_")}
             first = run.state.setdefault("first", shares)
-            directory.log(config, run, row, step)
-            bar.set_postfix_str(progress(row) + alarm(row, first, worst), refresh=False)
+            directory.log(config, run, row, details, step)
+            bar.set_postfix_str(progress(row) + alarm(row, first, details.get("tokens", {})), refresh=False)
             bar.update()
             if config.show_every and run.step % config.show_every == 0 and step.trajectories:
                 tqdm.write(show(run.policy, step.trajectories[-1], run.step))
@@ -598,9 +645,14 @@ def score_tasks(run: Run, held: list[Task], when: str) -> Scores | None:
     if not held:
         return None
     print(f"evaluating {when} training: {len(held)} tasks, greedy, {run.config.format} ...", flush=True)
+    return greedy(run, held)
+
+
+def greedy(run: Run, tasks: list[Task]) -> Scores:
+    """Scores of the policy as it is, in the run's format."""
     names = ("max_messages", "strict_empty_turn", "max_new_tokens", "context", "slots")
     settings = {name: getattr(run.config, name) for name in names}
-    return evaluate(run.policy, held, run.config.format, **settings)
+    return evaluate(run.policy, tasks, run.config.format, **settings)
 
 
 def finish(run: Run, directory: RunDirectory, held: list[Task], before: Scores | None) -> None:

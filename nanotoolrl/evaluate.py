@@ -1,6 +1,7 @@
 """Success of a model on tasks, by category and call format, with intervals (Hao et al. 2026, Table 1).
 
-`python -m nanotoolrl.evaluate --model DIR` prints the table; `--help` lists the rest.
+`python -m nanotoolrl.evaluate --model DIR` prints the table, `--doctor` what is wrong with a model; `--help`
+lists the rest.
 """
 
 import argparse
@@ -17,11 +18,15 @@ from pathlib import Path
 import torch
 
 from nanotoolrl.chat import FORMATS, MESSAGE_STATES
+from nanotoolrl.doctor import FORCED, Checkup, page, read_transcripts, transcripts_page, verdict
 from nanotoolrl.env import CATEGORIES, MAX_MESSAGES, Episode, Task
 from nanotoolrl.model import BUILT_IN, ModelError, Policy, load
+from nanotoolrl.probes import ProbeSet
 from nanotoolrl.sampler import Sampler, demonstration
 from nanotoolrl.supervise import hint_text
 from nanotoolrl.tasks import SPLITS, load_tasks, subset
+
+PROBE_TASKS = 32  # training tasks whose ground truth the doctor probes
 
 
 @dataclass
@@ -62,21 +67,28 @@ def evaluate(
     seed: int = 0,
     max_messages: int = MAX_MESSAGES,
     strict_empty_turn: bool = False,
+    samples: int = 1,
+    force_prefix: bool = False,
     **sampler: object,
 ) -> Scores:
-    """Play every task once (greedily by default) and score it. `sampler` passes settings to `Sampler`.
+    """Play every task (greedily by default) and score it. `sampler` passes settings to `Sampler`.
 
-    Tasks are played in order of the size of their world: long episodes then run beside long ones.
+    samples: rollouts of each task; its reward is their mean, so that intervals are over tasks. force_prefix:
+    the canonical prefix of a call is written wherever one should come: is the skill there, behind a broken
+    format? Tasks are played in order of the size of their world: long episodes then run beside long ones.
     """
     started = time.perf_counter()
     order = sorted(range(len(tasks)), key=lambda i: len(str(tasks[i].state)))
+    order = [i for i in order for _ in range(samples)]
     player = Sampler(policy, seed=seed, **sampler)
     hints = [hints[i] for i in order] if hints else None
     episodes = [Episode(tasks[i], format, max_messages, strict_empty_turn) for i in order]
-    trajectories = player.rollout(episodes, hints, temperature)
+    trajectories = player.rollout(episodes, hints, temperature, force_prefix=force_prefix)
     scores = Scores()
+    for i in range(0, len(trajectories), samples):
+        reward = sum(row.reward for row in trajectories[i : i + samples]) / samples
+        scores.rewards.setdefault(trajectories[i].category, []).append(reward)
     for trajectory in trajectories:
-        scores.rewards.setdefault(trajectory.category, []).append(trajectory.reward)
         for state in trajectory.states:
             scores.states[state] = scores.states.get(state, 0) + 1
     scores.seconds = time.perf_counter() - started
@@ -90,8 +102,7 @@ def table(columns: dict[str, Scores]) -> str:
     for name in names:
         cells = []
         for scores in columns.values():
-            share, low, high, n = scores.of(name)
-            cells.append(f"{100 * share:.1f} [{100 * low:.1f}, {100 * high:.1f}] n={n}")
+            cells.append(_cell(scores.of(name)))
         lines.append(f"{name:<14}" + "".join(f"{cell:>24}" for cell in cells))
     return "\n".join(lines)
 
@@ -105,6 +116,21 @@ def states_table(columns: dict[str, Scores]) -> str:
     return "\n".join(lines)
 
 
+def grid(columns: dict[tuple[str, str], Scores], trained: str) -> str:
+    """Success in % over all categories: a row per call format, a column per set of tasks."""
+    formats, sets = (list(dict.fromkeys(key[i] for key in columns)) for i in (0, 1))
+    lines = [f"{'success %':<18}" + "".join(f"{name:>24}" for name in sets)]
+    for format in formats:
+        cells = [_cell(columns[format, name].of("all")) for name in sets]
+        label = f"{format} ({'trained' if format == trained else 'foreign'})"
+        lines.append(f"{label:<18}" + "".join(f"{cell:>24}" for cell in cells))
+    return "\n".join(lines)
+
+
+def _cell(share: tuple[float, float, float, int]) -> str:
+    return f"{100 * share[0]:.1f} [{100 * share[1]:.1f}, {100 * share[2]:.1f}] n={share[3]}"
+
+
 def fits(policy: Policy, task: Task, format: str, room: int, hinted: bool = False) -> bool:
     """Whether the prompt of a task has at most `room` tokens; if `hinted`, with its hint, and whether its
     ground truth has, too."""
@@ -114,59 +140,157 @@ def fits(policy: Policy, task: Task, format: str, room: int, hinted: bool = Fals
     return not hinted or len(demonstration(policy.chat, task, format).tokens) <= room
 
 
+def checkup(
+    policy: Policy, name: str, tasks: Sequence[Task], format: str, probes: ProbeSet, **how
+) -> Checkup:
+    """What the doctor needs to know of a model: greedy success on `tasks` in every format and with the prefix
+    forced, message states, probes. `how` passes settings to `evaluate`."""
+    played = {
+        one: evaluate(policy, tasks, one, **how) for one in (format, *(f for f in FORMATS if f != format))
+    }
+    played[FORCED] = evaluate(policy, tasks, format, force_prefix=True, **how)
+    success = {one: scores.of("all") for one, scores in played.items()}
+    return Checkup(name, format, success, played[format].states, probes.measure(policy).tokens)
+
+
+# ------------------------------------------------------------------------------------------------ the command
 def main(argv: list[str] | None = None) -> int:
     """The command; returns 0, or 2 when refused."""
     parser = argparse.ArgumentParser(
         prog="python -m nanotoolrl.evaluate", description="Score a model on tasks.", allow_abbrev=False
     )
-    parser.add_argument(
+    add = parser.add_argument
+    add(
         "--model",
         default=BUILT_IN,
         help="checkpoint directory, hub name, or nano, the built-in model (default)",
     )
-    parser.add_argument(
-        "--tasks", default="test", help=f"{', '.join(SPLITS)} or a JSONL file (default: test)"
+    add("--tasks", default="test", help=f"{', '.join(SPLITS)} or a JSONL file (default: test)")
+    add("--format", choices=(*FORMATS, "all"), default="all", help="syntax of calls (default: all)")
+    add("--count", type=int, default=0, help="a fixed sample of so many tasks (default: 0, all)")
+    add("--temperature", type=float, default=0.0, help="0 is greedy (default: 0)")
+    add("--samples", type=int, default=1, help="rollouts of each task (default: 1); needs a temperature")
+    add("--hint", action="store_true", help="put each task's hint into the system prompt")
+    add("--force-prefix", action="store_true", help="write the start of a call wherever one should come")
+    add("--seed", type=int, default=0, help="of the sampling noise (default: 0)")
+    add("--context", type=int, default=2048, help="tokens per episode (default: 2048)")
+    add("--max-messages", type=int, default=20, help="assistant messages per episode (default: 20)")
+    add("--json", metavar="FILE", help="write the numbers there, too")
+    add(
+        "--trained", choices=tuple(FORMATS), default="hermes", help="the format of training (default: hermes)"
     )
-    parser.add_argument(
-        "--format", choices=(*FORMATS, "all"), default="all", help="syntax of calls (default: all)"
+    kind = parser.add_mutually_exclusive_group()
+    kind.add_argument("--grid", action="store_true", help="trained and foreign formats x test and ood tasks")
+    kind.add_argument("--doctor", action="store_true", help="a page about what is wrong with the model")
+    kind.add_argument(
+        "--transcripts", metavar="FILE", help="a page about logged conversations; needs no model"
     )
-    parser.add_argument(
-        "--count", type=int, default=0, help="a fixed sample of so many tasks (default: 0, all)"
+    add(
+        "--compare",
+        metavar="DIR",
+        help="--doctor: the model before training (default: that of its run, if any)",
     )
-    parser.add_argument("--temperature", type=float, default=0.0, help="0 is greedy (default: 0)")
-    parser.add_argument("--hint", action="store_true", help="put each task's hint into the system prompt")
-    parser.add_argument("--seed", type=int, default=0, help="of the sampling noise (default: 0)")
-    parser.add_argument("--context", type=int, default=2048, help="tokens per episode (default: 2048)")
-    parser.add_argument(
-        "--max-messages", type=int, default=20, help="assistant messages per episode (default: 20)"
-    )
-    parser.add_argument("--json", metavar="FILE", help="write the scores there, too")
     args = parser.parse_args(argv)
     torch.set_num_threads(os.cpu_count() or 1)
     try:
-        if args.count < 0 or args.temperature < 0:
-            raise ValueError("--count and --temperature must not be negative")
+        if args.count < 0 or args.temperature < 0 or args.samples < 1:
+            raise ValueError("--count and --temperature must not be negative, --samples must be positive")
+        if args.samples > 1 and args.temperature == 0:
+            raise ValueError("--samples above 1 needs a --temperature: greedy rollouts are all the same")
+        if args.compare and not args.doctor:
+            raise ValueError("--compare goes with --doctor")
         if args.json and not Path(args.json).resolve().parent.is_dir():
             raise FileNotFoundError(f"no directory for --json {args.json}")
-        policy, tasks = load(args.model), load_tasks(args.tasks)
-        tasks = subset(tasks, args.count) if args.count else tasks
-        columns = {}
-        for format in FORMATS if args.format == "all" else [args.format]:
-            hints = [hint_text(task, format) for task in tasks] if args.hint else None
-            how = (args.temperature, hints, args.seed, args.max_messages)
-            columns[format] = evaluate(policy, tasks, format, *how, context=args.context)
-            print(f"{format}: {len(tasks)} tasks in {columns[format].seconds:.0f} s", file=sys.stderr)
-    except (ModelError, FileNotFoundError, ValueError) as error:
+        command = next((c for name, c in COMMANDS.items() if getattr(args, name)), score)
+        text, numbers = command(args)
+    except (ModelError, OSError, ValueError) as error:
         print(f"evaluate: {error}", file=sys.stderr)
         return 2
-    print(table(columns))
-    print(states_table(columns))
+    print(text)
     if args.json:
         arguments = {name: value for name, value in vars(args).items() if name != "json"}
-        scores = {format: dataclasses.asdict(one) for format, one in columns.items()}
-        with open(args.json, "w") as file:
-            json.dump({"arguments": arguments, "scores": scores}, file)
+        Path(args.json).write_text(json.dumps({"arguments": arguments} | numbers))
     return 0
+
+
+def chosen_tasks(name: str, count: int) -> list[Task]:
+    """The tasks of a set, or a fixed sample of `count` of them."""
+    tasks = load_tasks(name)
+    return subset(tasks, count) if count else tasks
+
+
+def score(args: argparse.Namespace) -> tuple[str, dict]:
+    """Success by category in each format, and message states."""
+    policy, tasks = load(args.model), chosen_tasks(args.tasks, args.count)
+    formats = FORMATS if args.format == "all" else [args.format]
+    columns = {format: play(policy, tasks, format, args) for format in formats}
+    scores = {format: dataclasses.asdict(one) for format, one in columns.items()}
+    return f"{table(columns)}\n{states_table(columns)}", {"scores": scores}
+
+
+def score_grid(args: argparse.Namespace) -> tuple[str, dict]:
+    """Success in the trained and the foreign formats on tasks of the trained and of other domains."""
+    policy = load(args.model)
+    formats = [args.trained, *(format for format in FORMATS if format != args.trained)]
+    columns = {}
+    for name in ("test", "ood"):
+        tasks = chosen_tasks(name, args.count)
+        columns |= {(format, name): play(policy, tasks, format, args) for format in formats}
+    scores = {f"{format} {name}": dataclasses.asdict(one) for (format, name), one in columns.items()}
+    return grid(columns, args.trained), {"scores": scores}
+
+
+def play(policy: Policy, tasks: Sequence[Task], format: str, args: argparse.Namespace) -> Scores:
+    """Evaluate as the flags say, and say on stderr that it is done."""
+    hints = [hint_text(task, format) for task in tasks] if args.hint else None
+    how = (args.temperature, hints, args.seed, args.max_messages)
+    more = {"samples": args.samples, "force_prefix": args.force_prefix, "context": args.context}
+    scores = evaluate(policy, tasks, format, *how, **more)
+    print(f"{format}: {len(tasks)} tasks in {scores.seconds:.0f} s", file=sys.stderr)
+    return scores
+
+
+def doctor(args: argparse.Namespace) -> tuple[str, dict]:
+    """The doctor's page about a model."""
+    tasks = chosen_tasks(args.tasks, args.count)
+    probe_tasks = subset(load_tasks("train"), PROBE_TASKS)
+    before = args.compare or start_of(args.model)
+    policies = [load(name) for name in [args.model, *filter(None, [before])]]
+    probes = ProbeSet(policies[-1], probe_tasks, args.trained)
+    how = {"max_messages": args.max_messages, "context": args.context}
+    found = [
+        checkup(policy, name, tasks, args.trained, probes, **how)
+        for policy, name in zip(policies, [args.model, before])
+    ]
+    model, reference = found[0], found[1] if before else None
+    numbers = {"verdict": verdict(model, reference), "model": dataclasses.asdict(model)}
+    numbers["reference"] = dataclasses.asdict(reference) if reference else None
+    return page(model, reference), numbers
+
+
+def start_of(model: str) -> str:
+    """The model that a run started from, if `model` is the directory of its result; else ""."""
+    config = Path(model).parent / "config.json"
+    try:
+        return str(json.loads(config.read_text())["model"])
+    except (OSError, ValueError, KeyError, TypeError):
+        return ""
+
+
+def logged(args: argparse.Namespace) -> tuple[str, dict]:
+    """The page about a file of conversations."""
+    found = read_transcripts(Path(args.transcripts), args.trained)
+    numbers = {
+        "conversations": found.conversations,
+        "states": dict(found.states),
+        "first_broken": found.first_broken,
+        "broken_at": dict(found.broken_at),
+        "breakages": [[*what, count] for what, count in found.breakages.most_common()],
+    }
+    return transcripts_page(found), numbers
+
+
+COMMANDS = {"grid": score_grid, "doctor": doctor, "transcripts": logged}
 
 
 if __name__ == "__main__":

@@ -6,7 +6,8 @@ The built-in model and a hub model take the same path; whatever is saved here op
 
 import logging
 import os
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 
 import torch
@@ -55,17 +56,23 @@ class Policy:
         """
         return self.model.model(input_ids=ids, position_ids=positions, use_cache=False).last_hidden_state
 
+    def trained_hidden(self, ids: Tensor, mask: Tensor) -> Tensor:
+        """Hidden states [N, D] that predict the tokens of `ids` [B, T] where `mask` [B, T] is True.
+
+        `mask[:, 0]` must be False: nothing predicts a first token. Raises ValueError if it is not.
+        """
+        if mask[:, 0].any():
+            raise ValueError("the first token of a row has no log-probability: mask[:, 0] must be False")
+        return self.hidden(ids)[:, :-1][mask[:, 1:]]
+
     def logprobs(
         self, ids: Tensor, mask: Tensor, temperature: float = 1.0, want_entropy: bool = False
     ) -> tuple[Tensor, Tensor | None]:
         """(log-prob [N], entropy [N] or None) of the tokens of `ids` [B, T] where `mask` [B, T] is True.
 
-        Only those N positions pass through the head. `mask[:, 0]` must be False: nothing predicts a first
-        token.
+        Only those N positions pass through the head; see `trained_hidden`.
         """
-        if mask[:, 0].any():
-            raise ValueError("the first token of a row has no log-probability: mask[:, 0] must be False")
-        hidden = self.hidden(ids)[:, :-1][mask[:, 1:]]  # [N, D]
+        hidden = self.trained_hidden(ids, mask)  # [N, D]
         return token_logprob(hidden, self.head, ids[mask], temperature, want_entropy)
 
     def save(self, directory: str | os.PathLike) -> None:
@@ -96,22 +103,13 @@ def load(
     device: "cuda" where there is one, else "cpu". dtype: fp32 on the CPU, bf16 on a GPU that has it, else
     fp16. Raises ModelError, with the path or name and what was expected.
     """
-    name = str(NANO) if name_or_dir == BUILT_IN else os.fspath(name_or_dir)
-    local = Path(name).exists() or Path(name).parent.is_dir()  # "data/nan0" is a slip, not a hub name
-    if local and not (Path(name) / "config.json").is_file():
-        raise ModelError(
-            f"no model in {name}: expected a directory with config.json, weights and tokenizer files"
-        )
     device = device or ("cuda" if torch.cuda.is_available() else "cpu")
     if dtype is None:
         half = (
             torch.bfloat16 if device.startswith("cuda") and torch.cuda.is_bf16_supported() else torch.float16
         )
         dtype = half if device.startswith("cuda") else torch.float32
-    level = transformers_logging.get_verbosity()
-    transformers_logging.set_verbosity(logging.ERROR)
-    transformers_logging.disable_progress_bar()
-    try:
+    with _checkpoint(name_or_dir) as name:
         tokenizer = AutoTokenizer.from_pretrained(name)
         model, info = AutoModelForCausalLM.from_pretrained(
             name, dtype=dtype, attn_implementation="sdpa", output_loading_info=True
@@ -119,6 +117,28 @@ def load(
         if info["missing_keys"]:
             raise ValueError(f"weights are missing: {', '.join(sorted(info['missing_keys'])[:3])}")
         return Policy(model.to(device).eval(), tokenizer)
+
+
+def load_chat(name_or_dir: str | os.PathLike) -> Chat:
+    """The `Chat` of a model, without its weights. Raises ModelError like `load`."""
+    with _checkpoint(name_or_dir) as name:
+        return Chat(AutoTokenizer.from_pretrained(name))
+
+
+@contextmanager
+def _checkpoint(name_or_dir: str | os.PathLike) -> Iterator[str]:
+    """Where transformers finds a model; quiet, and with whatever goes wrong turned into a ModelError."""
+    name = str(NANO) if name_or_dir == BUILT_IN else os.fspath(name_or_dir)
+    local = Path(name).exists() or Path(name).parent.is_dir()  # "data/nan0" is a slip, not a hub name
+    if local and not (Path(name) / "config.json").is_file():
+        raise ModelError(
+            f"no model in {name}: expected a directory with config.json, weights and tokenizer files"
+        )
+    level = transformers_logging.get_verbosity()
+    transformers_logging.set_verbosity(logging.ERROR)
+    transformers_logging.disable_progress_bar()
+    try:
+        yield name
     except (OSError, ValueError, KeyError, RuntimeError, SafetensorError) as error:
         where = (
             "a readable checkpoint" if local else "a checkpoint directory here, or a model the hub gives you"

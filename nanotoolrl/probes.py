@@ -1,85 +1,202 @@
-"""What the control tokens are doing, measured on a frozen set of ground-truth conversations."""
+"""What the control tokens are doing.
 
+Three looks at a run. `ProbeSet` measures a policy on a frozen set of ground-truth conversations;
+`logit_gradient` says which way the loss of a step pushes each control token (Hao et al. 2026, §5);
+`survival` and `advantage_mass` describe a step's rollouts.
+
+Shapes: N assistant tokens, C control tokens, D width, V vocabulary.
+"""
+
+import math
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from nanotoolrl.chat import control_tokens
+from nanotoolrl.chat import FORMATS, control_tokens
 from nanotoolrl.env import Task
 from nanotoolrl.logprob import token_logprob
 from nanotoolrl.model import Policy, pad
-from nanotoolrl.sampler import demonstration
+from nanotoolrl.sampler import Trajectory, demonstration
 
 ROWS_AT_ONCE = 512  # probe positions whose whole distributions exist at a time
-SPURIOUS_FLOOR = 1e-6
+SPURIOUS_FLOOR = 1e-6  # smaller probabilities count as this one
+OWN_ROWS = 16  # most successful rollouts of a step whose displacement is measured
+
+
+def growth(probability: float, start: float) -> float:
+    """A spike, the same everywhere: ratio of a spurious probability to that at the run's start, both at least
+    1e-6."""
+    return max(probability, SPURIOUS_FLOOR) / max(start, SPURIOUS_FLOOR)
+
+
+@dataclass
+class Measurement:
+    """One look at a policy: `columns` of metrics.csv, and per control token (text -> numbers) `tokens`."""
+
+    columns: dict[str, float]
+    tokens: dict[str, dict[str, float]]
+
+    @property
+    def worst(self) -> str:
+        """The control token that spiked most."""
+        return max(self.tokens, key=lambda token: self.tokens[token]["growth"])
 
 
 class ProbeSet:
     """Ground-truth conversations, what the assistant writes in them, and the model to compare with.
 
-    Keeps the start's hidden states [N, D] and a copy of its head [V, D]. "Control" positions are those whose
-    next token is a control token. The first position of a message, where calling and answering can both be
-    honest, is left out of the spurious probabilities.
+    Keeps the start's hidden states [N, D] and a copy of its head [V, D]. A control token is *required* where
+    it is next; it is *spurious* where it is certainly wrong. Honest choices are neither: the token that opens
+    a call at the start of a message and after a complete call, and the stop token inside an answer.
     """
 
     def __init__(self, policy: Policy, tasks: Sequence[Task], format: str) -> None:
-        self.control = control_tokens(policy.chat, format)
+        chat = policy.chat
+        self.control = control_tokens(chat, format)
         self.control_ids = torch.tensor(list(self.control.values()), device=policy.device)  # [C]
-        rows = [demonstration(policy.chat, task, format) for task in tasks]
+        prefix = chat.assistant_ids(FORMATS[format].prefix, format)[:-1]
+        rows = [demonstration(chat, task, format) for task in tasks]
         self.ids, self.mask = pad([(row.tokens, row.loss_mask) for row in rows], policy.device)
-        first = self.mask & ~self.mask.roll(1, 1)  # a message begins where the assistant takes over
-        self.first = first[self.mask]  # [N]
         self.targets = self.ids[self.mask]  # [N]
+        self.first = (self.mask & ~self.mask.roll(1, 1))[self.mask]  # [N], a message begins
+        message = self.first.cumsum(0) - 1  # [N], index of the message
+        calls = torch.tensor([state == "call" for row in rows for state in row.states], device=policy.device)
+        self.calls = calls[message]  # [N], inside a message that calls
+        place = torch.arange(len(message), device=policy.device)
+        starts = place[self.first][message]
+        self.prefixed = self.calls & (place == starts + len(prefix))  # [N], right after the canonical prefix
+        stop, opener = self.targets == chat.end_id, self.control_ids == prefix[0]
+        self.is_next = self.targets[:, None] == self.control_ids  # [N, C]
+        choice = (self.first | (self.calls & stop))[:, None] & opener
+        choice |= (~self.calls & ~self.first)[:, None] & (self.control_ids == chat.end_id)
+        self.wrong = ~self.is_next & ~choice  # [N, C]
         with torch.inference_mode():
             self.start_hidden, self.start_head = self._hidden(policy), policy.head.detach().clone()
-            self.start_spurious = self._measure(policy)[1]
+            self.start_logprobs = token_logprob(self.start_hidden, self.start_head, self.targets)[0]
+            self.start_spurious = self._spurious(self.start_hidden, self.start_head, self.start_logprobs)
 
     def _hidden(self, policy: Policy) -> Tensor:
-        return torch.cat(
-            [policy.hidden(i[None])[:, :-1][m[None, 1:]] for i, m in zip(self.ids, self.mask, strict=True)]
-        )  # [N, D]
+        rows = zip(self.ids, self.mask, strict=True)
+        return torch.cat([policy.trained_hidden(i[None], m[None]) for i, m in rows])  # [N, D]
 
-    def _measure(self, policy: Policy) -> tuple[dict[str, float], dict[str, float]]:
-        hidden = self._hidden(policy)
-        logprobs = token_logprob(hidden, policy.head, self.targets)[0]  # [N]
-        head = policy.head[self.control_ids].float()
-        target_logits = (hidden.float() * policy.head[self.targets].float()).sum(1)
-        normaliser = target_logits - logprobs  # log-sum-exp of each row
-        p = (hidden.float() @ head.T - normaliser[:, None]).exp()  # [N, C]
-        is_next = self.targets[:, None] == self.control_ids  # [N, C]
-        wrong = ~is_next & ~self.first[:, None]
-        spurious = (p * wrong).sum(0) / wrong.sum(0)  # [C]
-        required = (p * is_next).sum(0) / is_next.sum(0)  # [C], nan where a token is never next
-        control = is_next.any(1)
-        kl = [
-            _kl(hidden[i], policy.head, self.start_hidden[i], self.start_head) for i in _chunks(len(hidden))
-        ]
-        columns = {
-            "kl": sum(kl) / len(hidden),
-            "spurious_control": spurious.mean().item(),
-            "required_control": required.nanmean().item(),
-            "nll_control": -logprobs[control].mean().item(),
-            "nll_content": -logprobs[~control].mean().item(),
-        }
-        return columns, dict(zip(self.control, spurious.tolist(), strict=True))
+    def _spurious(self, hidden: Tensor, head: Tensor, logprobs: Tensor) -> Tensor:
+        p = control_probabilities(hidden, head, self.targets, logprobs, self.control_ids)
+        return _mean_where(p, self.wrong)  # [C]
 
     @torch.inference_mode()
-    def measure(self, policy: Policy) -> tuple[dict[str, float], str]:
-        """(metrics columns, the control token that spurious_growth belongs to).
+    def measure(self, policy: Policy) -> Measurement:
+        """Columns: kl, mean KL(policy || start) in nats over the assistant's positions; spurious_control and
+        required_control, mean over control tokens of their mean probability where they are certainly wrong,
+        and where they are next; spurious_growth, the largest spike; nll_control and nll_content, mean
+        negative log-likelihood in nats; displacement_truth, mean change of the ground truth's log-prob per
+        token since the start.
 
-        Columns: kl, mean KL(policy || start) in nats over the assistant's positions; spurious_control and
-        required_control, mean probability over control tokens where they are not, and are, the next token;
-        nll_control and nll_content, mean negative log-likelihood in nats; spurious_growth, the largest ratio
-        of a control token's spurious probability (at least 1e-6) to that at the start.
+        Per token: required, spurious, growth, and its mean probability at the start of a message that should
+        call (start_call) and that should answer (start_reply), and after the canonical prefix (after_prefix;
+        due_after_prefix is the share of those places where it is next).
         """
-        columns, spurious = self._measure(policy)
-        growth = {
-            token: max(p, SPURIOUS_FLOOR) / max(self.start_spurious[token], SPURIOUS_FLOOR)
-            for token, p in spurious.items()
+        hidden = self._hidden(policy)
+        logprobs = token_logprob(hidden, policy.head, self.targets)[0]  # [N]
+        p = control_probabilities(hidden, policy.head, self.targets, logprobs, self.control_ids)  # [N, C]
+        places = {
+            "required": self.is_next,
+            "spurious": self.wrong,
+            "start_call": (self.first & self.calls)[:, None],
+            "start_reply": (self.first & ~self.calls)[:, None],
+            "after_prefix": self.prefixed[:, None],
         }
-        worst = max(growth, key=growth.get)
-        return columns | {"spurious_growth": growth[worst]}, worst
+        means = {name: _mean_where(p, where.expand_as(p)) for name, where in places.items()}
+        tokens = {
+            token: {name: values[c].item() for name, values in means.items()}
+            | {
+                "due_after_prefix": self.is_next[self.prefixed, c].float().mean().item(),
+                "growth": growth(means["spurious"][c].item(), self.start_spurious[c].item()),
+            }
+            for c, token in enumerate(self.control)
+        }
+        control = self.is_next.any(1)
+        kl = sum(
+            _kl(hidden[i], policy.head, self.start_hidden[i], self.start_head) for i in _chunks(len(hidden))
+        )
+        columns = {
+            "kl": kl / len(hidden),
+            "spurious_control": means["spurious"].mean().item(),
+            "required_control": means["required"].nanmean().item(),
+            "nll_control": -logprobs[control].mean().item(),
+            "nll_content": -logprobs[~control].mean().item(),
+            "spurious_growth": max(values["growth"] for values in tokens.values()),
+            "displacement_truth": (logprobs - self.start_logprobs).mean().item(),
+        }
+        return Measurement(columns, tokens)
+
+
+def control_probabilities(
+    hidden: Tensor, head: Tensor, ids: Tensor, logprobs: Tensor, control: Tensor, temperature: float = 1.0
+) -> Tensor:
+    """Probabilities [N, C] of the control ids [C] at positions with hidden states [N, D], whose given ids [N]
+    have the log-probs [N] under the head [V, D]: the softmax's denominator is known from those."""
+    own = (hidden.float() * head[ids].float()).sum(1) / temperature
+    logits = hidden.float() @ head[control].float().T / temperature
+    return (logits - (own - logprobs)[:, None]).exp()
+
+
+def logit_gradient(push: Tensor, ids: Tensor, probabilities: Tensor, control: Tensor) -> Tensor:
+    """How a loss pushes the logits of the control ids [C]: (self, other) stacked to [2, C].
+
+    push [N] is -d loss / d log-prob of each trained token (its advantage over the number of tokens, where
+    nothing is clipped), probabilities [N, C] those of the control ids there. As d log p_x / d z_k is
+    1[k = x] - p_k, token k gets sum push (1 - p_k) where it was sampled itself, and -sum push p_k from all
+    others: a negative advantage pushes mass onto tokens that nobody sampled (Hao et al. 2026, §5).
+    """
+    own = ids[:, None] == control  # [N, C]
+    push = push[:, None]
+    return torch.stack([(push * (1 - probabilities) * own).sum(0), (-push * probabilities * ~own).sum(0)])
+
+
+@torch.inference_mode()
+def displacement_own(policy: Policy, trajectories: Sequence[Trajectory], temperature: float) -> float:
+    """Mean change of log-prob per token, since they were sampled, of the step's successes (the policy's own,
+    at most 16); nan if there are none. Negative: the update made them less likely (arXiv 2512.04220)."""
+    rows = [row for row in trajectories if row.source == "policy" and row.reward == 1][:OWN_ROWS]
+    changes = []
+    for row in rows:
+        ids, mask = pad([(row.tokens, row.loss_mask)], policy.device)
+        before = torch.tensor(row.logprobs, device=policy.device)[mask[0]]
+        changes += (policy.logprobs(ids, mask, temperature)[0] - before).tolist()
+    return sum(changes) / len(changes) if changes else math.nan
+
+
+def survival(trajectories: Sequence[Trajectory]) -> list[float]:
+    """Entry k: share of rollouts, among those of tasks with more than k turns, that passed turns 0 to k."""
+    shares = []
+    for k in range(max((row.turns for row in trajectories), default=0)):
+        rows = [row for row in trajectories if row.turns > k]
+        passed = [len(row.verdicts) > k and all(v.passed for v in row.verdicts[: k + 1]) for row in rows]
+        shares.append(sum(passed) / len(rows))
+    return shares
+
+
+def advantage_mass(
+    trajectories: Sequence[Trajectory], advantages: Tensor, control: Tensor
+) -> dict[str, float]:
+    """Sums of positive and of negative advantages over control and over content tokens, per sampled token."""
+    ids = set(control.tolist())
+    names = [f"{kind}_{sign}" for kind in ("control", "content") for sign in ("positive", "negative")]
+    mass = dict.fromkeys(names, 0.0)
+    total = sum(row.sampled_tokens for row in trajectories)
+    for row, advantage in zip(trajectories, advantages.tolist(), strict=True):
+        count = sum(on and t in ids for t, on in zip(row.tokens, row.loss_mask))
+        sign = "positive" if advantage > 0 else "negative"
+        mass[f"control_{sign}"] += advantage * count / total
+        mass[f"content_{sign}"] += advantage * (row.sampled_tokens - count) / total
+    return mass
+
+
+def _mean_where(values: Tensor, where: Tensor) -> Tensor:
+    """Column means [C] of `values` [N, C] over the rows where `where` [N, C] holds; nan where none does."""
+    return (values * where).sum(0) / where.sum(0)
 
 
 def _chunks(n: int) -> list[slice]:

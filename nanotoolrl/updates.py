@@ -18,8 +18,10 @@ from tqdm import tqdm
 
 from nanotoolrl.chat import control_tokens
 from nanotoolrl.env import Episode, Task
+from nanotoolrl.logprob import token_logprob
 from nanotoolrl.losses import group_advantages, kl_k3, policy_loss
 from nanotoolrl.model import Policy, load, pad
+from nanotoolrl.probes import control_probabilities, logit_gradient
 from nanotoolrl.sampler import Sampler, Trajectory, demonstration
 from nanotoolrl.tasks import in_epochs, load_tasks
 
@@ -150,6 +152,7 @@ class Tokens:
     rows: list[Trajectory]
     ids: Tensor  # [rows, T]
     mask: Tensor  # [rows, T]
+    hidden: Tensor  # [N, D]
     logprobs: Tensor
     old: Tensor
     advantages: Tensor
@@ -221,12 +224,13 @@ def policy_update(
         for part in micro_batches([len(trajectories[i].tokens) for i in mine], config.tokens_at_once):
             batch = [mine[k] for k in part]
             rows, before = [trajectories[i] for i in batch], [old[i] for i in batch]
-            losses = token_losses(run, rows, before, scores[batch], objective, tally, update == 0)
+            losses, tokens = token_losses(run, rows, before, scores[batch], objective, tally, update == 0)
             lengths = [row.sampled_tokens for row in rows]
             if not by_token:
                 losses = losses / losses.new_tensor([n for n in lengths for _ in range(n)])
             loss = losses.sum() / total
             loss.backward()
+            tally.push(tokens)
             loss_sum += loss.item()
         if supervised and supervised.coefficient > 0:
             tally.supervise(run, supervised, update)
@@ -243,17 +247,22 @@ def token_losses(
     objective: Objective,
     tally: "Tally",
     first_update: bool,
-) -> Tensor:
-    """Loss [N] of the sampled tokens of some rows: objective + kl * k3 - entropy * H; `tally` takes notes."""
+) -> tuple[Tensor, Tokens]:
+    """Loss [N] of the sampled tokens of some rows, objective + kl * k3 - entropy * H, and those tokens;
+    `tally` takes notes."""
     config = run.config
     ids, mask = pad([(row.tokens, row.loss_mask) for row in rows], run.policy.device)
     want_entropy = first_update or config.entropy > 0
-    logprobs, entropy = run.policy.logprobs(ids, mask, config.temperature, want_entropy)  # [N]
+    hidden = run.policy.trained_hidden(ids, mask)  # [N, D]
+    logprobs, entropy = token_logprob(
+        hidden, run.policy.head, ids[mask], config.temperature, want_entropy
+    )  # [N]
+    logprobs.retain_grad()
     counts = torch.tensor([row.sampled_tokens for row in rows], device=logprobs.device)
     index = torch.arange(len(rows), device=logprobs.device).repeat_interleave(counts)
     before = [x for values, row in zip(old, rows) for x, sampled in zip(values, row.loss_mask) if sampled]
     before, weights = logprobs.new_tensor(before), scores.to(logprobs)[index]
-    tokens = Tokens(run, rows, ids, mask, logprobs, before, weights, index)
+    tokens = Tokens(run, rows, ids, mask, hidden.detach(), logprobs, before, weights, index)
     loss, clipped = objective(run, tokens)
     if config.kl > 0:
         loss = loss + config.kl * kl_k3(logprobs, tokens.reference)
@@ -265,7 +274,7 @@ def token_losses(
     if first_update:
         tally.entropies += entropy[sampled].tolist()
         tally.gaps += (logprobs - before).detach().abs()[own].tolist()
-    return loss
+    return loss, tokens
 
 
 @dataclass
@@ -280,8 +289,20 @@ class Tally:
     clipped: list[bool] = field(default_factory=list)
     entropies: list[float] = field(default_factory=list)
     gaps: list[float] = field(default_factory=list)
+    gradients: Tensor | None = None  # [2, C], see `logit_gradient`
     sft_losses: list[float] = field(default_factory=list)
     sft_tokens: int = 0
+
+    @torch.no_grad()
+    def push(self, tokens: Tokens) -> None:
+        """After a backward pass: add up which way it pushes the logits of control tokens."""
+        run, ids = tokens.run, tokens.ids[tokens.mask]
+        temperature, logprobs = run.config.temperature, tokens.logprobs
+        p = control_probabilities(
+            tokens.hidden, run.policy.head, ids, logprobs, run.control, temperature
+        )  # [N, C]
+        found = logit_gradient(-logprobs.grad, ids, p, run.control) / temperature
+        self.gradients = found if self.gradients is None else self.gradients + found
 
     def supervise(self, run: Run, supervised: Supervision, update: int) -> None:
         """Add the gradient of the SFT loss that rides along with this update."""
@@ -303,7 +324,8 @@ class Tally:
             "logprob_gap": max(self.gaps, default=math.nan),
         }
         sft = {"sft_loss": _mean(self.sft_losses), "sft_tokens": self.sft_tokens}
-        return columns | (sft if self.sft_losses else {})
+        gradients = self.gradients.tolist() if self.gradients is not None else None
+        return columns | {"logit_gradient": gradients} | (sft if self.sft_losses else {})
 
 
 def warm_up(run: Run) -> float:

@@ -8,13 +8,20 @@ import torch
 from test_model import tiny_policy
 
 from nanotoolrl.chat import FORMATS, control_tokens
-from nanotoolrl.env import Episode, oracle
-from nanotoolrl.probes import ProbeSet
-from nanotoolrl.sampler import Sampler, demonstration
+from nanotoolrl.env import Episode, Verdict, oracle
+from nanotoolrl.probes import (
+    ProbeSet,
+    advantage_mass,
+    control_probabilities,
+    displacement_own,
+    growth,
+    logit_gradient,
+    survival,
+)
+from nanotoolrl.sampler import Sampler, Trajectory, demonstration
 from nanotoolrl.tasks import load_tasks
 
-COLUMNS = ["kl", "spurious_control", "required_control", "nll_control", "nll_content"]
-COLUMNS += ["spurious_growth"]
+COLUMNS = "kl spurious_control required_control nll_control nll_content spurious_growth displacement_truth"
 
 
 @pytest.fixture
@@ -83,45 +90,60 @@ def test_mask_covers_the_assistants_messages(policy, tasks, format):
 
 # ------------------------------------------------------------------------------------------------- columns
 def plain(policy, start, tasks, format):
-    """(columns, spurious probability by control token, the one that grew most), from whole [N, V]
-    tables, row by row."""
+    """(columns, numbers by control token), from whole [N, V] tables, position by position."""
     control = control_tokens(policy.chat, format)
-    logp, logq, targets, firsts = [], [], [], []
+    opening = policy.chat.encode(FORMATS[format].prefix)
+    stop = policy.chat.end_id
+    places = []
     for task in tasks:
+        row = demonstration(policy.chat, task, format)
         ids, mask, starts = laid_out(policy, task, format)
         with torch.no_grad():
             ours, theirs = (
                 torch.log_softmax(p.model(torch.tensor([ids])).logits[0], -1) for p in (policy, start)
             )
-        for t in range(len(ids)):
-            if mask[t]:
-                logp.append(ours[t - 1])
-                logq.append(theirs[t - 1])
-                targets.append(ids[t])
-                firsts.append(t in starts)
-    logp, logq = torch.stack(logp), torch.stack(logq)  # [N, V]
-    spurious, required = {}, []
+        for begin, state in zip(starts, row.states, strict=True):
+            end = ids.index(stop, begin)
+            for t in range(begin, end + 1):
+                after_prefix = state == "call" and t == begin + len(opening)
+                places.append((ours[t - 1], theirs[t - 1], ids[t], t == begin, t == end, state, after_prefix))
+        assert sum(mask) == sum(ids.index(stop, t) - t + 1 for t in starts)
+
+    def mean(values):
+        return sum(values) / len(values) if values else math.nan
+
+    tokens = {}
     for name, token in control.items():
-        p = logp[:, token].exp().tolist()
-        places = list(zip(p, targets, firsts, strict=True))
-        wrong = [x for x, target, first in places if target != token and not first]
-        right = [x for x, target, _ in places if target == token]
-        spurious[name] = sum(wrong) / len(wrong)
-        required += [sum(right) / len(right)] if right else []
-    nll = [-logp[i, target].item() for i, target in enumerate(targets)]
-    of_control = [x for x, target in zip(nll, targets, strict=True) if target in control.values()]
-    of_content = [x for x, target in zip(nll, targets, strict=True) if target not in control.values()]
-    start = spurious if policy is start else plain(start, start, tasks, format)[1]
-    growth = {name: max(p, 1e-6) / max(start[name], 1e-6) for name, p in spurious.items()}
+
+        def honest(first, last, state, token=token):
+            if token == opening[0]:
+                return first or (state == "call" and last)
+            return token == stop and state == "reply" and not first
+
+        found = [(ours[token].exp().item(), *rest) for ours, _, *rest in places]
+        wrong = [p for p, is_id, first, last, s, _ in found if is_id != token and not honest(first, last, s)]
+        tokens[name] = {
+            "required": mean([p for p, is_id, *_ in found if is_id == token]),
+            "spurious": mean(wrong),
+            "start_call": mean([p for p, _, first, _, s, _ in found if first and s == "call"]),
+            "start_reply": mean([p for p, _, first, _, s, _ in found if first and s == "reply"]),
+            "after_prefix": mean([p for p, *_, after in found if after]),
+            "due_after_prefix": mean([is_id == token for _, is_id, *_, after in found if after]),
+        }
+    begun = tokens if policy is start else plain(start, start, tasks, format)[1]
+    for name, values in tokens.items():
+        values["growth"] = max(values["spurious"], 1e-6) / max(begun[name]["spurious"], 1e-6)
+    nll = [(-ours[token].item(), token in control.values()) for ours, _, token, *_ in places]
     columns = {
-        "kl": (logp.exp() * (logp - logq)).sum(-1).mean().item(),
-        "spurious_control": sum(spurious.values()) / len(spurious),
-        "required_control": sum(required) / len(required),
-        "nll_control": sum(of_control) / len(of_control),
-        "nll_content": sum(of_content) / len(of_content),
-        "spurious_growth": max(growth.values()),
+        "kl": mean([(ours.exp() * (ours - theirs)).sum().item() for ours, theirs, *_ in places]),
+        "spurious_control": mean([values["spurious"] for values in tokens.values()]),
+        "required_control": mean([v["required"] for v in tokens.values() if not math.isnan(v["required"])]),
+        "nll_control": mean([x for x, is_control in nll if is_control]),
+        "nll_content": mean([x for x, is_control in nll if not is_control]),
+        "spurious_growth": max(values["growth"] for values in tokens.values()),
+        "displacement_truth": mean([(ours[t] - theirs[t]).item() for ours, theirs, t, *_ in places]),
     }
-    return columns, spurious, max(growth, key=growth.get)
+    return columns, tokens
 
 
 def perturb(policy, size, seed=1):
@@ -133,30 +155,36 @@ def perturb(policy, size, seed=1):
 
 @pytest.mark.parametrize("format", FORMATS)
 @pytest.mark.parametrize("at_once", [7, 100_000])
-def test_columns_equal_whole_tables(policy, tiny, tasks, monkeypatch, format, at_once):
+def test_measurement_equals_whole_tables(policy, tiny, tasks, monkeypatch, format, at_once):
     monkeypatch.setattr("nanotoolrl.probes.ROWS_AT_ONCE", at_once)
     probes = ProbeSet(tiny, tasks[:4], format)
     perturb(tiny, 0.02)
-    columns, worst = probes.measure(tiny)
-    expected, _, token = plain(tiny, tiny_policy(policy.tokenizer), tasks[:4], format)
-    assert list(columns) == COLUMNS and worst == token
-    assert columns == pytest.approx(expected, rel=1e-3, abs=1e-7)
-    assert expected["kl"] > 1e-3 and expected["spurious_control"] > 0 and expected["required_control"] > 0
+    found = probes.measure(tiny)
+    columns, tokens = plain(tiny, tiny_policy(policy.tokenizer), tasks[:4], format)
+    assert list(found.columns) == COLUMNS.split()
+    assert found.columns == pytest.approx(columns, rel=1e-3, abs=1e-7)
+    assert columns["kl"] > 1e-3 and columns["spurious_control"] > 0 and columns["required_control"] > 0
+    assert list(found.tokens) == list(tokens)
+    for name, values in tokens.items():
+        assert found.tokens[name] == pytest.approx(values, rel=1e-3, abs=1e-7, nan_ok=True)
+    assert found.worst == max(tokens, key=lambda name: tokens[name]["growth"])
 
 
-def test_columns_of_the_builtin_model(policy, tasks):
-    columns, _ = ProbeSet(policy, tasks[:3], "hermes").measure(policy)
-    expected, *_ = plain(policy, policy, tasks[:3], "hermes")
-    assert columns == pytest.approx(expected, rel=1e-3, abs=1e-6)
+def test_measurement_of_the_builtin_model(policy, tasks):
+    found = ProbeSet(policy, tasks[:3], "hermes").measure(policy)
+    columns, tokens = plain(policy, policy, tasks[:3], "hermes")
+    assert found.columns == pytest.approx(columns, rel=1e-3, abs=1e-6)
+    assert found.tokens['{"']["due_after_prefix"] == 1.0 and found.tokens['{"']["after_prefix"] > 0.9
+    assert found.tokens["<tool_call>"] == pytest.approx(tokens["<tool_call>"], rel=1e-3, abs=1e-6)
 
 
 def test_nothing_moved(tiny, tasks):
     """At the start the divergence is 0 and nothing has grown; measuring changes nothing."""
     probes = ProbeSet(tiny, tasks, "hermes")
-    columns, worst = probes.measure(tiny)
-    assert columns["kl"] == 0.0 and columns["spurious_growth"] == 1.0
-    assert probes.measure(tiny) == (columns, worst)
-    assert all(math.isfinite(value) for value in columns.values())
+    first, second = probes.measure(tiny), probes.measure(tiny)
+    assert first.columns["kl"] == first.columns["displacement_truth"] == 0.0
+    assert first.columns["spurious_growth"] == 1.0 and first.columns == second.columns
+    assert all(math.isfinite(value) for value in first.columns.values())
 
 
 def test_divergence_grows_with_the_change(tiny, tasks):
@@ -164,7 +192,7 @@ def test_divergence_grows_with_the_change(tiny, tasks):
     probes, seen = ProbeSet(tiny, tasks[:3], "hermes"), []
     for size in (0.003, 0.01, 0.03):
         perturb(tiny, size)
-        seen.append(probes.measure(tiny)[0]["kl"])
+        seen.append(probes.measure(tiny).columns["kl"])
     assert 0 < seen[0] < seen[1] < seen[2]
 
 
@@ -172,48 +200,88 @@ def test_set_is_frozen(policy, tiny, tasks):
     """Another model is compared with the start as well: it is not the object that is remembered."""
     probes = ProbeSet(tiny, tasks[:3], "hermes")
     other = tiny_policy(policy.tokenizer, seed=1)
-    expected, *_ = plain(other, tiny, tasks[:3], "hermes")
-    assert probes.measure(other)[0]["kl"] == pytest.approx(expected["kl"], rel=1e-3)
+    expected, _ = plain(other, tiny, tasks[:3], "hermes")
+    assert probes.measure(other).columns["kl"] == pytest.approx(expected["kl"], rel=1e-3)
 
 
 # --------------------------------------------------------------------------------------------------- growth
 @pytest.mark.parametrize("name", ["<tool_call>", "<|im_start|>", "</tool_response>"])
 def test_growth_names_the_token_that_is_pushed(tiny, tasks, name):
     probes = ProbeSet(tiny, tasks[:3], "hermes")
-    before = probes.measure(tiny)[0]
+    before = probes.measure(tiny).columns
     with torch.no_grad():
         tiny.head[tiny.chat.control[name], 0] += 50.0  # dimension 0 of the hidden state is always positive
-    columns, worst = probes.measure(tiny)
-    assert worst == name and columns["spurious_growth"] >= 10
-    assert columns["spurious_control"] > before["spurious_control"]
+    found = probes.measure(tiny)
+    assert found.worst == name and found.columns["spurious_growth"] >= 10
+    assert found.columns["spurious_control"] > before["spurious_control"]
 
 
-def test_growth_is_that_of_the_mean_probability(tiny, tasks):
-    probes = ProbeSet(tiny, tasks[:3], "hermes")
-    token = tiny.chat.control["</tool_call>"]
-    usual = tiny.head[token, 0].item()
-    start = plain(tiny, tiny, tasks[:3], "hermes")[1]
-    grown = []
-    for push in (0.2, 0.6, 1.0, 1.5, 2.0, 8.0):
-        with torch.no_grad():
-            tiny.head[token, 0] = usual + push
-        now = plain(tiny, tiny, tasks[:3], "hermes")[1]
-        growth = {name: max(now[name], 1e-6) / max(start[name], 1e-6) for name in now}
-        columns, worst = probes.measure(tiny)
-        assert worst == max(growth, key=growth.get)
-        assert columns["spurious_growth"] == pytest.approx(growth[worst], rel=1e-3)
-        grown.append(growth[worst])
-    assert any(3 < growth < 10 for growth in grown) and grown[-1] > 10
+def test_growth_ignores_what_stays_tiny():
+    assert growth(9e-7, 1e-9) == 1.0 and growth(3e-5, 1e-9) == pytest.approx(30)
+    assert growth(1e-9, 1e-3) == pytest.approx(1e-3) and growth(0.3, 0.1) == pytest.approx(3)
 
 
-def test_growth_ignores_what_stays_tiny(tiny, tasks):
-    """A probability that grows a thousandfold and stays under one in a million has not grown."""
-    token = tiny.chat.control["<tool_call>"]
-    with torch.no_grad():
-        tiny.head[token] = 0
-        tiny.head[token, 0] = -100.0
-    probes = ProbeSet(tiny, tasks[:3], "hermes")
-    with torch.no_grad():
-        tiny.head[token, 0] = -50.0
-    assert plain(tiny, tiny, tasks[:3], "hermes")[1]["<tool_call>"] < 1e-6
-    assert probes.measure(tiny)[0]["spurious_growth"] < 2
+# ------------------------------------------------------------------------------------------ logit gradients
+@pytest.mark.parametrize("temperature", [1.0, 0.7])
+def test_logit_gradient_equals_autograd(temperature):
+    """Self and other are the loss's gradient at the logits, at the positions where the token was sampled and
+    at the others."""
+    generator = torch.Generator().manual_seed(0)
+    hidden, head = (torch.randn(n, 5, generator=generator) for n in (40, 11))
+    ids, control = torch.randint(11, (40,), generator=generator), torch.tensor([7, 0, 3])
+    push = torch.randn(40, generator=generator)
+    logits = (hidden @ head.T).requires_grad_()
+    logprobs = torch.log_softmax(logits / temperature, -1).gather(1, ids[:, None])[:, 0]
+    gradient = torch.autograd.grad((push * logprobs).sum(), logits)[0][:, control]  # [N, C]
+    p = control_probabilities(hidden, head, ids, logprobs.detach(), control, temperature)
+    torch.testing.assert_close(p, torch.softmax(logits / temperature, -1)[:, control].detach())
+    own, other = logit_gradient(push, ids, p, control) / temperature
+    sampled = ids[:, None] == control
+    torch.testing.assert_close(own, (gradient * sampled).sum(0), atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(other, (gradient * ~sampled).sum(0), atol=1e-5, rtol=1e-5)
+
+
+def test_a_negative_advantage_pushes_what_nobody_sampled():
+    """One token, p = 0.5 for itself and 0.3 for the control token: -1 pushes that up by 0.3."""
+    gradient = logit_gradient(
+        torch.tensor([-1.0]), torch.tensor([4]), torch.tensor([[0.3, 0.5]]), torch.tensor([2, 4])
+    )
+    torch.testing.assert_close(gradient, torch.tensor([[0.0, -0.5], [0.3, 0.0]]))
+
+
+# --------------------------------------------------------------------------------------- a step's rollouts
+def rolled(passed, turns, reward=0.0, tokens=(), mask=()):
+    verdicts = [Verdict(flag) for flag in passed]
+    more = {"reward": reward, "verdicts": verdicts, "turns": turns}
+    return Trajectory("t", "base", "hermes", list(tokens), list(mask), [0.0] * len(tokens), 0, **more)
+
+
+def test_survival_by_hand():
+    """Turn 2 passed after turn 1 failed does not count; tasks with fewer turns stay out."""
+    rows = [rolled([1, 1], 2), rolled([0, 1], 2), rolled([1], 2), rolled([1], 1), rolled([], 3)]
+    assert survival(rows) == [3 / 5, 1 / 4, 0.0]
+    assert survival([]) == []
+
+
+def test_advantage_mass_by_hand():
+    """Control tokens 8 and 9; 2 of the 3 sampled tokens of row 1, 1 of the 2 of row 2; 5 in all."""
+    first = rolled([], 1, tokens=[9, 8, 5, 9], mask=[False, True, True, True])
+    second = rolled([], 1, tokens=[8, 5, 9], mask=[True, True, False])
+    mass = advantage_mass([first, second], torch.tensor([2.0, -1.0]), torch.tensor([8, 9]))
+    assert mass == pytest.approx(
+        {"control_positive": 0.8, "control_negative": -0.2, "content_positive": 0.4, "content_negative": -0.2}
+    )
+
+
+def test_displacement_of_own_successes(policy):
+    tiny = tiny_policy(policy.tokenizer)
+    task = load_tasks("train")[0]
+    rows = Sampler(tiny, max_new_tokens=8).rollout([Episode(task, "hermes", 2) for _ in range(3)])
+    assert math.isnan(displacement_own(tiny, rows, 1.0)), "no success"
+    rows[1].reward = 1.0
+    assert displacement_own(tiny, rows, 1.0) == pytest.approx(0, abs=1e-5)
+    perturb(tiny, 0.02)
+    ids, mask = torch.tensor([rows[1].tokens]), torch.tensor([rows[1].loss_mask])
+    now = tiny.logprobs(ids, mask)[0]
+    then = torch.tensor(rows[1].logprobs)[mask[0]]
+    assert displacement_own(tiny, rows, 1.0) == pytest.approx((now - then).mean().item(), abs=1e-5)

@@ -1,0 +1,409 @@
+"""A run, or several compared, to look at: `python -m nanotoolrl.report RUN [RUN ...]`.
+
+Reads what a run directory holds (config.json, metrics.csv, probes.jsonl, rollouts.jsonl) and writes
+report.html, one file that needs no network, and the figures as PNG. The terminal gets one screen with
+sparklines.
+"""
+
+import argparse
+import base64
+import csv
+import json
+import sys
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import matplotlib
+
+matplotlib.use("Agg")
+import matplotlib.pyplot as plt  # noqa: E402
+from matplotlib.axes import Axes  # noqa: E402
+from tqdm import tqdm  # noqa: E402
+
+from nanotoolrl.chat import MESSAGE_STATES, UNHEALTHY_STATES, Chat  # noqa: E402
+from nanotoolrl.model import ModelError, load_chat  # noqa: E402
+from nanotoolrl.probes import SPURIOUS_FLOOR  # noqa: E402
+
+MOST_BYTES = 14_000_000  # of rollouts in the page; together with figures it stays under 20 MB
+VIEWER = Path(__file__).with_name("viewer.html")
+# Okabe and Ito's palette: told apart by colour-blind readers, and in print by line style.
+COLORS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000", "#999999", "#F0E442")
+STYLES = ("-", "--", ":", "-.")
+STATE_COLORS = {
+    "call": "#0072B2",
+    "reply": "#56B4E9",
+    "foreign": "#F0E442",
+    "polluted": "#E69F00",
+    "malformed": "#D55E00",
+    "bare": "#000000",
+    "empty": "#999999",
+    "overlong": "#CC79A7",
+}
+SPARKS = "▁▂▃▄▅▆▇█"
+
+
+class Unreadable(Exception):
+    """A run directory cannot be reported on; the text says which file and why."""
+
+
+@dataclass
+class RunFiles:
+    """What a run left: settings, columns of metrics.csv (None: an empty cell), lines of probes.jsonl."""
+
+    path: Path
+    name: str
+    config: dict
+    metrics: dict[str, list[float | None]]
+    probes: list[dict]
+
+    def series(self, column: str) -> tuple[list[float], list[float]]:
+        """(steps, values) of a column where it is not empty."""
+        pairs = zip(self.metrics.get("step", []), self.metrics.get(column, []))
+        found = [(step, value) for step, value in pairs if value is not None]
+        return [step for step, _ in found], [value for _, value in found]
+
+    def details(self, *keys: str) -> tuple[list[float], list[float]]:
+        """(steps, values) of a nested entry of probes.jsonl, given by its keys."""
+        steps, values = [], []
+        for line in self.probes:
+            value = line
+            for key in keys:
+                value = value.get(key) if isinstance(value, dict) else None
+            if value is not None:
+                steps.append(line["step"])
+                values.append(value)
+        return steps, values
+
+    @property
+    def tokens(self) -> list[str]:
+        """The control tokens that were probed."""
+        return next((list(line["tokens"]) for line in self.probes if "tokens" in line), [])
+
+
+def read_run(path: Path) -> RunFiles:
+    """Read a run directory. Raises Unreadable."""
+    try:
+        config = json.loads((path / "config.json").read_text())
+        with (path / "metrics.csv").open() as file:
+            rows = list(csv.DictReader(file))
+        metrics = {name: [float(row[name]) if row[name] else None for row in rows] for name in rows[0]}
+        probes = [json.loads(line) for line in _lines(path / "probes.jsonl")]
+    except (OSError, ValueError, KeyError, IndexError, TypeError) as error:
+        raise Unreadable(f"{path} is not a finished step of a run: {type(error).__name__}: {error}") from None
+    return RunFiles(path, path.name, config, metrics, probes)
+
+
+def _lines(path: Path) -> list[str]:
+    """Whole lines of a log; none where there is no such file."""
+    if not path.exists():
+        return []
+    return [line for line in path.read_text().splitlines(keepends=True) if line.endswith("\n")]
+
+
+# ---------------------------------------------------------------------------------------------------- figures
+def reward_and_success(axes: Axes, runs: Sequence[RunFiles]) -> None:
+    """Reward of the step's rollouts; success of the policy's own; greedy success on evaluation tasks."""
+    columns = {"reward": "-", "success": "--", "eval_success": ":"}
+    labels = {"reward": "reward", "success": "success, sampled", "eval_success": "success, greedy"}
+    _overlay(axes, runs, columns, labels)
+    axes.set_ylabel("share of rollouts")
+    axes.set_ylim(0, 1)
+
+
+def message_states(axes: Axes, runs: Sequence[RunFiles]) -> None:
+    """Shares of message states: stacked for one run, unhealthy ones summed up for several."""
+    if len(runs) == 1:
+        steps, _ = runs[0].series("state_call")
+        shares = [runs[0].series(f"state_{state}")[1] for state in STATE_COLORS]
+        if steps:
+            axes.stackplot(steps, shares, labels=list(STATE_COLORS), colors=list(STATE_COLORS.values()))
+        axes.set_ylabel("share of messages")
+    else:
+        for i, run in enumerate(runs):
+            steps = run.series("state_call")[0]
+            parts = [run.series(f"state_{state}")[1] for state in UNHEALTHY_STATES]
+            axes.plot(steps, [sum(values) for values in zip(*parts)], color=COLORS[i % 9], label=run.name)
+        axes.set_ylabel("share of unhealthy messages")
+    axes.set_ylim(0, 1)
+
+
+def spurious(axes: Axes, runs: Sequence[RunFiles]) -> None:
+    """Probability of control tokens where they are certainly wrong."""
+    _by_token(axes, runs, "spurious")
+    axes.set_ylabel("spurious probability")
+    axes.set_yscale("log")
+
+
+def required(axes: Axes, runs: Sequence[RunFiles]) -> None:
+    """Missing probability of control tokens where they are next."""
+    _by_token(axes, runs, "required", lambda p: max(1 - p, SPURIOUS_FLOOR))
+    axes.set_ylabel("1 - required probability")
+    axes.set_yscale("log")
+
+
+def logit_gradients(axes: Axes, runs: Sequence[RunFiles]) -> None:
+    """Push on the logits of control tokens, from where they were sampled (self), and from elsewhere."""
+    for i, run in enumerate(runs):
+        tokens = run.tokens
+        for k, name in enumerate(("self", "other")):
+            per_token = [run.details("logit_gradient", token, name) for token in tokens]
+            if len(runs) == 1:
+                for c, (steps, values) in enumerate(per_token):
+                    if any(values):
+                        axes.plot(steps, values, STYLES[k], color=COLORS[c % 9], label=f"{tokens[c]} {name}")
+            elif per_token and per_token[0][0]:
+                total = [sum(values) for values in zip(*(values for _, values in per_token))]
+                axes.plot(per_token[0][0], total, STYLES[k], color=COLORS[i % 9], label=f"{run.name} {name}")
+    axes.axhline(0, color="#999999", linewidth=0.6)
+    axes.set_ylabel("push on the logit, per sampled token")
+    axes.set_yscale("symlog", linthresh=1e-5)
+
+
+def divergence(axes: Axes, runs: Sequence[RunFiles]) -> None:
+    """KL from the start, entropy, and negative log-likelihood of control and content tokens."""
+    names = {
+        "kl": "KL from start",
+        "entropy": "entropy",
+        "nll_control": "NLL control",
+        "nll_content": "NLL content",
+    }
+    _overlay(axes, runs, dict(zip(names, STYLES)), names)
+    axes.set_ylabel("nats per token")
+    axes.set_yscale("log")
+
+
+def turn_survival(axes: Axes, runs: Sequence[RunFiles]) -> None:
+    """Share of rollouts that passed all of their first k turns, of tasks with so many."""
+    for i, run in enumerate(runs):
+        steps, curves = run.details("survival")
+        for k in range(max(map(len, curves), default=0)):
+            points = [(step, curve[k]) for step, curve in zip(steps, curves) if len(curve) > k]
+            label = f"{k + 1} turn{'s' if k else ''}" if len(runs) == 1 else f"{run.name}, {k + 1}"
+            style = {"color": COLORS[(k if len(runs) == 1 else i) % 9], "linestyle": STYLES[k % 4]}
+            axes.plot(*zip(*points), label=label, **style)
+    axes.set_ylabel("share that passed so many turns")
+    axes.set_ylim(0, 1)
+
+
+def _overlay(axes: Axes, runs: Sequence[RunFiles], columns: dict[str, str], labels: dict[str, str]) -> None:
+    """Columns of metrics.csv: a colour per column for one run, a colour per run for several."""
+    for i, run in enumerate(runs):
+        for k, (column, style) in enumerate(columns.items()):
+            steps, values = run.series(column)
+            if steps:
+                label = labels[column] if len(runs) == 1 else f"{run.name}, {labels[column]}"
+                axes.plot(steps, values, style, color=COLORS[(k if len(runs) == 1 else i) % 9], label=label)
+
+
+def _by_token(
+    axes: Axes, runs: Sequence[RunFiles], name: str, change: Callable[[float], float] = lambda p: p
+) -> None:
+    """A number of every control token, a colour each; of several runs the worst token, a colour per run."""
+    for i, run in enumerate(runs):
+        curves = {token: run.details("tokens", token, name) for token in run.tokens}
+        curves = {token: (steps, [change(p) for p in ps]) for token, (steps, ps) in curves.items() if steps}
+        if len(runs) > 1 and curves:
+            worst = max(curves, key=lambda token: curves[token][1][-1])
+            axes.plot(*curves[worst], color=COLORS[i % 9], marker=".", label=f"{run.name}: {worst}")
+            continue
+        for c, (token, curve) in enumerate(curves.items()):
+            axes.plot(*curve, STYLES[c // 5], color=COLORS[c % 9], marker=".", label=token)
+
+
+FIGURES: dict[str, Callable[[Axes, Sequence[RunFiles]], None]] = {
+    "reward and success": reward_and_success,
+    "message states": message_states,
+    "spurious control tokens": spurious,
+    "required control tokens": required,
+    "logit gradients": logit_gradients,
+    "divergence": divergence,
+    "turn survival": turn_survival,
+}
+
+
+def draw(runs: Sequence[RunFiles], directory: Path) -> list[Path]:
+    """Write every figure as PNG; returns their paths."""
+    paths = []
+    for title, figure in FIGURES.items():
+        canvas, axes = plt.subplots(figsize=(7, 3.8), layout="constrained")
+        figure(axes, runs)
+        axes.set_title(title)
+        axes.set_xlabel("RL step")
+        axes.grid(alpha=0.3)
+        axes.locator_params(axis="x", integer=True)
+        handles, labels = axes.get_legend_handles_labels()
+        if handles:
+            labels = [label.replace("$", r"\$") for label in labels]
+            axes.legend(
+                handles,
+                labels,
+                fontsize=7.5,
+                ncols=1 + len(labels) // 10,
+                loc="center left",
+                bbox_to_anchor=(1.0, 0.5),
+            )
+        else:
+            axes.text(0.5, 0.5, "not measured", ha="center", va="center", transform=axes.transAxes)
+        paths.append(directory / f"{title.replace(' ', '_')}.png")
+        canvas.savefig(paths[-1], dpi=110)
+        plt.close(canvas)
+    return paths
+
+
+# ------------------------------------------------------------------------------------------------------- page
+def rollouts_of(run: RunFiles, most_bytes: int) -> tuple[list[dict], dict[int, str], int]:
+    """(steps for the viewer, vocabulary: id -> text, number of steps in the log). Steps are left out evenly,
+    the first and the last stay, until the lines take at most `most_bytes`."""
+    chat = load_chat(run.config["model"])
+    lines: dict[int, list[str]] = {}
+    for line in _lines(run.path / "rollouts.jsonl"):
+        lines.setdefault(json.loads(line)["step"], []).append(line)
+    numbers, size = list(lines), sum(map(len, sum(lines.values(), []))) // 2  # half of a line is not shown
+    kept = max(2, int(len(numbers) * min(1.0, most_bytes / max(1, size))))
+    if kept < len(numbers):
+        numbers = [numbers[round(i * (len(numbers) - 1) / (kept - 1))] for i in range(kept)]
+    steps, used = [], set()
+    for number in numbers:
+        groups: dict[int, dict] = {}
+        for line in lines[number]:
+            row = json.loads(line)
+            group = groups.setdefault(row["group"], {"task": row["task_id"], "rollouts": []})
+            group["rollouts"].append(_rollout(row, chat))
+            used.update(row["tokens"])
+        steps.append({"step": number, "groups": list(groups.values())})
+    return steps, {token: chat.decode([token]) for token in sorted(used)}, len(lines)
+
+
+def _rollout(row: dict, chat: Chat) -> dict:
+    """What the viewer shows of one trajectory."""
+    verdicts = ["pass" if v["passed"] else f"fail: {v['reason']}" for v in row["verdicts"]]
+    return {
+        "tokens": row["tokens"],
+        "mask": "".join(map(str, row["loss_mask"])),
+        "logprobs": [round(x, 2) for x in row["logprobs"]],
+        "reward": row["reward"],
+        "advantage": row["advantage"],
+        "source": row["source"],
+        "verdicts": verdicts,
+        "messages": messages_of(row["tokens"], row["loss_mask"], row["states"], chat),
+    }
+
+
+def messages_of(tokens: list[int], mask: list[int], states: list[str], chat: Chat) -> list[dict]:
+    """Role, first and last token, and state of every message. A message begins at a <|im_start|> that the
+    layout wrote; one that a model sampled is its text."""
+    begin = chat.control["<|im_start|>"]
+    starts = [t for t, (token, sampled) in enumerate(zip(tokens, mask)) if token == begin and not sampled]
+    left, found = list(states), []
+    for start, end in zip(starts, starts[1:] + [len(tokens)]):
+        role = chat.decode(tokens[start + 1 : start + 2]).strip()
+        if role == "user" and chat.control.get("<tool_response>") in tokens[start : start + 4]:
+            role = "tool"
+        state = left.pop(0) if role == "assistant" and left else ""
+        found.append({"role": role, "start": start, "end": end, "state": state})
+    return found
+
+
+def build(runs: Sequence[RunFiles], directory: Path) -> Path:
+    """Write figures and report.html into a directory; returns the page's path."""
+    figures = draw(runs, directory)
+    share, shown, notes = MOST_BYTES // len(runs), [], []
+    for run in tqdm(runs, "rollouts", unit="run", leave=False, disable=None):
+        steps, vocabulary, total = rollouts_of(run, share)
+        shown.append({"name": run.name, "steps": steps, "vocabulary": vocabulary})
+        notes.append(f"{run.name}: {len(steps)} of the {total} logged steps" if len(steps) < total else "")
+    sampled = "; ".join(filter(None, notes))
+    data = {
+        "title": " and ".join(run.name for run in runs),
+        "summary": [["run", *SUMMARY.values()], *([run.name, *summary(run)] for run in runs)],
+        "sampled": f"Shown are {sampled}: the log is longer than a page should be." if sampled else "",
+        "figures": [
+            {"title": path.stem.replace("_", " "), "png": base64.b64encode(path.read_bytes()).decode()}
+            for path in figures
+        ],
+        "runs": shown,
+    }
+    # As JSON inside a script element: no "<" may stand in it, or model text could end the element.
+    text = json.dumps(data, ensure_ascii=False, separators=(",", ":")).replace("<", "\\u003c")
+    page = directory / "report.html"
+    page.write_text(VIEWER.read_text().replace("/*DATA*/", text), encoding="utf-8")
+    return page
+
+
+# --------------------------------------------------------------------------------------------------- terminal
+SUMMARY = {
+    "success": "success, sampled",
+    "eval_success": "success, greedy",
+    "kl": "KL",
+    "nll_control": "NLL control",
+    "nll_content": "NLL content",
+    "spurious_growth": "largest spike",
+}
+
+
+def summary(run: RunFiles) -> list[str]:
+    """First and last value of the columns of SUMMARY."""
+    cells = []
+    for column in SUMMARY:
+        values = run.series(column)[1]
+        cells.append(f"{values[0]:.3g} to {values[-1]:.3g}" if values else "-")
+    return cells
+
+
+def spark(values: Sequence[float], width: int = 40) -> str:
+    """A line of blocks: values between their least and their largest, averaged down to `width`."""
+    if not values:
+        return ""
+    n = min(width, len(values))
+    cuts = [values[len(values) * i // n : max(len(values) * (i + 1) // n, 1)] for i in range(n)]
+    means = [sum(cut) / len(cut) for cut in cuts]
+    low, span = min(means), (max(means) - min(means)) or 1.0
+    return "".join(SPARKS[min(7, int(8 * (x - low) / span))] for x in means)
+
+
+def screen(runs: Sequence[RunFiles]) -> str:
+    """One screen about the runs, for people without a browser."""
+    lines = []
+    for run in runs:
+        steps = run.metrics["step"]
+        lines.append(f"{run.name}: {run.config['scheme']}, {len(steps)} steps")
+        columns = {"reward": "reward", **SUMMARY} | {f"state_{s}": s for s in MESSAGE_STATES}
+        for column, label in columns.items():
+            values = run.series(column)[1]
+            if values and (not column.startswith("state_") or max(values) > 0.005):
+                ends = f"{values[0]:>9.3g} {values[-1]:>9.3g}  [{min(values):.3g}, {max(values):.3g}]"
+                lines.append(f"  {label:<18}{spark(values):<41}{ends}")
+        last = next((line["tokens"] for line in reversed(run.probes) if "tokens" in line), {})
+        worst = sorted(last, key=lambda token: -(last[token]["growth"] or 0))[:3]
+        if worst:
+            said = ", ".join(f"{token} x{last[token]['growth']:.1f}" for token in worst)
+            lines.append(f"  spurious control tokens at the end: {said}")
+    return "\n".join(lines)
+
+
+def main(argv: list[str] | None = None) -> int:
+    """The command; returns 0, or 2 when refused."""
+    parser = argparse.ArgumentParser(
+        prog="python -m nanotoolrl.report",
+        description="Figures, a page and a summary of runs.",
+        allow_abbrev=False,
+    )
+    parser.add_argument("runs", nargs="+", type=Path, metavar="RUN", help="run directory; several: compared")
+    parser.add_argument("--out", type=Path, help="where to write (default: RUN/report of the first)")
+    args = parser.parse_args(argv)
+    try:
+        runs = [read_run(path) for path in args.runs]
+        directory = args.out or args.runs[0] / "report"
+        directory.mkdir(parents=True, exist_ok=True)
+        page = build(runs, directory)
+    except (Unreadable, ModelError, OSError, ValueError) as error:
+        print(f"report: {error}", file=sys.stderr)
+        return 2
+    print(screen(runs))
+    print(f"page: {page} ({page.stat().st_size / 1e6:.1f} MB); figures: {directory}/*.png")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,141 @@
+"""The doctor's sentences, its page, and the states of conversations logged elsewhere."""
+
+import json
+import math
+
+import pytest
+
+from nanotoolrl.doctor import FORCED, Checkup, page, read_transcripts, transcripts_page, verdict
+
+CALL = '<tool_call>\n{"name": "f", "arguments": {}}\n</tool_call>'
+
+
+def numbers(after_prefix, due=0.0, spurious=1e-4):
+    more = {"required": 0.9, "start_call": 0.5, "start_reply": 0.1, "growth": 1.0}
+    return more | {"after_prefix": after_prefix, "due_after_prefix": due, "spurious": spurious}
+
+
+def checkup(name, hermes, python=0.3, forced=0.4, states=None, after=(0.99, 0.01)):
+    shares = {"hermes": hermes, "python": python, FORCED: forced}
+    success = {key: (x, max(0.0, x - 0.05), min(1.0, x + 0.05), 400) for key, x in shares.items()}
+    tokens = {'{"': numbers(after[0], due=1.0), "<|im_end|>": numbers(after[1], spurious=after[1])}
+    return Checkup(name, "hermes", success, states or {"call": 90, "reply": 10}, tokens)
+
+
+START = checkup("nano", 0.35)
+BARE = {"bare": 85, "malformed": 13, "reply": 2}
+
+
+@pytest.mark.parametrize(
+    ("model", "reference", "said"),
+    [
+        (checkup("m", 0.33), START, ["no collapse in hermes: 33.0 %", "35.0 %", "0.0% of messages"]),
+        (
+            checkup("m", 0.0, 0.25, states=BARE, after=(0.02, 0.95)),
+            START,
+            [
+                "collapsed in hermes: 0.0 %",
+                "98.0% of messages are broken, most of them bare",
+                '`<tool_call>` is followed by `<|im_end|>` (p 0.95), not `{"`',
+                "skill intact: 40.0 % [35.0, 45.0] with forced prefix, 40.0 %",
+            ],
+        ),
+        (checkup("m", 0.0, 0.02, 0.03, BARE), START, ["collapsed", "the skill went with it: 2.0 %"]),
+        (checkup("m", 0.2, 0.1, 0.1), START, ["worse in hermes: 20.0 %", "the skill went with it"]),
+        (
+            checkup("m", 0.2, 0.29, 0.1),
+            START,
+            ["worse in hermes", "skill intact: 29.0 % [24.0, 34.0] with python"],
+        ),
+        (checkup("m", 0.3), None, ["structure is healthy in hermes: 0.0%", "30.0 %"]),
+        (
+            checkup("m", 0.0, states=BARE),
+            None,
+            ["structure is broken in hermes: 98.0%", "30.0 % [25.0, 35.0] with python"],
+        ),
+    ],
+)
+def test_verdict(model, reference, said):
+    sentence = verdict(model, reference)
+    assert all(part in sentence for part in said), sentence
+
+
+def test_skill_that_was_never_there_is_not_intact():
+    """A format in which the start solved nothing proves nothing."""
+    start = checkup("nano", 0.35, python=0.0, forced=0.4)
+    assert "skill went with it" in verdict(checkup("m", 0.0, python=0.0, forced=0.1), start)
+
+
+def test_page_shows_what_the_verdict_rests_on():
+    model = checkup("m", 0.0, states=BARE, after=(0.02, 0.95))
+    model.tokens['{"']["required"] = math.nan
+    text = page(model, START)
+    assert text.startswith("verdict: collapsed")
+    lines = {line.split()[0]: line.split() for line in text.splitlines() if line.strip()}
+    assert lines["bare"] == ["bare", "85.0", "0.0"]
+    assert lines["'<|im_end|>'"][1:4] == ["0.9", "0.95", "95"], "required, spurious, growth"
+    assert lines["'{\"'"][1] == "-", "never next: not 0"
+    assert "growth" not in page(model, None)
+
+
+# --------------------------------------------------------------------------------------- logged conversations
+def written(tmp_path, *conversations):
+    path = tmp_path / "log.jsonl"
+    path.write_text("".join(json.dumps(one) + "\n" for one in conversations))
+    return path
+
+
+def said(*texts):
+    return [{"role": "user", "content": "do"}] + [{"role": "assistant", "content": text} for text in texts]
+
+
+def test_transcripts_by_hand(tmp_path):
+    structured = {"function": {"name": "f", "arguments": '{"a": 1}'}}
+    path = written(
+        tmp_path,
+        said(CALL, "Done."),
+        {"messages": said(CALL, "<tool_call>\n", "<tool_call>\n")},
+        {"messages": [{"role": "assistant", "content": None, "tool_calls": [structured]}]},
+        [{"role": "assistant", "content": [{"type": "text", "text": ""}]}],
+        [{"role": "assistant", "content": "and so on", "finish_reason": "length"}],
+    )
+    found = read_transcripts(path, "hermes")
+    assert found.conversations == 5
+    assert found.states == {"call": 3, "reply": 1, "bare": 2, "empty": 1, "overlong": 1}
+    assert found.first_broken == "line 2, assistant message 2: bare: '<tool_call>\\n'"
+    assert found.breakages["bare", "<tool_call>"] == 2 and found.broken_at == {2: 1, 1: 2}
+    text = transcripts_page(found)
+    assert text.startswith("verdict: structure is broken: 4 of 8 assistant messages in 5 conversations")
+    assert "2 x bare: <tool_call>" in text
+
+
+@pytest.mark.parametrize(
+    "call",
+    [
+        {"function": {"name": "f", "arguments": "{"}},
+        {"function": {"name": 3}},
+        "call",
+        {"function": None},
+        None,
+    ],
+)
+def test_unreadable_structured_calls_are_broken_not_errors(tmp_path, call):
+    path = written(tmp_path, [{"role": "assistant", "content": None, "tool_calls": [call]}])
+    states = read_transcripts(path, "hermes").states
+    assert sum(states.values()) == 1 and "call" not in states and "reply" not in states
+
+
+def test_healthy_transcripts_have_no_list_of_breakages(tmp_path):
+    text = transcripts_page(read_transcripts(written(tmp_path, said(CALL, "Done.")), "hermes"))
+    assert text.startswith("verdict: structure is healthy: 0 of 2") and "frequent" not in text
+
+
+@pytest.mark.parametrize(
+    "content",
+    ["", "{", "3\n", '{"messages": 3}\n', '[{"content": "no role"}]\n', "[" * 100_000 + "\n", "\xff"],
+)
+def test_what_is_no_conversation_is_refused_by_line(tmp_path, content):
+    path = tmp_path / "log.jsonl"
+    path.write_bytes(content.encode("latin-1"))
+    with pytest.raises(ValueError, match="log.jsonl"):
+        read_transcripts(path, "hermes")
