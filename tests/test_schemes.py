@@ -147,6 +147,31 @@ def test_gradient_and_metrics_by_hand(policy, tiny, temperature, kl):
     assert run.skipped_updates == 0
 
 
+@pytest.mark.parametrize("temperature", [1.0, 0.7])
+def test_logit_gradient_of_a_step_by_hand(tiny, temperature):
+    """Self and other of every control token: the gradient of the objective at the whole logits, negated."""
+    run = make_run(tiny, temperature=temperature, tokens_at_once=100, dual_clip=1.5)
+    rows, scores = made_up(tiny, temperature)
+    with_control_tokens(tiny, rows)
+    logits = []
+
+    def keep(module, arguments, out):
+        out.logits.retain_grad()
+        logits.append(out.logits)
+
+    handle = tiny.model.register_forward_hook(keep)
+    loss_by_hand(tiny, rows, scores, run.config).backward()
+    handle.remove()
+    expected = torch.zeros(2, len(run.control))
+    for row, one in zip(rows, logits, strict=True):
+        for t in (t for t, sampled in enumerate(row.loss_mask) if sampled):
+            for c, token in enumerate(run.control.tolist()):
+                expected[int(row.tokens[t] != token), c] -= one.grad[0, t - 1, token]
+    assert (expected.abs() > 1e-6).any(1).all()
+    found = torch.tensor(policy_update(run, rows, scores)["logit_gradient"])
+    torch.testing.assert_close(found, expected, atol=1e-9, rtol=1e-3)
+
+
 def test_clip_fraction_entropy_and_gap_by_hand(tiny):
     run = make_run(tiny, tokens_at_once=200)
     rows, scores = made_up(tiny)

@@ -14,6 +14,8 @@ import torch
 
 import train
 from nanotoolrl import schemes
+from nanotoolrl.chat import control_tokens
+from nanotoolrl.evaluate import Scores
 from nanotoolrl.model import NANO, load
 from nanotoolrl.schemes import SCHEMES
 from nanotoolrl.tasks import load_tasks, save_tasks, subset
@@ -39,7 +41,7 @@ def rows(out):
         return list(csv.DictReader(file))
 
 
-TIMINGS = ("sample_tok_s", "train_tok_s", "sample_seconds", "seconds")
+TIMINGS = ("sample_tok_s", "train_tok_s", "sample_seconds", "probe_seconds", "seconds")
 
 
 def same_run(a, b):
@@ -48,7 +50,8 @@ def same_run(a, b):
         assert {k: v for k, v in left.items() if k not in TIMINGS} == {
             k: v for k, v in right.items() if k not in TIMINGS
         }
-    assert (a / "rollouts.jsonl").read_text() == (b / "rollouts.jsonl").read_text()
+    for name in ("rollouts.jsonl", "probes.jsonl"):
+        assert (a / name).read_text() == (b / name).read_text()
 
 
 @pytest.fixture(scope="module")
@@ -109,6 +112,39 @@ def test_rollouts_hold_what_a_viewer_needs(four):
     assert any(line["source"] == "hint" and line["sampled_prompt"] for line in lines)
 
 
+def test_probes_hold_what_the_report_needs(four):
+    """A line a step; control tokens in the steps that are probed, the rest in all of them."""
+    lines = [json.loads(line) for line in (four / "probes.jsonl").read_text().splitlines()]
+    assert [line["step"] for line in lines] == [1, 2, 3, 4]
+    assert ["tokens" in line for line in lines] == [False, True, False, True]
+    control = set(control_tokens(load(NANO).chat, "hermes"))
+    assert set(lines[1]["tokens"]) == control
+    for line in lines:
+        assert 0 <= line["survival"][-1] <= line["survival"][0] <= 1
+        mass = line["advantage_mass"]
+        assert mass["control_negative"] <= 0 <= mass["control_positive"] and len(mass) == 4
+        assert set(line.get("logit_gradient", control)) == control
+    assert any("logit_gradient" in line for line in lines)
+    for row, line in zip(rows(four), lines, strict=True):
+        assert (row["displacement_truth"] != "") == (row["probe_seconds"] != "") == ("tokens" in line)
+        if "tokens" in line:
+            worst = max(values["growth"] for values in line["tokens"].values())
+            assert float(row["spurious_growth"]) == pytest.approx(worst, rel=1e-4)
+
+
+def test_greedy_evaluation_on_a_part_every_few_steps(few, tmp_path):
+    flags = ["--scheme", "grpo", "--tasks", few, "--steps", 2, "--eval-count", 4, "--eval-part", 3]
+    assert run(*flags, "--eval-every", 2, out=tmp_path / "run") == 0
+    assert [row["eval_success"] != "" for row in rows(tmp_path / "run")] == [False, True]
+    lines = [json.loads(line) for line in (tmp_path / "run" / "probes.jsonl").read_text().splitlines()]
+    assert sum(lines[1]["greedy_states"].values()) >= 3 and "greedy_states" not in lines[0]
+    part = Scores(**json.loads((tmp_path / "run" / "result.json").read_text())["after"])
+    assert len(sum(part.rewards.values(), [])) == 4
+    assert run(*flags, "--eval-every", 0, out=tmp_path / "off") == 0
+    assert all(row["eval_success"] == "" for row in rows(tmp_path / "off"))
+    assert all(torch.equal(weights(tmp_path / "run")[k], v) for k, v in weights(tmp_path / "off").items())
+
+
 def test_same_command_same_bits(four, tmp_path):
     assert run("--scheme", "hint", "--steps", 4, out=tmp_path / "again") == 0
     same_run(four, tmp_path / "again")
@@ -149,8 +185,9 @@ def test_kill_between_checkpoints_and_resume(four, tmp_path, monkeypatch):
         run("--scheme", "hint", "--steps", 4, "--save-every", 2, out=out)
     monkeypatch.undo()
     assert len(rows(out)) == 3
-    with (out / "rollouts.jsonl").open("a") as file:
-        file.write('{"step": 4, "half')
+    for name in ("rollouts.jsonl", "probes.jsonl"):
+        with (out / name).open("a") as file:
+            file.write('{"step": 4, "half')
     assert train.main(["--resume", "--out", str(out)]) == 0
     same_run(four, out)
 
@@ -353,10 +390,12 @@ def test_epochs_visit_every_task_once():
 
 
 def test_alarm_names_token_and_state():
-    calm = {f"state_{state}": 0.0 for state in train.UNHEALTHY_STATES} | {"spurious_growth": 1.0}
-    assert train.alarm(calm, calm, "<tool_call>") == train.alarm({}, {}, "") == ""
-    loud = train.alarm(calm | {"state_bare": 0.5, "spurious_growth": 12.0}, calm, "<tool_call>")
-    assert "bare 50%" in loud and "<tool_call> x12" in loud
+    calm = {f"state_{state}": 0.0 for state in train.UNHEALTHY_STATES}
+    quiet = {"<tool_call>": {"growth": 9.9}, "<|im_end|>": {"growth": 1.0}}
+    assert train.alarm(calm, calm, quiet) == train.alarm({}, {}, {}) == ""
+    spiking = quiet | {"<tool_call>": {"growth": 12.0}, '{"': {"growth": 40.0}}
+    loud = train.alarm(calm | {"state_bare": 0.5}, calm, spiking)
+    assert "bare 50%" in loud and "<tool_call> x12" in loud and '{" x40' in loud and "im_end" not in loud
 
 
 def test_list_and_help_show_everything(capsys):

@@ -1,0 +1,138 @@
+"""Run a study, many training runs side by side, and write its table: `python -m nanotoolrl.study NAME`.
+
+A study is a list of runs, each a name and the flags of `train.py`. Runs that are finished are not made again,
+broken ones are resumed, and the table is made anew from the run directories each time, so a study can grow.
+"""
+
+import argparse
+import csv
+import json
+import math
+import os
+import subprocess
+import sys
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+from tqdm import tqdm
+
+from nanotoolrl.chat import MESSAGE_STATES
+
+ROOT = Path(__file__).resolve().parent.parent
+WINDOW = 5  # steps over which sampled success is averaged
+
+SCREEN = "--scheme grpo --eval-count 100 --eval-every 10 --eval-part 100 --show-every 0 --probe-every 2"
+COLLAPSE_SEARCH = {
+    "lr4e-4": "--steps 40 --lr 4e-4",
+    "lr8e-4": "--steps 30 --lr 8e-4 --warmup 20",
+    "updates4": "--steps 40 --updates 4",
+    "small-batch": "--steps 240 --prompts 4 --lr 2e-4 --eval-every 40 --probe-every 8",
+    "temperature1.3": "--steps 40 --temperature 1.3",
+    "updates4-lr4e-4": "--steps 30 --updates 4 --lr 4e-4",
+    "unclipped": "--steps 30 --updates 4 --lr 4e-4 --clip 0.9 --clip-high 10 --dual-clip 100",
+    "sequence": "--steps 40 --lr 4e-4 --loss-agg sequence",
+}
+STUDIES = {"collapse-search": {name: f"{SCREEN} {flags}" for name, flags in COLLAPSE_SEARCH.items()}}
+
+
+def run(directory: Path, flags: str) -> int:
+    """One run of train.py on one thread, its output beside the directory; returns the exit code."""
+    if (directory / "result.json").exists():
+        return 0
+    command = [sys.executable, "train.py", *flags.split(), "--threads", "1", "--out", str(directory)]
+    if (directory / "checkpoint.pt").exists():
+        command = [sys.executable, "train.py", "--resume", "--out", str(directory)]
+    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    directory.parent.mkdir(parents=True, exist_ok=True)
+    with directory.with_suffix(".log").open("a") as log:
+        return subprocess.run(command, cwd=ROOT, env=environment, stdout=log, stderr=log).returncode
+
+
+def row(name: str, flags: str, directory: Path) -> dict:
+    """What a run's files say, for one line of the table. Growth, NLLs and shares are those of the last steps
+    or measurement, `halved_*` those at the first step whose sampled success (mean of 5) is at most half of
+    that at the start."""
+    with (directory / "metrics.csv").open() as file:
+        steps = [{k: float(v) if v else math.nan for k, v in line.items()} for line in csv.DictReader(file)]
+    probes = [json.loads(line) for line in (directory / "probes.jsonl").read_text().splitlines()]
+    result = directory / "result.json"
+    result = json.loads(result.read_text()) if result.exists() else {}
+    sampled = [mean([s["success"] for s in steps[max(0, i + 1 - WINDOW) : i + 1]]) for i in range(len(steps))]
+    start = sampled[min(WINDOW, len(sampled)) - 1]
+    halved = next((i for i in range(WINDOW, len(steps)) if sampled[i] <= start / 2), None)
+    measured = [s for s in steps if not math.isnan(s["nll_control"])]
+    spikes = [(v["growth"], token) for line in probes for token, v in line.get("tokens", {}).items()]
+    spike, token = max(spikes, default=(math.nan, ""))
+    cells = {
+        "run": name,
+        "flags": flags,
+        "steps": len(steps),
+        "minutes": sum(s["seconds"] for s in steps) / 60,
+        "greedy_before": result.get("before", {}).get("success"),
+        "greedy_after": result.get("after", {}).get("success"),
+        "sampled_start": start,
+        "sampled_best": max(sampled[WINDOW - 1 :]),
+        "sampled_end": sampled[-1],
+        "spike": spike,
+        "spike_token": token,
+        "nll_control": measured[-1]["nll_control"] / measured[0]["nll_control"],
+        "nll_content": measured[-1]["nll_content"] / measured[0]["nll_content"],
+        "halved_step": steps[halved]["step"] if halved is not None else None,
+    }
+    if halved is not None:
+        near = min(measured, key=lambda s: abs(s["step"] - steps[halved]["step"]))
+        for name in ("nll_control", "nll_content"):
+            cells[f"halved_{name}"] = near[name] / measured[0][name]
+    last = steps[-WINDOW:]
+    return cells | {f"end_{state}": mean([s[f"state_{state}"] for s in last]) for state in MESSAGE_STATES}
+
+
+def mean(values: list[float]) -> float:
+    return sum(values) / len(values)
+
+
+def write(table: Path, rows: list[dict]) -> None:
+    """The table as CSV, empty where a column does not apply."""
+    names = list(dict.fromkeys(name for row in rows for name in row))
+    with table.open("w", newline="") as file:
+        writer = csv.DictWriter(file, names, lineterminator="\n")
+        writer.writeheader()
+        writer.writerows([{k: text(v) for k, v in row.items()} for row in rows])
+
+
+def text(value: object) -> object:
+    """A cell: four digits; empty where there is no number."""
+    if value is None or (isinstance(value, float) and math.isnan(value)):
+        return ""
+    return f"{value:.4g}" if isinstance(value, float) else value
+
+
+def main(argv: list[str] | None = None) -> int:
+    """The command: returns 1 if a run failed (its log says why), else 0."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("study", choices=STUDIES)
+    parser.add_argument("--jobs", type=int, default=os.cpu_count(), help="runs side by side, one thread each")
+    parser.add_argument("--runs", default="runs", help="directory for the run directories")
+    parser.add_argument("--table", help="CSV (default: data/results/STUDY.csv)")
+    args = parser.parse_args(argv)
+    home = Path(args.runs) / args.study
+    table = Path(args.table or ROOT / "data" / "results" / f"{args.study.replace('-', '_')}.csv")
+    study, failed, rows = STUDIES[args.study], 0, {}
+    with ThreadPoolExecutor(args.jobs) as pool, tqdm(total=len(study), unit="run") as bar:
+
+        def go(name: str) -> tuple[str, int]:
+            return name, run(home / name, study[name])
+
+        for name, code in pool.map(go, study):
+            bar.update()
+            if code:
+                failed += 1
+                bar.write(f"{name} failed, see {home / name}.log")
+            if (home / name / "metrics.csv").exists():
+                rows[name] = row(name, study[name], home / name)
+                write(table, list(rows.values()))
+    return 1 if failed else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
