@@ -256,7 +256,10 @@ def test_size_of_micro_batches_never_matters(policy, kl):
     for tokens_at_once in (1, 200):
         parts, others = update(tokens_at_once)
         all_close(parts, whole, atol=1e-6)
-        assert others == pytest.approx(metrics, rel=1e-4, abs=1e-5)
+        pushes = (torch.tensor(one.pop("logit_gradient")) for one in (others, dict(metrics)))
+        torch.testing.assert_close(*pushes, rtol=1e-3, atol=1e-5)
+        expected = {name: value for name, value in metrics.items() if name != "logit_gradient"}
+        assert others == pytest.approx(expected, rel=1e-4, abs=1e-5)
 
 
 def test_updates_share_the_prompts(policy):
