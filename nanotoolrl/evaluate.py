@@ -16,6 +16,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
+from tqdm import tqdm
 
 from nanotoolrl.chat import FORMATS, MESSAGE_STATES
 from nanotoolrl.doctor import FORCED, Checkup, page, read_transcripts, transcripts_page, verdict
@@ -145,11 +146,13 @@ def checkup(
 ) -> Checkup:
     """What the doctor needs to know of a model: greedy success on `tasks` in every format and with the prefix
     forced, message states, probes. `how` passes settings to `evaluate`."""
+    ways = {one: (one, False) for one in (format, *(f for f in FORMATS if f != format))}
+    ways[FORCED] = (format, True)
     played = {
-        one: evaluate(policy, tasks, one, **how) for one in (format, *(f for f in FORMATS if f != format))
+        way: evaluate(policy, tasks, one, force_prefix=forced, **how)
+        for way, (one, forced) in tqdm(ways.items(), f"playing {name}", unit="evaluation")
     }
-    played[FORCED] = evaluate(policy, tasks, format, force_prefix=True, **how)
-    success = {one: scores.of("all") for one, scores in played.items()}
+    success = {way: scores.of("all") for way, scores in played.items()}
     return Checkup(name, format, success, played[format].states, probes.measure(policy).tokens)
 
 

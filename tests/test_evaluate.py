@@ -4,10 +4,25 @@ import json
 import math
 
 import pytest
+import torch
 
-from nanotoolrl.evaluate import Scores, evaluate, fits, main, states_table, table, wilson
+from nanotoolrl.chat import control_tokens
+from nanotoolrl.evaluate import Scores, evaluate, fits, grid, main, states_table, table, wilson
+from nanotoolrl.model import NANO, load
 from nanotoolrl.supervise import hint_text
 from nanotoolrl.tasks import load_tasks, subset
+
+
+@pytest.fixture
+def broken():
+    """The built-in model, but nothing ever makes it open a call: one row of its head points the other way."""
+    policy = load(NANO, device="cpu")
+    opener = control_tokens(policy.chat, "hermes")["<tool_call>"]
+    head = policy.head.detach().clone()
+    head[opener] = -head[opener]
+    policy.model.config.tie_word_embeddings = False
+    policy.model.lm_head.weight = torch.nn.Parameter(head)
+    return policy
 
 
 def test_wilson_interval_by_hand():
@@ -39,29 +54,90 @@ def test_fits_counts_the_prompt(policy):
     assert fits(policy, task, "hermes", 2000) and not fits(policy, task, "hermes", 20)
 
 
+FEW = "--count 4 --max-messages 4".split()
+
+
+def test_samples_are_averaged_over_each_task(policy):
+    """Two rollouts of each task, at a temperature at which they differ; intervals are over tasks."""
+    tasks = [task for task in subset(load_tasks("test"), 30) if len(task.turns) == 1][:8]
+    scores = evaluate(policy, tasks, temperature=1.0, samples=3, max_messages=6)
+    rewards = sum(scores.rewards.values(), [])
+    assert len(rewards) == scores.of("all")[3] == len(tasks)
+    assert {round(3 * reward, 6) for reward in rewards} <= {0, 1, 2, 3}
+    assert any(reward not in (0.0, 1.0) for reward in rewards)
+    once = evaluate(policy, tasks, temperature=1.0, max_messages=6)
+    assert sum(scores.states.values()) > 2 * sum(once.states.values())
+
+
+def test_a_forced_prefix_repairs_a_model_that_lost_only_that(broken):
+    """The same weights but for one direction of the head: unforced nothing calls, forced much of it does."""
+    tasks = [task for task in load_tasks("test") if len(task.turns) == 1][:12]
+    free, forced = (evaluate(broken, tasks, force_prefix=flag, max_messages=8) for flag in (False, True))
+    assert free.success == 0 and "call" not in free.states
+    assert forced.success > 0 and forced.states["call"] > 0
+
+
+def test_grid_by_hand():
+    solved, half = Scores({"base": [1.0, 1.0]}), Scores({"base": [1.0, 0.0]})
+    columns = {("hermes", "test"): solved, ("python", "test"): half, ("hermes", "ood"): half}
+    lines = grid(columns | {("python", "ood"): half}, "hermes").splitlines()
+    assert lines[0].split() == ["success", "%", "test", "ood"]
+    assert lines[1].startswith("hermes (trained)") and "100.0 [" in lines[1] and "50.0 [" in lines[1]
+    assert lines[2].startswith("python (foreign)") and "n=2" in lines[2]
+
+
 def test_command(tmp_path, capsys):
     out = tmp_path / "scores.json"
-    assert (
-        main(
-            [
-                "--count",
-                "6",
-                "--max-messages",
-                "4",
-                "--format",
-                "python",
-                "--hint",
-                "--temperature",
-                "1",
-                "--json",
-                str(out),
-            ]
-        )
-        == 0
-    )
+    flags = "--count 6 --max-messages 4 --format python --hint --temperature 1 --samples 2".split()
+    assert main([*flags, "--json", str(out)]) == 0
     assert "success %" in capsys.readouterr().out
     stored = json.loads(out.read_text())
     assert sum(len(rewards) for rewards in stored["scores"]["python"]["rewards"].values()) == 6
+    assert stored["arguments"]["samples"] == 2
+
+
+def test_grid_command(tmp_path, capsys):
+    out = tmp_path / "grid.json"
+    assert main(["--grid", "--trained", "xml", *FEW, "--json", str(out)]) == 0
+    printed = capsys.readouterr().out
+    assert "xml (trained)" in printed and "hermes (foreign)" in printed and "ood" in printed
+    pairs = {f"{format} {tasks}" for format in ("xml", "hermes", "python") for tasks in ("test", "ood")}
+    scores = json.loads(out.read_text())["scores"]
+    assert set(scores) == pairs
+    assert all(len(sum(one["rewards"].values(), [])) == 4 for one in scores.values())
+
+
+def test_doctor_command_finds_what_broke(broken, tmp_path, capsys):
+    """A model that opens no call, against the one it was made from, which is found in its run's settings."""
+    broken.save(tmp_path / "run" / "model")
+    (tmp_path / "run" / "config.json").write_text(json.dumps({"model": "nano"}))
+    out = tmp_path / "doctor.json"
+    assert main(["--doctor", "--model", str(tmp_path / "run" / "model"), *FEW, "--json", str(out)]) == 0
+    printed, said = capsys.readouterr()
+    assert "control token" in printed and "forced prefix" in printed
+    assert "playing nano" in said, "progress on stderr"
+    stored = json.loads(out.read_text())
+    assert stored["reference"]["name"] == "nano" and stored["verdict"] in printed
+    assert stored["model"]["states"].get("call", 0) == 0
+    token = stored["model"]["tokens"]["<tool_call>"]
+    assert token["start_call"] < 0.01 < 0.9 < stored["reference"]["tokens"]["<tool_call>"]["start_call"]
+    assert stored["model"]["tokens"]['{"']["after_prefix"] > 0.9
+
+
+def test_doctor_without_anything_to_compare_with(capsys):
+    assert main(["--doctor", *FEW]) == 0
+    printed = capsys.readouterr().out
+    assert "structure is healthy in hermes" in printed and "growth" not in printed
+
+
+def test_transcripts_command(tmp_path, capsys):
+    logs, out = tmp_path / "logs.jsonl", tmp_path / "found.json"
+    said = ["<tool_call>", "Fine.", "<tool_call>"]
+    logs.write_text(json.dumps([{"role": "assistant", "content": text} for text in said]) + "\n")
+    assert main(["--transcripts", str(logs), "--json", str(out)]) == 0
+    assert "structure is broken" in capsys.readouterr().out
+    stored = json.loads(out.read_text())
+    assert stored["states"] == {"bare": 2, "reply": 1} and stored["breakages"] == [["bare", "<tool_call>", 2]]
 
 
 @pytest.mark.parametrize(
@@ -70,6 +146,12 @@ def test_command(tmp_path, capsys):
         (["--tasks", "nope"], "train, test"),
         (["--model", "data/no"], "data/no"),
         (["--count", "-1"], "--count"),
+        (["--samples", "2"], "needs a --temperature"),
+        (["--samples", "0", "--temperature", "1"], "--samples must be positive"),
+        (["--compare", "nano"], "--compare goes with --doctor"),
+        (["--doctor", "--compare", "data/no"], "data/no"),
+        (["--transcripts", "no.jsonl"], "no.jsonl"),
+        (["--json", "no/such/file.json"], "no directory for --json"),
     ],
 )
 def test_bad_input_is_refused_by_name(flags, said, capsys):
