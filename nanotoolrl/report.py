@@ -351,7 +351,7 @@ def summary(run: RunFiles) -> list[str]:
     return cells
 
 
-def spark(values: Sequence[float], width: int = 40) -> str:
+def spark(values: Sequence[float], width: int = 24) -> str:
     """A line of blocks: values between their least and their largest, averaged down to `width`."""
     if not values:
         return ""
@@ -367,13 +367,14 @@ def screen(runs: Sequence[RunFiles]) -> str:
     lines = []
     for run in runs:
         steps = run.metrics["step"]
-        lines.append(f"{run.name}: {run.config['scheme']}, {len(steps)} steps")
+        head = f"{run.name}: {run.config['scheme']}, {len(steps)} steps"
+        lines.append(f"{head:<44}{'first':>8} {'last':>8}  [least, most]")
         columns = {"reward": "reward", **SUMMARY} | {f"state_{s}": s for s in MESSAGE_STATES}
         for column, label in columns.items():
             values = run.series(column)[1]
             if values and (not column.startswith("state_") or max(values) > 0.005):
-                ends = f"{values[0]:>9.3g} {values[-1]:>9.3g}  [{min(values):.3g}, {max(values):.3g}]"
-                lines.append(f"  {label:<18}{spark(values):<41}{ends}")
+                ends = f"{values[0]:>8.3g} {values[-1]:>8.3g}  [{min(values):.3g}, {max(values):.3g}]"
+                lines.append(f"  {label:<17}{spark(values):<25}{ends}")
         last = next((line["tokens"] for line in reversed(run.probes) if "tokens" in line), {})
         worst = sorted(last, key=lambda token: -(last[token]["growth"] or 0))[:3]
         if worst:

@@ -1,0 +1,218 @@
+"""Figures, the page with the rollout viewer, and the terminal's summary; the page also in a real browser."""
+
+import json
+import re
+import shutil
+import subprocess
+from html.parser import HTMLParser
+
+import pytest
+import test_train
+
+from nanotoolrl import report
+from nanotoolrl.chat import control_tokens
+from nanotoolrl.env import oracle
+from nanotoolrl.model import NANO, load_chat
+from nanotoolrl.report import FIGURES, Unreadable, main, messages_of, read_run, rollouts_of, screen, spark
+from nanotoolrl.sampler import demonstration
+from nanotoolrl.tasks import load_tasks
+
+EVIL = '</script><script>document.title = "run"</script><img src=x onerror="document.title = \'run\'">'
+BROWSER = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory):
+    """A run of three steps with an evaluation, one of whose trajectories holds hostile text."""
+    out = tmp_path_factory.mktemp("report") / "first"
+    flags = "--scheme hint --steps 3 --probe-every 1 --eval-count 4 --eval-part 2 --eval-every 2"
+    assert test_train.run(*flags.split(), out=out) == 0
+    chat, path = load_chat(NANO), out / "rollouts.jsonl"
+    lines = [json.loads(line) for line in path.read_text().splitlines()]
+    row, evil = lines[1], chat.encode(EVIL)
+    row["tokens"] += evil
+    row["loss_mask"] += [1] * len(evil)
+    row["logprobs"] += [-0.5] * len(evil)
+    path.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    return out
+
+
+@pytest.fixture(scope="module")
+def page(finished):
+    """The report of that run, beside one of a run without rollouts."""
+    sft = finished.parent / "sft"
+    flags = ["--scheme", "sft", "--steps", 2, "--sft-batch", 2]
+    assert test_train.run(*flags, out=sft) == 0
+    assert main([str(finished), str(sft), "--out", str(finished.parent / "both")]) == 0
+    return finished.parent / "both" / "report.html"
+
+
+def embedded(page):
+    """The data inside the page, found as a browser finds it."""
+
+    class Reader(HTMLParser):
+        inside, text = False, ""
+
+        def handle_starttag(self, tag, attributes):
+            self.inside = tag == "script" and dict(attributes).get("id") == "data"
+
+        def handle_endtag(self, tag):
+            self.inside = False
+
+        def handle_data(self, data):
+            self.text += data if self.inside else ""
+
+    reader = Reader()
+    reader.feed(page.read_text())
+    return json.loads(reader.text)
+
+
+def test_figures_are_written_for_one_run_and_for_several(finished, page, capsys):
+    assert main([str(finished)]) == 0
+    printed = capsys.readouterr().out
+    assert "NLL control" in printed and "report.html" in printed and any(c in printed for c in "▁█")
+    for folder in (finished / "report", page.parent):
+        sizes = [(folder / f"{title.replace(' ', '_')}.png").stat().st_size for title in FIGURES]
+        assert len(sizes) == 7 and min(sizes) > 3000
+
+
+@pytest.mark.parametrize("title", FIGURES)
+def test_every_figure_has_lines_a_legend_and_units(finished, title):
+    """Of a whole run each panel shows something; of a run that measured nothing each says so or is empty."""
+    figure, axes = report.plt.subplots()
+    FIGURES[title](axes, [read_run(finished)])
+    assert axes.get_ylabel()
+    assert axes.lines or axes.collections
+    assert axes.get_legend_handles_labels()[1]
+    report.plt.close(figure)
+
+
+def test_several_runs_are_told_apart(finished):
+    other = finished.parent / "second"
+    shutil.copytree(finished, other, dirs_exist_ok=True)
+    runs = [read_run(finished), read_run(other)]
+    for title, draw in FIGURES.items():
+        figure, axes = report.plt.subplots()
+        draw(axes, runs)
+        labels = axes.get_legend_handles_labels()[1]
+        assert {name for name in ("first", "second") if any(name in x for x in labels)} == {"first", "second"}
+        assert len({line.get_color() for line in axes.lines if line.get_label() in labels}) >= 2, title
+        report.plt.close(figure)
+
+
+def test_the_page_holds_what_the_log_holds(finished, page):
+    data = embedded(page)
+    assert len(data["figures"]) == 7 and data["sampled"] == ""
+    first, sft = data["runs"]
+    assert sft["steps"] == []
+    assert [step["step"] for step in first["steps"]] == [1, 2, 3]
+    shown = [one for step in first["steps"] for group in step["groups"] for one in group["rollouts"]]
+    logged = [json.loads(line) for line in (finished / "rollouts.jsonl").read_text().splitlines()]
+    assert len(shown) == len(logged) == 3 * 2 * 2
+    chat = load_chat(NANO)
+    for one, row in zip(shown, logged, strict=True):
+        assert one["tokens"] == row["tokens"] and one["advantage"] == row["advantage"]
+        assert one["mask"] == "".join(map(str, row["loss_mask"]))
+        assert len(one["verdicts"]) == len(row["verdicts"])
+        assert [m["state"] for m in one["messages"] if m["state"]] == row["states"]
+        text = "".join(first["vocabulary"][str(token)] for token in one["tokens"])
+        assert text == chat.decode(one["tokens"]) or "\ufffd" in text
+
+
+def test_model_text_cannot_leave_its_element(page):
+    source = page.read_text()
+    assert EVIL not in source and source.count("</script>") == 2
+    first = embedded(page)["runs"][0]
+    hostile = first["steps"][0]["groups"][0]["rollouts"][1]
+    assert "".join(first["vocabulary"][str(token)] for token in hostile["tokens"]).endswith(EVIL)
+    assert not re.search(r'(?:src|href)="?https?:|@import|fetch\(|XMLHttpRequest', source), (
+        "it needs no network"
+    )
+
+
+def test_messages_of_a_ground_truth():
+    """Roles in order; every assistant message has its state; a sampled <|im_start|> opens no message."""
+    chat = load_chat(NANO)
+    task = load_tasks("train")[0]
+    row = demonstration(chat, task, "hermes")
+    found = messages_of(row.tokens, row.loss_mask, row.states, chat)
+    roles = ["system", *(m["role"] for m in oracle(task, "hermes") if m["role"] != "system")]
+    assert [message["role"] for message in found] == roles
+    assert [m["state"] for m in found if m["role"] == "assistant"] == row.states
+    assert found[0]["start"] == 0 and all(a["end"] == b["start"] for a, b in zip(found, found[1:]))
+    begin = control_tokens(chat, "hermes")["<|im_start|>"]
+    row.append([begin], sampled=True)
+    assert len(messages_of(row.tokens, row.loss_mask, row.states, chat)) == len(found)
+
+
+def test_long_runs_are_thinned_and_say_so(finished, monkeypatch, tmp_path):
+    run = read_run(finished)
+    line = json.loads((finished / "rollouts.jsonl").read_text().splitlines()[0])
+    long = tmp_path / "long"
+    shutil.copytree(finished, long)
+    with (long / "rollouts.jsonl").open("w") as file:
+        for step in range(1, 101):
+            file.write(json.dumps(line | {"step": step}) + "\n")
+    size = (long / "rollouts.jsonl").stat().st_size // 2
+    steps, _, total = rollouts_of(read_run(long), size // 4)
+    numbers = [step["step"] for step in steps]
+    assert total == 100 and len(numbers) == 25 and numbers[0] == 1 and numbers[-1] == 100
+    assert len(set(numbers)) == len(numbers)
+    monkeypatch.setattr(report, "MOST_BYTES", size // 4)
+    assert "long: 25 of the 100 logged steps" in embedded(report.build([read_run(long)], tmp_path))["sampled"]
+    assert rollouts_of(run, 10**9)[2] == 3
+
+
+def test_a_line_that_is_half_written_is_left_out(finished, tmp_path):
+    broken = tmp_path / "broken"
+    shutil.copytree(finished, broken)
+    for name in ("rollouts.jsonl", "probes.jsonl"):
+        with (broken / name).open("a") as file:
+            file.write('{"step": 4, "ha')
+    assert len(read_run(broken).probes) == 3 and rollouts_of(read_run(broken), 10**9)[2] == 3
+
+
+def test_what_is_no_run_is_refused_by_name(tmp_path, capsys, finished):
+    with pytest.raises(Unreadable, match="config.json"):
+        read_run(tmp_path)
+    assert main([str(tmp_path / "nothing")]) == 2
+    assert "nothing" in capsys.readouterr().err
+    (tmp_path / "config.json").write_text("{}")
+    (tmp_path / "metrics.csv").write_text("step,reward\n")
+    assert main([str(tmp_path)]) == 2, "a run without any step"
+    gone = tmp_path / "gone"
+    shutil.copytree(finished, gone)
+    config = json.loads((gone / "config.json").read_text()) | {"model": str(tmp_path / "no-model")}
+    (gone / "config.json").write_text(json.dumps(config))
+    assert main([str(gone)]) == 2 and "no-model" in capsys.readouterr().err
+
+
+def test_sparkline_by_hand():
+    assert spark([0, 1, 2, 3, 4, 5, 6, 7]) == "▁▂▃▄▅▆▇█"
+    assert spark([5, 5]) == "▁▁" and spark([]) == ""
+    assert spark(list(range(80)), 8) == "▁▂▃▄▅▆▇█"
+
+
+def test_screen_fits_a_terminal(finished):
+    lines = screen([read_run(finished)]).splitlines()
+    assert len(lines) <= 24 and max(map(len, lines)) <= 80
+    assert any("spurious control tokens" in line for line in lines)
+
+
+@pytest.mark.skipif(BROWSER is None, reason="no chromium: apt-get install chromium")
+def test_the_page_in_a_browser(page, tmp_path):
+    """The page goes through every step, task and shading by itself, and writes down what it saw."""
+    flags = (
+        "--headless --no-sandbox --disable-gpu --enable-logging=stderr --virtual-time-budget=60000 --dump-dom"
+    )
+    command = [BROWSER, *flags.split(), f"--user-data-dir={tmp_path}", f"{page.as_uri()}#selftest"]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=300)
+    found = re.search(r'<pre id="selftest">(.*?)</pre>', done.stdout)
+    assert found, done.stderr[-2000:]
+    seen = json.loads(found[1])
+    logged = (page.parent.parent / "first" / "rollouts.jsonl").read_text().splitlines()
+    assert seen["errors"] == [] and "CONSOLE" not in done.stderr
+    assert (seen["steps"], seen["tasks"], seen["rollouts"]) == (3, 3 * 2, len(logged))
+    assert seen["shadings"] == 3 and seen["images"] == 7 and seen["scripts"] == 0
+    assert seen["states"] == sum(len(json.loads(line)["states"]) for line in logged)
+    assert "<title>nanotoolrl report</title>" in done.stdout, "hostile text was run"
