@@ -379,7 +379,7 @@ def screen(runs: Sequence[RunFiles]) -> str:
         worst = sorted(last, key=lambda token: -(last[token]["growth"] or 0))[:3]
         if worst:
             said = ", ".join(f"{token} x{last[token]['growth']:.1f}" for token in worst)
-            lines.append(f"  spurious control tokens at the end: {said}")
+            lines.append(f"  spikes at the end: {said}")
     return "\n".join(lines)
 
 

@@ -196,7 +196,7 @@ def test_sparkline_by_hand():
 def test_screen_fits_a_terminal(finished):
     lines = screen([read_run(finished)]).splitlines()
     assert len(lines) <= 24 and max(map(len, lines)) <= 80
-    assert any("spurious control tokens" in line for line in lines)
+    assert any("spikes at the end" in line for line in lines)
 
 
 @pytest.mark.skipif(BROWSER is None, reason="no chromium: apt-get install chromium")
