@@ -376,7 +376,7 @@ def screen(runs: Sequence[RunFiles]) -> str:
                 ends = f"{values[0]:>8.3g} {values[-1]:>8.3g}  [{min(values):.3g}, {max(values):.3g}]"
                 lines.append(f"  {label:<17}{spark(values):<25}{ends}")
         last = next((line["tokens"] for line in reversed(run.probes) if "tokens" in line), {})
-        worst = sorted(last, key=lambda token: -(last[token]["growth"] or 0))[:3]
+        worst = sorted(last, key=lambda token: -(last[token]["growth"] or 0))[:2]
         if worst:
             said = ", ".join(f"{token} x{last[token]['growth']:.1f}" for token in worst)
             lines.append(f"  spikes at the end: {said}")

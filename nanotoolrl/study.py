@@ -21,27 +21,32 @@ from nanotoolrl.chat import MESSAGE_STATES
 ROOT = Path(__file__).resolve().parent.parent
 WINDOW = 5  # steps over which sampled success is averaged
 
-SCREEN = "--scheme grpo --eval-count 100 --eval-every 10 --eval-part 100 --show-every 0 --probe-every 2"
+SCREEN = "--scheme grpo --eval-count 100 --eval-every 10 --eval-part 100"
 COLLAPSE_SEARCH = {
-    "lr4e-4": "--steps 40 --lr 4e-4",
-    "lr8e-4": "--steps 30 --lr 8e-4 --warmup 20",
-    "updates4": "--steps 40 --updates 4",
-    "small-batch": "--steps 240 --prompts 4 --lr 2e-4 --eval-every 40 --probe-every 8",
-    "temperature1.3": "--steps 40 --temperature 1.3",
-    "updates4-lr4e-4": "--steps 30 --updates 4 --lr 4e-4",
-    "unclipped": "--steps 30 --updates 4 --lr 4e-4 --clip 0.9 --clip-high 10 --dual-clip 100",
-    "sequence": "--steps 40 --lr 4e-4 --loss-agg sequence",
+    "lr8e-4": "--steps 80 --lr 8e-4 --warmup 20",
+    "lr1.5e-3": "--steps 40 --lr 1.5e-3",
+    "updates4-lr4e-4": "--steps 25 --updates 4 --lr 4e-4",
+    "updates4-lr8e-4": "--steps 25 --updates 4 --lr 8e-4",
+    "lr4e-4": "--steps 80 --lr 4e-4",
+    "updates16-lr2e-4": "--steps 25 --updates 16 --lr 2e-4",
+    "small-batch-lr4e-4": "--steps 160 --prompts 4 --lr 4e-4 --eval-every 40 --probe-every 8",
+    "unclipped": "--steps 25 --updates 4 --lr 4e-4 --clip 0.9 --clip-high 10 --dual-clip 100",
+    "temperature1.3": "--steps 30 --temperature 1.3 --lr 4e-4",
+    "sequence": "--steps 40 --lr 8e-4 --loss-agg sequence",
 }
 STUDIES = {"collapse-search": {name: f"{SCREEN} {flags}" for name, flags in COLLAPSE_SEARCH.items()}}
 
 
 def run(directory: Path, flags: str) -> int:
-    """One run of train.py on one thread, its output beside the directory; returns the exit code."""
-    if (directory / "result.json").exists():
-        return 0
-    command = [sys.executable, "train.py", *flags.split(), "--threads", "1", "--out", str(directory)]
+    """One run of train.py on one thread, its output beside the directory; returns the exit code. One that is
+    unfinished, or now wants more --steps, goes on from its checkpoint."""
+    command = [sys.executable, "train.py", "--out", str(directory)]
+    command += f"{flags} --threads 1 --show-every 0".split()
     if (directory / "checkpoint.pt").exists():
-        command = [sys.executable, "train.py", "--resume", "--out", str(directory)]
+        steps = (directory / "metrics.csv").read_text().count("\n") - 1
+        if (directory / "result.json").exists() and f"--steps {steps} " in flags + " ":
+            return 0
+        command.append("--resume")
     environment = os.environ | {"OMP_NUM_THREADS": "1"}
     directory.parent.mkdir(parents=True, exist_ok=True)
     with directory.with_suffix(".log").open("a") as log:
