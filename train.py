@@ -540,7 +540,7 @@ def measures(run: Run, step: Step) -> dict[str, float]:
 def anatomy(run: Run, step: Step, probes: ProbeSet) -> tuple[dict[str, float], dict]:
     """(columns of metrics.csv, line of probes.jsonl) of a step: what its rollouts and its update did at the
     control tokens and, every `probe_every` steps, what the policy does there now."""
-    columns, details = {}, {"step": run.step}
+    columns, details, started = {}, {"step": run.step}, time.perf_counter()
     if step.trajectories:
         details["survival"] = survival(step.trajectories)
         details["advantage_mass"] = advantage_mass(step.trajectories, step.advantages, run.control)
@@ -549,14 +549,13 @@ def anatomy(run: Run, step: Step, probes: ProbeSet) -> tuple[dict[str, float], d
         pushes = zip(probes.control, *step.metrics["logit_gradient"], strict=True)
         details["logit_gradient"] = {token: dict(zip(names, push)) for token, *push in pushes}
     if run.step % run.config.probe_every == 0:
-        started = time.perf_counter()
         measured = probes.measure(run.policy)
         columns = dict(measured.columns)
         columns["displacement_own"] = displacement_own(run.policy, step.trajectories, run.config.temperature)
-        columns["probe_seconds"] = time.perf_counter() - started
         details["tokens"] = measured.tokens
         run.state["probe"] = {"step": run.step} | measured.columns
-    return columns, details
+    spent = time.perf_counter() - started
+    return columns | {"probe_seconds": spent + step.metrics.get("probe_seconds", 0.0)}, details
 
 
 def progress(row: dict) -> str:

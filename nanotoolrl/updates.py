@@ -290,12 +290,14 @@ class Tally:
     entropies: list[float] = field(default_factory=list)
     gaps: list[float] = field(default_factory=list)
     gradients: Tensor | None = None  # [2, C], see `logit_gradient`
+    probe_seconds: float = 0.0
     sft_losses: list[float] = field(default_factory=list)
     sft_tokens: int = 0
 
     @torch.no_grad()
     def push(self, tokens: Tokens) -> None:
         """After a backward pass: add up which way it pushes the logits of control tokens."""
+        started = time.perf_counter()
         run, ids = tokens.run, tokens.ids[tokens.mask]
         temperature, logprobs = run.config.temperature, tokens.logprobs
         p = control_probabilities(
@@ -303,6 +305,7 @@ class Tally:
         )  # [N, C]
         found = logit_gradient(-logprobs.grad, ids, p, run.control) / temperature
         self.gradients = found if self.gradients is None else self.gradients + found
+        self.probe_seconds += time.perf_counter() - started
 
     def supervise(self, run: Run, supervised: Supervision, update: int) -> None:
         """Add the gradient of the SFT loss that rides along with this update."""
@@ -325,7 +328,8 @@ class Tally:
         }
         sft = {"sft_loss": _mean(self.sft_losses), "sft_tokens": self.sft_tokens}
         gradients = self.gradients.tolist() if self.gradients is not None else None
-        return columns | {"logit_gradient": gradients} | (sft if self.sft_losses else {})
+        columns |= {"logit_gradient": gradients, "probe_seconds": self.probe_seconds}
+        return columns | (sft if self.sft_losses else {})
 
 
 def warm_up(run: Run) -> float:

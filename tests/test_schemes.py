@@ -18,7 +18,7 @@ from nanotoolrl.tasks import load_tasks
 from nanotoolrl.updates import Run, advantages, policy_update, rollout, score
 from train import Config
 
-TIMES = ("train_tok_s",)
+TIMES = ("train_tok_s", "probe_seconds")
 
 
 @pytest.fixture
