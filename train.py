@@ -418,12 +418,16 @@ class RunDirectory:
         torch.save(state, half)
         os.replace(half, self.checkpoint)
 
+    def log_probes(self, details: dict) -> None:
+        """One line of probes.jsonl."""
+        with self.probes.open("a") as file:
+            file.write(json.dumps(rounded(details)) + "\n")
+
     def log(self, config: Config, run: Run, row: dict, details: dict, step: Step) -> None:
         """One metrics row, one line of details, and the first `rollout_groups` groups of the step."""
         with self.metrics.open("a", newline="") as file:
             csv.writer(file, lineterminator="\n").writerow([text(row.get(name)) for name in METRICS])
-        with self.probes.open("a") as file:
-            file.write(json.dumps(rounded(details)) + "\n")
+        self.log_probes(details)
         with self.rollouts.open("a") as file:
             shown = min(config.rollout_groups * config.group, len(step.trajectories))
             for i, one in enumerate(step.trajectories[:shown]):
@@ -600,7 +604,12 @@ def train(config: Config, resume: bool, given: set[str]) -> int:
         f"{config.group} rollouts = {config.prompts * config.group} trajectories, {updates}; "
         f"{config.steps} steps on {len(run.tasks)} tasks; {directory.path}"
     )
-    probes = ProbeSet(load(config.model), subset(run.tasks, config.probe_tasks), config.format)
+    start = load(config.model)
+    probes = ProbeSet(start, subset(run.tasks, config.probe_tasks), config.format)
+    if not directory.probes.stat().st_size:
+        measured = probes.measure(start)
+        nll = {name: measured.columns[name] for name in ("nll_control", "nll_content")}
+        directory.log_probes({"step": 0} | nll | {"tokens": measured.tokens})
     if saved and saved["before"]:
         before = Scores(**saved["before"])
     else:

@@ -17,6 +17,7 @@ from pathlib import Path
 from tqdm import tqdm
 
 from nanotoolrl.chat import MESSAGE_STATES
+from nanotoolrl.evaluate import Scores
 
 ROOT = Path(__file__).resolve().parent.parent
 WINDOW = 5  # steps over which sampled success is averaged
@@ -24,12 +25,13 @@ WINDOW = 5  # steps over which sampled success is averaged
 SCREEN = "--scheme grpo --eval-count 100 --eval-every 10 --eval-part 100"
 COLLAPSE_SEARCH = {
     "lr8e-4": "--steps 80 --lr 8e-4 --warmup 20",
-    "lr1.5e-3": "--steps 40 --lr 1.5e-3",
+    "lr1e-3": "--steps 40 --lr 1e-3 --warmup 20",
+    "lr1.5e-3": "--steps 15 --lr 1.5e-3",
     "updates4-lr4e-4": "--steps 25 --updates 4 --lr 4e-4",
-    "updates4-lr8e-4": "--steps 25 --updates 4 --lr 8e-4",
-    "lr4e-4": "--steps 80 --lr 4e-4",
-    "updates16-lr2e-4": "--steps 25 --updates 16 --lr 2e-4",
     "small-batch-lr4e-4": "--steps 160 --prompts 4 --lr 4e-4 --eval-every 40 --probe-every 8",
+    "updates4-lr8e-4": "--steps 25 --updates 4 --lr 8e-4",
+    "lr4e-4": "--steps 40 --lr 4e-4",
+    "updates16-lr2e-4": "--steps 25 --updates 16 --lr 2e-4",
     "unclipped": "--steps 25 --updates 4 --lr 4e-4 --clip 0.9 --clip-high 10 --dual-clip 100",
     "temperature1.3": "--steps 30 --temperature 1.3 --lr 4e-4",
     "sequence": "--steps 40 --lr 8e-4 --loss-agg sequence",
@@ -54,40 +56,41 @@ def run(directory: Path, flags: str) -> int:
 
 
 def row(name: str, flags: str, directory: Path) -> dict:
-    """What a run's files say, for one line of the table. Growth, NLLs and shares are those of the last steps
-    or measurement, `halved_*` those at the first step whose sampled success (mean of 5) is at most half of
-    that at the start."""
+    """What a run's files say, for one line of the table. Sampled success is a mean of 5 steps, the spike the
+    largest of the run, NLLs are ratios of the last measurement to the start; `halved_*` is measured at the
+    first step, after the first 5, whose sampled success is at most half of theirs; `end_*` are the message
+    states of the last 5 steps."""
     with (directory / "metrics.csv").open() as file:
         steps = [{k: float(v) if v else math.nan for k, v in line.items()} for line in csv.DictReader(file)]
     probes = [json.loads(line) for line in (directory / "probes.jsonl").read_text().splitlines()]
     result = directory / "result.json"
-    result = json.loads(result.read_text()) if result.exists() else {}
+    scores = json.loads(result.read_text()) if result.exists() else {}
+    greedy = {when: Scores(**values).success for when, values in scores.items()}
     sampled = [mean([s["success"] for s in steps[max(0, i + 1 - WINDOW) : i + 1]]) for i in range(len(steps))]
-    start = sampled[min(WINDOW, len(sampled)) - 1]
-    halved = next((i for i in range(WINDOW, len(steps)) if sampled[i] <= start / 2), None)
-    measured = [s for s in steps if not math.isnan(s["nll_control"])]
-    spikes = [(v["growth"], token) for line in probes for token, v in line.get("tokens", {}).items()]
-    spike, token = max(spikes, default=(math.nan, ""))
+    full = sampled[WINDOW - 1 :] or sampled[-1:]
+    halved = next((s for s, mean in zip(steps[WINDOW:], full[1:]) if mean <= full[0] / 2), None)
+    spike, token = max((v["growth"], token) for line in probes for token, v in line.get("tokens", {}).items())
     cells = {
         "run": name,
         "flags": flags,
         "steps": len(steps),
         "minutes": sum(s["seconds"] for s in steps) / 60,
-        "greedy_before": result.get("before", {}).get("success"),
-        "greedy_after": result.get("after", {}).get("success"),
-        "sampled_start": start,
-        "sampled_best": max(sampled[WINDOW - 1 :]),
-        "sampled_end": sampled[-1],
+        "greedy_before": greedy.get("before"),
+        "greedy_after": greedy.get("after"),
+        "sampled_start": full[0],
+        "sampled_best": max(full),
+        "sampled_end": full[-1],
         "spike": spike,
         "spike_token": token,
-        "nll_control": measured[-1]["nll_control"] / measured[0]["nll_control"],
-        "nll_content": measured[-1]["nll_content"] / measured[0]["nll_content"],
-        "halved_step": steps[halved]["step"] if halved is not None else None,
+        "halved_step": halved and int(halved["step"]),
     }
-    if halved is not None:
-        near = min(measured, key=lambda s: abs(s["step"] - steps[halved]["step"]))
-        for name in ("nll_control", "nll_content"):
-            cells[f"halved_{name}"] = near[name] / measured[0][name]
+    start, measured = probes[0], [s for s in steps if not math.isnan(s["nll_control"])]
+    for kind in ("nll_control", "nll_content"):
+        if measured:
+            cells[kind] = measured[-1][kind] / start[kind]
+        if measured and halved:
+            near = min(measured, key=lambda s: abs(s["step"] - halved["step"]))
+            cells[f"halved_{kind}"] = near[kind] / start[kind]
     last = steps[-WINDOW:]
     return cells | {f"end_{state}": mean([s[f"state_{state}"] for s in last]) for state in MESSAGE_STATES}
 

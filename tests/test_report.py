@@ -169,7 +169,7 @@ def test_a_line_that_is_half_written_is_left_out(finished, tmp_path):
     for name in ("rollouts.jsonl", "probes.jsonl"):
         with (broken / name).open("a") as file:
             file.write('{"step": 4, "ha')
-    assert len(read_run(broken).probes) == 3 and rollouts_of(read_run(broken), 10**9)[2] == 3
+    assert len(read_run(broken).probes) == 4 and rollouts_of(read_run(broken), 10**9)[2] == 3
 
 
 def test_what_is_no_run_is_refused_by_name(tmp_path, capsys, finished):

@@ -115,6 +115,9 @@ def test_rollouts_hold_what_a_viewer_needs(four):
 def test_probes_hold_what_the_report_needs(four):
     """A line a step; control tokens in the steps that are probed, the rest in all of them."""
     lines = [json.loads(line) for line in (four / "probes.jsonl").read_text().splitlines()]
+    start = lines.pop(0)
+    assert start["step"] == 0 and start["nll_control"] > 0 < start["nll_content"]
+    assert all(values["growth"] == 1 for values in start["tokens"].values())
     assert [line["step"] for line in lines] == [1, 2, 3, 4]
     assert ["tokens" in line for line in lines] == [False, True, False, True]
     control = set(control_tokens(load(NANO).chat, "hermes"))
@@ -138,7 +141,7 @@ def test_greedy_evaluation_on_a_part_every_few_steps(few, tmp_path):
     assert run(*flags, "--eval-every", 2, out=tmp_path / "run") == 0
     assert [row["eval_success"] != "" for row in rows(tmp_path / "run")] == [False, True]
     lines = [json.loads(line) for line in (tmp_path / "run" / "probes.jsonl").read_text().splitlines()]
-    assert sum(lines[1]["greedy_states"].values()) >= 3 and "greedy_states" not in lines[0]
+    assert sum(lines[2]["greedy_states"].values()) >= 3 and "greedy_states" not in lines[1]
     part = Scores(**json.loads((tmp_path / "run" / "result.json").read_text())["after"])
     assert len(sum(part.rewards.values(), [])) == 4
     assert run(*flags, "--eval-every", 0, out=tmp_path / "off") == 0
