@@ -12,6 +12,7 @@ import json
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from itertools import accumulate
 from pathlib import Path
 
 import matplotlib
@@ -40,6 +41,7 @@ STATE_COLORS = {
     "empty": "#999999",
     "overlong": "#CC79A7",
 }
+SIDES = ("self", "other")
 SPARKS = "▁▂▃▄▅▆▇█"
 
 
@@ -143,21 +145,28 @@ def required(axes: Axes, runs: Sequence[RunFiles]) -> None:
 
 
 def logit_gradients(axes: Axes, runs: Sequence[RunFiles]) -> None:
-    """Push on the logits of control tokens, from where they were sampled (self), and from elsewhere."""
+    """Push on the logits of control tokens, added up over the steps: from where they were sampled (self) and
+    from everywhere else (other). Of several runs the sum over tokens."""
     for i, run in enumerate(runs):
-        tokens = run.tokens
-        for k, name in enumerate(("self", "other")):
-            per_token = [run.details("logit_gradient", token, name) for token in tokens]
-            if len(runs) == 1:
-                for c, (steps, values) in enumerate(per_token):
-                    if any(values):
-                        axes.plot(steps, values, STYLES[k], color=COLORS[c % 9], label=f"{tokens[c]} {name}")
-            elif per_token and per_token[0][0]:
-                total = [sum(values) for values in zip(*(values for _, values in per_token))]
-                axes.plot(per_token[0][0], total, STYLES[k], color=COLORS[i % 9], label=f"{run.name} {name}")
+        pushes = {
+            f"{token} {side}": run.details("logit_gradient", token, side)
+            for token in run.tokens
+            for side in SIDES
+        }
+        curves = {name: (steps, list(accumulate(values))) for name, (steps, values) in pushes.items()}
+        if len(runs) == 1:
+            most = max((abs(x) for _, values in curves.values() for x in values), default=0)
+            for c, (name, (steps, values)) in enumerate(curves.items()):
+                if values and max(map(abs, values)) > 0.02 * most:
+                    axes.plot(steps, values, STYLES[c % 2], color=COLORS[c // 2 % 9], label=name)
+            continue
+        for k, side in enumerate(SIDES):
+            parts = [curve for name, curve in curves.items() if name.endswith(side)]
+            if parts:
+                total = [sum(values) for values in zip(*(values for _, values in parts))]
+                axes.plot(parts[0][0], total, STYLES[k], color=COLORS[i % 9], label=f"{run.name}, {side}")
     axes.axhline(0, color="#999999", linewidth=0.6)
-    axes.set_ylabel("push on the logit, per sampled token")
-    axes.set_yscale("symlog", linthresh=1e-5)
+    axes.set_ylabel("push on the logit, per sampled token, summed")
 
 
 def divergence(axes: Axes, runs: Sequence[RunFiles]) -> None:

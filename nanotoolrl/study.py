@@ -24,15 +24,15 @@ WINDOW = 5  # steps over which sampled success is averaged
 
 SCREEN = "--scheme grpo --eval-count 100 --eval-every 10 --eval-part 100"
 COLLAPSE_SEARCH = {
-    "lr8e-4": "--steps 80 --lr 8e-4 --warmup 20",
-    "lr1e-3": "--steps 40 --lr 1e-3 --warmup 20",
-    "lr1.5e-3": "--steps 15 --lr 1.5e-3",
     "updates4-lr4e-4": "--steps 25 --updates 4 --lr 4e-4",
+    "lr1e-3": "--steps 40 --lr 1e-3 --warmup 20",
+    "updates4-lr8e-4": "--steps 20 --updates 4 --lr 8e-4",
+    "updates16-lr2e-4": "--steps 20 --updates 16 --lr 2e-4",
+    "lr1.5e-3": "--steps 15 --lr 1.5e-3",
     "small-batch-lr4e-4": "--steps 160 --prompts 4 --lr 4e-4 --eval-every 40 --probe-every 8",
-    "updates4-lr8e-4": "--steps 25 --updates 4 --lr 8e-4",
     "lr4e-4": "--steps 40 --lr 4e-4",
-    "updates16-lr2e-4": "--steps 25 --updates 16 --lr 2e-4",
-    "unclipped": "--steps 25 --updates 4 --lr 4e-4 --clip 0.9 --clip-high 10 --dual-clip 100",
+    "lr8e-4": "--steps 60 --lr 8e-4 --warmup 20",
+    "unclipped": "--steps 20 --updates 4 --lr 4e-4 --clip 0.9 --clip-high 10 --dual-clip 100",
     "temperature1.3": "--steps 30 --temperature 1.3 --lr 4e-4",
     "sequence": "--steps 40 --lr 8e-4 --loss-agg sequence",
 }
