@@ -56,10 +56,13 @@ def run(directory: Path, flags: str) -> int:
 
 
 def row(name: str, flags: str, directory: Path) -> dict:
-    """What a run's files say, for one line of the table. Sampled success is a mean of 5 steps, the spike the
-    largest of the run, NLLs are ratios of the last measurement to the start; `halved_*` is measured at the
-    first step, after the first 5, whose sampled success is at most half of theirs; `end_*` are the message
-    states of the last 5 steps."""
+    """What a run's files say, for one line of the table.
+
+    Greedy success: before, the best on the way (on `--eval-part` tasks), after. Sampled success: a mean of 5
+    steps. The spike is the largest of the run; NLLs are ratios of the last measurement to the start.
+    `halved_*` is measured at the first step, after the first 5, whose sampled success is at most half of
+    theirs; `end_*` are the message states of the last 5 steps.
+    """
     with (directory / "metrics.csv").open() as file:
         steps = [{k: float(v) if v else math.nan for k, v in line.items()} for line in csv.DictReader(file)]
     probes = [json.loads(line) for line in (directory / "probes.jsonl").read_text().splitlines()]
@@ -76,6 +79,7 @@ def row(name: str, flags: str, directory: Path) -> dict:
         "steps": len(steps),
         "minutes": sum(s["seconds"] for s in steps) / 60,
         "greedy_before": greedy.get("before"),
+        "greedy_best": max((s["eval_success"] for s in steps if s["eval_success"] >= 0), default=None),
         "greedy_after": greedy.get("after"),
         "sampled_start": full[0],
         "sampled_best": max(full),

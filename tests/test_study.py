@@ -14,7 +14,7 @@ def logged(directory, success, control, content, growth=None):
     """A run directory with made-up logs: sampled success and NLLs of each step."""
     directory.mkdir(parents=True)
     names = ["step", "success", "seconds", "nll_control", "nll_content"]
-    names += [f"state_{state}" for state in study.MESSAGE_STATES]
+    names += ["eval_success", *(f"state_{state}" for state in study.MESSAGE_STATES)]
     with (directory / "metrics.csv").open("w", newline="") as file:
         writer = csv.DictWriter(file, names, restval="0.125")
         writer.writeheader()
@@ -42,7 +42,7 @@ def test_row_by_hand(tmp_path):
         4
     )
     assert found["nll_control"] == pytest.approx(15) and found["end_call"] == 0.125
-    assert found["greedy_before"] is None
+    assert found["greedy_before"] is None and found["greedy_best"] == 0.125
 
 
 def test_a_run_that_holds(tmp_path):
