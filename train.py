@@ -65,7 +65,9 @@ class Config:
     # what runs
     scheme: str = setting("hint", "trainer variant; see --list", tuple(SCHEMES))
     schedule: str = setting("", "when an SFT signal is trained (default: the scheme's own)", ("", *SCHEDULES))
-    preset: str = setting("nano", "named set of settings, overridden by flags", ("nano", "smoke", "paper"))
+    preset: str = setting(
+        "nano", "named set of settings, overridden by flags", ("nano", "smoke", "collapse", "paper")
+    )
     model: str = setting(BUILT_IN, "checkpoint directory, hub name, or nano, the built-in model")
     tasks: str = setting("train", f"training tasks: {', '.join(SPLITS)} or a JSONL file")
     format: str = setting("hermes", "syntax of tool calls", tuple(FORMATS))
@@ -173,6 +175,16 @@ PRESETS: dict[str, dict] = {
         "sft_window": 1,
         "sft_epochs": 1,
         "sft_tokens": 500,
+    },
+    # Many small, noisy steps at five times the usual rate: success first holds, then calls fall apart.
+    "collapse": {
+        "steps": 100,
+        "prompts": 4,
+        "lr": 1e-3,
+        "warmup": 30,
+        "probe_every": 4,
+        "eval_every": 25,
+        "show_every": 25,
     },
     "paper": {
         "steps": 300,

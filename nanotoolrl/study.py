@@ -36,7 +36,13 @@ COLLAPSE_SEARCH = {
     "temperature1.3": "--steps 30 --temperature 1.3 --lr 4e-4",
     "sequence": "--steps 40 --lr 8e-4 --loss-agg sequence",
 }
-STUDIES = {"collapse-search": {name: f"{SCREEN} {flags}" for name, flags in COLLAPSE_SEARCH.items()}}
+STUDIES = {
+    "collapse-search": {name: f"{SCREEN} {flags}" for name, flags in COLLAPSE_SEARCH.items()},
+    "collapse": {
+        f"seed{seed}": f"--scheme grpo --preset collapse --seed {seed} --eval-every 33 --eval-part 400"
+        for seed in range(5)
+    },
+}
 
 
 def run(directory: Path, flags: str) -> int:
