@@ -466,12 +466,20 @@ def control_tokens(chat: Chat, format: str) -> dict[str, int]:
         "</tool_response>",
     )
     ids = {chat.control[name] for name in structure if name in chat.control}
+    ids = ids.union(*call_ends(chat, format))
+    return {chat.decode([i]): i for i in sorted(ids)}
+
+
+def call_ends(chat: Chat, format: str) -> tuple[set[int], set[int]]:
+    """(tokens that open, tokens that close the body of a rendered call), as this tokenizer splits it."""
+    openers, closers = set(), set()
     for value in (1, "a"):
         text = render_calls([Call("name", {"key": value})], format)
         body = [piece for piece in chat._split.split(text) if piece not in chat.control and piece.strip()][0]
         written = [i for i in chat.encode(body) if chat.decode([i]).strip()]
-        ids |= {written[0], written[-1]}
-    return {chat.decode([i]): i for i in sorted(ids)}
+        openers.add(written[0])
+        closers.add(written[-1])
+    return openers, closers
 
 
 ROLE_COLORS = {"system": "90", "user": "36", "assistant": "32", "tool": "33"}

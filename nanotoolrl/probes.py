@@ -14,7 +14,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from nanotoolrl.chat import FORMATS, control_tokens
+from nanotoolrl.chat import FORMATS, call_ends, control_tokens
 from nanotoolrl.env import Task
 from nanotoolrl.logprob import token_logprob
 from nanotoolrl.model import Policy, pad
@@ -37,11 +37,6 @@ class Measurement:
 
     columns: dict[str, float]
     tokens: dict[str, dict[str, float]]
-
-    @property
-    def worst(self) -> str:
-        """The control token that spiked most."""
-        return max(self.tokens, key=lambda token: self.tokens[token]["growth"])
 
 
 class ProbeSet:
@@ -71,6 +66,10 @@ class ProbeSet:
         self.is_next = self.targets[:, None] == self.control_ids  # [N, C]
         choice = (self.first | (self.calls & stop))[:, None] & opener
         choice |= (~self.calls & ~self.first)[:, None] & (self.control_ids == chat.end_id)
+        closer = torch.isin(
+            self.control_ids, torch.tensor(sorted(call_ends(chat, format)[1])).to(stop.device)
+        )
+        choice |= (self.calls & ~self.first & ~self.is_next.any(1))[:, None] & closer
         self.wrong = ~self.is_next & ~choice  # [N, C]
         with torch.inference_mode():
             self.start_hidden, self.start_head = self._hidden(policy), policy.head.detach().clone()
@@ -169,10 +168,11 @@ def displacement_own(policy: Policy, trajectories: Sequence[Trajectory], tempera
 
 
 def survival(trajectories: Sequence[Trajectory]) -> list[float]:
-    """Entry k: share of rollouts, among those of tasks with more than k turns, that passed turns 0 to k."""
-    shares = []
-    for k in range(max((row.turns for row in trajectories), default=0)):
-        rows = [row for row in trajectories if row.turns > k]
+    """Entry k: share of the policy's own rollouts, among those of tasks with more than k turns, that passed
+    turns 0 to k."""
+    own, shares = [row for row in trajectories if row.source == "policy"], []
+    for k in range(max((row.turns for row in own), default=0)):
+        rows = [row for row in own if row.turns > k]
         passed = [len(row.verdicts) > k and all(v.passed for v in row.verdicts[: k + 1]) for row in rows]
         shares.append(sum(passed) / len(rows))
     return shares
