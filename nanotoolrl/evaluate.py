@@ -104,7 +104,7 @@ def table(columns: dict[str, Scores]) -> str:
         cells = []
         for scores in columns.values():
             cells.append(_cell(scores.of(name)))
-        lines.append(f"{name:<14}" + "".join(f"{cell:>24}" for cell in cells))
+        lines.append(f"{name:<14}" + "".join(f" {cell:>23}" for cell in cells))
     return "\n".join(lines)
 
 
@@ -124,7 +124,7 @@ def grid(columns: dict[tuple[str, str], Scores], trained: str) -> str:
     for format in formats:
         cells = [_cell(columns[format, name].of("all")) for name in sets]
         label = f"{format} ({'trained' if format == trained else 'foreign'})"
-        lines.append(f"{label:<18}" + "".join(f"{cell:>24}" for cell in cells))
+        lines.append(f"{label:<18}" + "".join(f" {cell:>23}" for cell in cells))
     return "\n".join(lines)
 
 
@@ -157,6 +157,15 @@ def checkup(
 
 
 # ------------------------------------------------------------------------------------------------ the command
+# Which flags count in which kind of evaluation; others are refused, not ignored.
+FLAGS = {
+    "score": "model tasks format count temperature samples hint force_prefix seed context max_messages",
+    "grid": "model format count temperature samples hint force_prefix seed context max_messages",
+    "doctor": "model tasks format count compare context max_messages",
+    "transcripts": "format",
+}
+
+
 def main(argv: list[str] | None = None) -> int:
     """The command; returns 0, or 2 when refused."""
     parser = argparse.ArgumentParser(
@@ -169,7 +178,12 @@ def main(argv: list[str] | None = None) -> int:
         help="checkpoint directory, hub name, or nano, the built-in model (default)",
     )
     add("--tasks", default="test", help=f"{', '.join(SPLITS)} or a JSONL file (default: test)")
-    add("--format", choices=(*FORMATS, "all"), default="all", help="syntax of calls (default: all)")
+    add(
+        "--format",
+        choices=tuple(FORMATS),
+        help="syntax of calls (default: all; for --grid, --doctor and --transcripts the trained one: that of "
+        "the model's run, if any, else hermes)",
+    )
     add("--count", type=int, default=0, help="a fixed sample of so many tasks (default: 0, all)")
     add("--temperature", type=float, default=0.0, help="0 is greedy (default: 0)")
     add("--samples", type=int, default=1, help="rollouts of each task (default: 1); needs a temperature")
@@ -179,9 +193,6 @@ def main(argv: list[str] | None = None) -> int:
     add("--context", type=int, default=2048, help="tokens per episode (default: 2048)")
     add("--max-messages", type=int, default=20, help="assistant messages per episode (default: 20)")
     add("--json", metavar="FILE", help="write the numbers there, too")
-    add(
-        "--trained", choices=tuple(FORMATS), default="hermes", help="the format of training (default: hermes)"
-    )
     kind = parser.add_mutually_exclusive_group()
     kind.add_argument("--grid", action="store_true", help="trained and foreign formats x test and ood tasks")
     kind.add_argument("--doctor", action="store_true", help="a page about what is wrong with the model")
@@ -195,23 +206,26 @@ def main(argv: list[str] | None = None) -> int:
     )
     args = parser.parse_args(argv)
     torch.set_num_threads(os.cpu_count() or 1)
+    kind = next((name for name in COMMANDS if getattr(args, name, None)), "score")
+    arguments = {name: value for name, value in vars(args).items() if name in FLAGS[kind].split()}
     try:
+        for name in vars(args).keys() - arguments.keys() - {*COMMANDS, "json"}:
+            if getattr(args, name) != parser.get_default(name):
+                where = "without --doctor" if kind == "score" else f"with --{kind}"
+                raise ValueError(f"--{name.replace('_', '-')} says nothing {where}")
         if args.count < 0 or args.temperature < 0 or args.samples < 1:
             raise ValueError("--count and --temperature must not be negative, --samples must be positive")
         if args.samples > 1 and args.temperature == 0:
             raise ValueError("--samples above 1 needs a --temperature: greedy rollouts are all the same")
-        if args.compare and not args.doctor:
-            raise ValueError("--compare goes with --doctor")
         if args.json and not Path(args.json).resolve().parent.is_dir():
             raise FileNotFoundError(f"no directory for --json {args.json}")
-        command = next((c for name, c in COMMANDS.items() if getattr(args, name)), score)
-        text, numbers = command(args)
+        text, numbers = COMMANDS[kind](args)
     except (ModelError, OSError, ValueError) as error:
         print(f"evaluate: {error}", file=sys.stderr)
         return 2
     print(text)
     if args.json:
-        arguments = {name: value for name, value in vars(args).items() if name != "json"}
+        arguments = {"kind": kind} | arguments
         Path(args.json).write_text(json.dumps({"arguments": arguments} | numbers))
     return 0
 
@@ -225,7 +239,7 @@ def chosen_tasks(name: str, count: int) -> list[Task]:
 def score(args: argparse.Namespace) -> tuple[str, dict]:
     """Success by category in each format, and message states."""
     policy, tasks = load(args.model), chosen_tasks(args.tasks, args.count)
-    formats = FORMATS if args.format == "all" else [args.format]
+    formats = [args.format] if args.format else FORMATS
     columns = {format: play(policy, tasks, format, args) for format in formats}
     scores = {format: dataclasses.asdict(one) for format, one in columns.items()}
     return f"{table(columns)}\n{states_table(columns)}", {"scores": scores}
@@ -233,14 +247,14 @@ def score(args: argparse.Namespace) -> tuple[str, dict]:
 
 def score_grid(args: argparse.Namespace) -> tuple[str, dict]:
     """Success in the trained and the foreign formats on tasks of the trained and of other domains."""
-    policy = load(args.model)
-    formats = [args.trained, *(format for format in FORMATS if format != args.trained)]
+    policy, trained = load(args.model), args.format or of_run(args.model, "format") or "hermes"
+    formats = [trained, *(format for format in FORMATS if format != trained)]
     columns = {}
     for name in ("test", "ood"):
         tasks = chosen_tasks(name, args.count)
         columns |= {(format, name): play(policy, tasks, format, args) for format in formats}
     scores = {f"{format} {name}": dataclasses.asdict(one) for (format, name), one in columns.items()}
-    return grid(columns, args.trained), {"scores": scores}
+    return grid(columns, trained), {"trained": trained, "scores": scores}
 
 
 def play(policy: Policy, tasks: Sequence[Task], format: str, args: argparse.Namespace) -> Scores:
@@ -257,12 +271,13 @@ def doctor(args: argparse.Namespace) -> tuple[str, dict]:
     """The doctor's page about a model."""
     tasks = chosen_tasks(args.tasks, args.count)
     probe_tasks = subset(load_tasks("train"), PROBE_TASKS)
-    before = args.compare or start_of(args.model)
+    before = args.compare or of_run(args.model, "model")
+    trained = args.format or of_run(args.model, "format") or "hermes"
     policies = [load(name) for name in [args.model, *filter(None, [before])]]
-    probes = ProbeSet(policies[-1], probe_tasks, args.trained)
+    probes = ProbeSet(policies[-1], probe_tasks, trained)
     how = {"max_messages": args.max_messages, "context": args.context}
     found = [
-        checkup(policy, name, tasks, args.trained, probes, **how)
+        checkup(policy, name, tasks, trained, probes, **how)
         for policy, name in zip(policies, [args.model, before])
     ]
     model, reference = found[0], found[1] if before else None
@@ -271,18 +286,18 @@ def doctor(args: argparse.Namespace) -> tuple[str, dict]:
     return page(model, reference), numbers
 
 
-def start_of(model: str) -> str:
-    """The model that a run started from, if `model` is the directory of its result; else ""."""
+def of_run(model: str, setting: str) -> str:
+    """A setting of the run that made a model, if `model` is the directory of its result; else ""."""
     config = Path(model).parent / "config.json"
     try:
-        return str(json.loads(config.read_text())["model"])
+        return str(json.loads(config.read_text())[setting])
     except (OSError, ValueError, KeyError, TypeError):
         return ""
 
 
 def logged(args: argparse.Namespace) -> tuple[str, dict]:
     """The page about a file of conversations."""
-    found = read_transcripts(Path(args.transcripts), args.trained)
+    found = read_transcripts(Path(args.transcripts), args.format or "hermes")
     numbers = {
         "conversations": found.conversations,
         "states": dict(found.states),
@@ -293,7 +308,7 @@ def logged(args: argparse.Namespace) -> tuple[str, dict]:
     return transcripts_page(found), numbers
 
 
-COMMANDS = {"grid": score_grid, "doctor": doctor, "transcripts": logged}
+COMMANDS = {"score": score, "grid": score_grid, "doctor": doctor, "transcripts": logged}
 
 
 if __name__ == "__main__":

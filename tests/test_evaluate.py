@@ -98,7 +98,7 @@ def test_command(tmp_path, capsys):
 
 def test_grid_command(tmp_path, capsys):
     out = tmp_path / "grid.json"
-    assert main(["--grid", "--trained", "xml", *FEW, "--json", str(out)]) == 0
+    assert main(["--grid", "--format", "xml", *FEW, "--json", str(out)]) == 0
     printed = capsys.readouterr().out
     assert "xml (trained)" in printed and "hermes (foreign)" in printed and "ood" in printed
     pairs = {f"{format} {tasks}" for format in ("xml", "hermes", "python") for tasks in ("test", "ood")}
@@ -130,6 +130,13 @@ def test_doctor_without_anything_to_compare_with(capsys):
     assert "structure is healthy in hermes" in printed and "growth" not in printed
 
 
+def test_the_format_of_training_is_that_of_the_run(tmp_path, capsys):
+    (tmp_path / "config.json").write_text(json.dumps({"model": "nano", "format": "python"}))
+    load(NANO).save(tmp_path / "model")
+    assert main(["--doctor", "--model", str(tmp_path / "model"), *FEW]) == 0
+    assert "no collapse in python" in capsys.readouterr().out
+
+
 def test_transcripts_command(tmp_path, capsys):
     logs, out = tmp_path / "logs.jsonl", tmp_path / "found.json"
     said = ["<tool_call>", "Fine.", "<tool_call>"]
@@ -148,7 +155,10 @@ def test_transcripts_command(tmp_path, capsys):
         (["--count", "-1"], "--count"),
         (["--samples", "2"], "needs a --temperature"),
         (["--samples", "0", "--temperature", "1"], "--samples must be positive"),
-        (["--compare", "nano"], "--compare goes with --doctor"),
+        (["--compare", "nano"], "--compare says nothing without --doctor"),
+        (["--doctor", "--temperature", "1"], "--temperature says nothing with --doctor"),
+        (["--grid", "--tasks", "train"], "--tasks says nothing with --grid"),
+        (["--transcripts", "x", "--hint"], "--hint says nothing with --transcripts"),
         (["--doctor", "--compare", "data/no"], "data/no"),
         (["--transcripts", "no.jsonl"], "no.jsonl"),
         (["--json", "no/such/file.json"], "no directory for --json"),

@@ -1,6 +1,7 @@
 """The probe set against whole softmax tables, and its layout against a rollout that says the ground truth."""
 
 import math
+from dataclasses import replace
 from types import SimpleNamespace
 
 import pytest
@@ -89,6 +90,9 @@ def test_mask_covers_the_assistants_messages(policy, tasks, format):
 
 
 # ------------------------------------------------------------------------------------------------- columns
+CLOSERS = {"hermes": {"}}", '"}}'}, "python": {")]", '")]'}, "xml": {">"}}
+
+
 def plain(policy, start, tasks, format):
     """(columns, numbers by control token), from whole [N, V] tables, position by position."""
     control = control_tokens(policy.chat, format)
@@ -115,13 +119,15 @@ def plain(policy, start, tasks, format):
     tokens = {}
     for name, token in control.items():
 
-        def honest(first, last, state, token=token):
+        def honest(due, first, last, state, name=name, token=token):
             if token == opening[0]:
                 return first or (state == "call" and last)
+            if name in CLOSERS[format]:
+                return state == "call" and not first and due not in control.values()
             return token == stop and state == "reply" and not first
 
         found = [(ours[token].exp().item(), *rest) for ours, _, *rest in places]
-        wrong = [p for p, is_id, first, last, s, _ in found if is_id != token and not honest(first, last, s)]
+        wrong = [p for p, due, *where, _ in found if due != token and not honest(due, *where)]
         tokens[name] = {
             "required": mean([p for p, is_id, *_ in found if is_id == token]),
             "spurious": mean(wrong),
@@ -167,7 +173,6 @@ def test_measurement_equals_whole_tables(policy, tiny, tasks, monkeypatch, forma
     assert list(found.tokens) == list(tokens)
     for name, values in tokens.items():
         assert found.tokens[name] == pytest.approx(values, rel=1e-3, abs=1e-7, nan_ok=True)
-    assert found.worst == max(tokens, key=lambda name: tokens[name]["growth"])
 
 
 def test_measurement_of_the_builtin_model(policy, tasks):
@@ -212,7 +217,8 @@ def test_growth_names_the_token_that_is_pushed(tiny, tasks, name):
     with torch.no_grad():
         tiny.head[tiny.chat.control[name], 0] += 50.0  # dimension 0 of the hidden state is always positive
     found = probes.measure(tiny)
-    assert found.worst == name and found.columns["spurious_growth"] >= 10
+    assert max(found.tokens, key=lambda token: found.tokens[token]["growth"]) == name
+    assert found.columns["spurious_growth"] >= 10
     assert found.columns["spurious_control"] > before["spurious_control"]
 
 
@@ -257,8 +263,9 @@ def rolled(passed, turns, reward=0.0, tokens=(), mask=()):
 
 
 def test_survival_by_hand():
-    """Turn 2 passed after turn 1 failed does not count; tasks with fewer turns stay out."""
+    """Turn 2 passed after turn 1 failed does not count; fewer turns and help stay out."""
     rows = [rolled([1, 1], 2), rolled([0, 1], 2), rolled([1], 2), rolled([1], 1), rolled([], 3)]
+    rows += [replace(rolled([1, 1], 2), source=source) for source in ("hint", "oracle")]
     assert survival(rows) == [3 / 5, 1 / 4, 0.0]
     assert survival([]) == []
 
