@@ -17,6 +17,7 @@ from nanotoolrl.probes import growth
 BROKEN = 0.2  # share of unhealthy messages from which on the structure counts as broken
 COLLAPSED = 0.25  # of the reference's success
 INTACT = 0.5  # of the reference's success, in another format or with the prefix forced
+BROKEN_TEXT = ("bare", "malformed", "polluted", "foreign")  # beside structured calls
 FORCED = "forced prefix"
 EXCERPT = 60  # characters shown of a broken message
 
@@ -101,12 +102,12 @@ def page(model: Checkup, reference: Checkup | None) -> str:
     """The whole page: verdict, success, message states, control tokens."""
     both = [model] + ([reference] if reference else [])
     lines = [f"verdict: {verdict(model, reference)}", ""]
-    lines.append(f"{'success %':<24}" + "".join(f"{one.name[-24:]:>26}" for one in both))
+    lines.append(f"{'success %':<24}" + "".join(f"{one.name[-26:]:>28}" for one in both))
     for name, share in model.success.items():
         shares = [one.success[name] for one in both]
         label = f"{name} (trained)" if name == model.format else name
-        lines.append(f"{label:<24}" + "".join(f"{_shown(share) + f' n={share[3]}':>26}" for share in shares))
-    lines += ["", f"{'messages %':<24}" + "".join(f"{one.name[-24:]:>26}" for one in both)]
+        lines.append(f"{label:<24}" + "".join(f"{_shown(share) + f' n={share[3]}':>28}" for share in shares))
+    lines += ["", f"{'messages %':<24}" + "".join(f"{one.name[-26:]:>28}" for one in both)]
     for state in MESSAGE_STATES:
         shares = [one.states.get(state, 0) / max(1, sum(one.states.values())) for one in both]
         lines.append(f"{state:<24}" + "".join(f"{100 * share:>26.1f}" for share in shares))
@@ -140,11 +141,12 @@ def read_transcripts(path: Path, format: str) -> Transcripts:
     """Message states of anybody's logged conversations: JSONL, one conversation a line, a list of messages
     with `role` and `content`, or an object with `messages`.
 
-    OpenAI-style `tool_calls` are read as calls of the format; `finish_reason` "length" as overlong. Raises
-    ValueError, with the line, on what is no conversation.
+    OpenAI-style `tool_calls` are read as calls of the format, unless the text beside them is broken itself;
+    `finish_reason` "length" as overlong. Raises ValueError, with the line, on what is no conversation, and
+    where no assistant speaks.
     """
     found = Transcripts()
-    with path.open(encoding="utf-8", errors="replace") as file:
+    with path.open(encoding="utf-8-sig", errors="replace") as file:
         for number, line in enumerate(file, 1):
             if not line.strip():
                 continue
@@ -163,8 +165,8 @@ def read_transcripts(path: Path, format: str) -> Transcripts:
                     found.first_broken = found.first_broken or place
             if first is not None:
                 found.broken_at[first + 1] += 1
-    if not found.conversations:
-        raise ValueError(f"{path} holds no conversation")
+    if not found.states:
+        raise ValueError(f"{path} holds no message of role assistant")
     return found
 
 
@@ -189,25 +191,26 @@ def _messages(line: str, place: str, format: str) -> list[dict]:
 
 def _content(message: dict, format: str) -> str:
     """Text of a message; structured calls are written in the format, unreadable ones as they stand."""
-    calls = message.get("tool_calls")
-    if isinstance(calls, list) and calls:
-        form, written = FORMATS[format], []
-        for call in calls:
-            function = call.get("function") if isinstance(call, dict) else None
-            function = function if isinstance(function, dict) else {}
-            name, arguments = function.get("name"), function.get("arguments", {})
-            try:
-                arguments = json.loads(arguments) if isinstance(arguments, str) else arguments
-                if not isinstance(name, str) or not isinstance(arguments, dict):
-                    raise ValueError
-                written.append(render_calls([Call(name, arguments)], format))
-            except (ValueError, TypeError, RecursionError):
-                written.append(f"{form.prefix}{name} {function.get('arguments')}")
-        return "\n".join(written)
     content = message.get("content") or ""
     if isinstance(content, list):
-        return "".join(str(part.get("text", "")) for part in content if isinstance(part, dict))
-    return str(content)
+        content = "".join(str(part.get("text", "")) for part in content if isinstance(part, dict))
+    calls = message.get("tool_calls") or message.get("function_call")
+    calls = [calls] if isinstance(calls, dict) else calls
+    if not isinstance(calls, list) or not calls or message_state(str(content), format) in BROKEN_TEXT:
+        return str(content)
+    written = []
+    for call in calls:
+        call = call if isinstance(call, dict) else {}
+        function = call["function"] if isinstance(call.get("function"), dict) else call
+        name, arguments = function.get("name"), function.get("arguments", {})
+        try:
+            arguments = json.loads(arguments) if isinstance(arguments, str) else arguments
+            if not isinstance(name, str) or not isinstance(arguments, dict):
+                raise ValueError
+            written.append(render_calls([Call(name, arguments)], format))
+        except (ValueError, TypeError, RecursionError):
+            written.append(f"{FORMATS[format].prefix}{name} {function.get('arguments')}")
+    return "\n".join(written)
 
 
 def transcripts_page(found: Transcripts, most: int = 8) -> str:
@@ -230,5 +233,5 @@ def transcripts_page(found: Transcripts, most: int = 8) -> str:
             lines.append(f"{count:>6} x message {place}")
         lines += ["", "most frequent:"]
         for (state, text), count in found.breakages.most_common(most):
-            lines.append(f"{count:>6} x {state}: {text}")
+            lines.append(f"{count:>6} x {state}: {text!r}")
     return "\n".join(lines)

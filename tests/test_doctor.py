@@ -106,7 +106,31 @@ def test_transcripts_by_hand(tmp_path):
     assert found.breakages["bare", "<tool_call>"] == 2 and found.broken_at == {2: 1, 1: 2}
     text = transcripts_page(found)
     assert text.startswith("verdict: structure is broken: 4 of 8 assistant messages in 5 conversations")
-    assert "2 x bare: <tool_call>" in text
+    assert "2 x bare: '<tool_call>'" in text
+
+
+@pytest.mark.parametrize(
+    ("message", "state"),
+    [
+        ({"content": "Let me look.", "tool_calls": [{"function": {"name": "f", "arguments": "{}"}}]}, "call"),
+        ({"content": "<tool_call>", "tool_calls": [{"function": {"name": "f", "arguments": "{}"}}]}, "bare"),
+        ({"content": None, "function_call": {"name": "f", "arguments": "{}"}}, "call"),
+        ({"tool_calls": [{"name": "f", "arguments": {"x": 1}}]}, "call"),
+        ({"content": "Fine.", "tool_calls": []}, "reply"),
+        ({"content": "Fine.", "tool_calls": None}, "reply"),
+    ],
+)
+def test_structured_calls_and_the_text_beside_them(tmp_path, message, state):
+    path = written(tmp_path, [{"role": "assistant"} | message])
+    assert read_transcripts(path, "hermes").states == {state: 1}
+
+
+def test_nasty_text_is_escaped_and_a_byte_order_mark_is_no_error(tmp_path):
+    line = json.dumps([{"role": "assistant", "content": "<tool_call>\ud800\x1b[31m\x07"}])
+    (tmp_path / "log.jsonl").write_bytes(b"\xef\xbb\xbf" + line.encode())
+    text = transcripts_page(read_transcripts(tmp_path / "log.jsonl", "hermes"))
+    assert "\x1b" not in text and "\\x1b[31m" in text
+    text.encode()
 
 
 @pytest.mark.parametrize(
@@ -132,7 +156,17 @@ def test_healthy_transcripts_have_no_list_of_breakages(tmp_path):
 
 @pytest.mark.parametrize(
     "content",
-    ["", "{", "3\n", '{"messages": 3}\n', '[{"content": "no role"}]\n', "[" * 100_000 + "\n", "\xff"],
+    [
+        "",
+        "[]\n",
+        '[{"role": "user", "content": "Hi"}]\n',
+        "{",
+        "3\n",
+        '{"messages": 3}\n',
+        '[{"content": "no role"}]\n',
+        "[" * 100_000 + "\n",
+        "\xff",
+    ],
 )
 def test_what_is_no_conversation_is_refused_by_line(tmp_path, content):
     path = tmp_path / "log.jsonl"
