@@ -9,6 +9,7 @@ import argparse
 import base64
 import csv
 import json
+import math
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -42,6 +43,7 @@ STATE_COLORS = {
     "overlong": "#CC79A7",
 }
 SIDES = ("self", "other")
+plt.rcParams |= {"lines.marker": ".", "lines.markersize": 4}  # a single step is a point
 SPARKS = "▁▂▃▄▅▆▇█"
 
 
@@ -60,9 +62,10 @@ class RunFiles:
     probes: list[dict]
 
     def series(self, column: str) -> tuple[list[float], list[float]]:
-        """(steps, values) of a column where it is not empty."""
+        """(steps, values) of a column where it is not empty; from step 0, the start, if that was measured."""
         pairs = zip(self.metrics.get("step", []), self.metrics.get(column, []))
-        found = [(step, value) for step, value in pairs if value is not None]
+        found = [(line["step"], line[column]) for line in self.probes[:1] if column in line]
+        found += [(step, value) for step, value in pairs if value is not None]
         return [step for step, _ in found], [value for _, value in found]
 
     def details(self, *keys: str) -> tuple[list[float], list[float]]:
@@ -89,18 +92,37 @@ def read_run(path: Path) -> RunFiles:
         config = json.loads((path / "config.json").read_text())
         with (path / "metrics.csv").open() as file:
             rows = list(csv.DictReader(file))
-        metrics = {name: [float(row[name]) if row[name] else None for row in rows] for name in rows[0]}
-        probes = [json.loads(line) for line in _lines(path / "probes.jsonl")]
-    except (OSError, ValueError, KeyError, IndexError, TypeError) as error:
+        metrics = {name: [_number(row[name]) for row in rows] for name in rows[0]}
+        probes = [json.loads(line) for line in whole_lines(path / "probes.jsonl")]
+        if not {"scheme", "model"} <= config.keys() or not all("step" in line for line in probes):
+            raise KeyError("scheme, model or step is missing")
+    except (OSError, ValueError, KeyError, IndexError, TypeError, AttributeError) as error:
         raise Unreadable(f"{path} is not a finished step of a run: {type(error).__name__}: {error}") from None
-    return RunFiles(path, path.name, config, metrics, probes)
+    return RunFiles(path, path.resolve().name, config, metrics, probes)
 
 
-def _lines(path: Path) -> list[str]:
+def _number(cell: str) -> float | None:
+    """A cell of metrics.csv; None if it is empty or not finite."""
+    value = float(cell or "nan")
+    return value if math.isfinite(value) else None
+
+
+def tell_apart(runs: Sequence[RunFiles]) -> None:
+    """Name runs by their directories, with the parent's where two are alike, for legends and menus."""
+    names = [run.name for run in runs]
+    for run in runs:
+        if names.count(run.name) > 1:
+            run.name = f"{run.path.resolve().parent.name}/{run.name}"
+        run.name = run.name.lstrip("_") or "run"  # matplotlib hides labels that begin with one
+
+
+def whole_lines(path: Path) -> list[str]:
     """Whole lines of a log; none where there is no such file."""
     if not path.exists():
         return []
-    return [line for line in path.read_text().splitlines(keepends=True) if line.endswith("\n")]
+    return [
+        line for line in path.read_text().splitlines(keepends=True) if line.endswith("\n") and line.strip()
+    ]
 
 
 # ---------------------------------------------------------------------------------------------------- figures
@@ -125,7 +147,8 @@ def message_states(axes: Axes, runs: Sequence[RunFiles]) -> None:
         for i, run in enumerate(runs):
             steps = run.series("state_call")[0]
             parts = [run.series(f"state_{state}")[1] for state in UNHEALTHY_STATES]
-            axes.plot(steps, [sum(values) for values in zip(*parts)], color=COLORS[i % 9], label=run.name)
+            if steps:
+                axes.plot(steps, [sum(values) for values in zip(*parts)], color=COLORS[i % 9], label=run.name)
         axes.set_ylabel("share of unhealthy messages")
     axes.set_ylim(0, 1)
 
@@ -214,10 +237,10 @@ def _by_token(
         curves = {token: (steps, [change(p) for p in ps]) for token, (steps, ps) in curves.items() if steps}
         if len(runs) > 1 and curves:
             worst = max(curves, key=lambda token: curves[token][1][-1])
-            axes.plot(*curves[worst], color=COLORS[i % 9], marker=".", label=f"{run.name}: {worst}")
+            axes.plot(*curves[worst], color=COLORS[i % 9], label=f"{run.name}: {worst}")
             continue
         for c, (token, curve) in enumerate(curves.items()):
-            axes.plot(*curve, STYLES[c // 5], color=COLORS[c % 9], marker=".", label=token)
+            axes.plot(*curve, STYLES[c // 5], color=COLORS[c % 9], label=token)
 
 
 FIGURES: dict[str, Callable[[Axes, Sequence[RunFiles]], None]] = {
@@ -235,7 +258,7 @@ def draw(runs: Sequence[RunFiles], directory: Path) -> list[Path]:
     """Write every figure as PNG; returns their paths."""
     paths = []
     for title, figure in FIGURES.items():
-        canvas, axes = plt.subplots(figsize=(7, 3.8), layout="constrained")
+        canvas, axes = plt.subplots(figsize=(5.5, 3.6))
         figure(axes, runs)
         axes.set_title(title)
         axes.set_xlabel("RL step")
@@ -244,18 +267,12 @@ def draw(runs: Sequence[RunFiles], directory: Path) -> list[Path]:
         handles, labels = axes.get_legend_handles_labels()
         if handles:
             labels = [label.replace("$", r"\$") for label in labels]
-            axes.legend(
-                handles,
-                labels,
-                fontsize=7.5,
-                ncols=1 + len(labels) // 10,
-                loc="center left",
-                bbox_to_anchor=(1.0, 0.5),
-            )
+            beside = {"loc": "center left", "bbox_to_anchor": (1.0, 0.5)}
+            axes.legend(handles, labels, fontsize=7.5, ncols=1 + len(labels) // 15, **beside)
         else:
             axes.text(0.5, 0.5, "not measured", ha="center", va="center", transform=axes.transAxes)
         paths.append(directory / f"{title.replace(' ', '_')}.png")
-        canvas.savefig(paths[-1], dpi=110)
+        canvas.savefig(paths[-1], dpi=110, bbox_inches="tight")
         plt.close(canvas)
     return paths
 
@@ -266,7 +283,7 @@ def rollouts_of(run: RunFiles, most_bytes: int) -> tuple[list[dict], dict[int, s
     the first and the last stay, until the lines take at most `most_bytes`."""
     chat = load_chat(run.config["model"])
     lines: dict[int, list[str]] = {}
-    for line in _lines(run.path / "rollouts.jsonl"):
+    for line in whole_lines(run.path / "rollouts.jsonl"):
         lines.setdefault(json.loads(line)["step"], []).append(line)
     numbers, size = list(lines), sum(map(len, sum(lines.values(), []))) // 2  # half of a line is not shown
     kept = max(2, int(len(numbers) * min(1.0, most_bytes / max(1, size))))
@@ -290,7 +307,7 @@ def _rollout(row: dict, chat: Chat) -> dict:
     return {
         "tokens": row["tokens"],
         "mask": "".join(map(str, row["loss_mask"])),
-        "logprobs": [round(x, 2) for x in row["logprobs"]],
+        "logprobs": [] if row["source"] == "oracle" else [round(x, 2) for x in row["logprobs"]],
         "reward": row["reward"],
         "advantage": row["advantage"],
         "source": row["source"],
@@ -306,9 +323,8 @@ def messages_of(tokens: list[int], mask: list[int], states: list[str], chat: Cha
     starts = [t for t, (token, sampled) in enumerate(zip(tokens, mask)) if token == begin and not sampled]
     left, found = list(states), []
     for start, end in zip(starts, starts[1:] + [len(tokens)]):
-        role = chat.decode(tokens[start + 1 : start + 2]).strip()
-        if role == "user" and chat.control.get("<tool_response>") in tokens[start : start + 4]:
-            role = "tool"
+        role, _, body = chat.decode(tokens[start + 1 : end]).partition("\n")
+        role = "tool" if role == "user" and body.startswith("<tool_response>") else role
         state = left.pop(0) if role == "assistant" and left else ""
         found.append({"role": role, "start": start, "end": end, "state": state})
     return found
@@ -319,7 +335,11 @@ def build(runs: Sequence[RunFiles], directory: Path) -> Path:
     figures = draw(runs, directory)
     share, shown, notes = MOST_BYTES // len(runs), [], []
     for run in tqdm(runs, "rollouts", unit="run", leave=False, disable=None):
-        steps, vocabulary, total = rollouts_of(run, share)
+        try:
+            steps, vocabulary, total = rollouts_of(run, share)
+        except (KeyError, TypeError, ValueError, IndexError) as error:
+            log = run.path / "rollouts.jsonl"
+            raise Unreadable(f"{log} cannot be read: {type(error).__name__}: {error}") from None
         shown.append({"name": run.name, "steps": steps, "vocabulary": vocabulary})
         notes.append(f"{run.name}: {len(steps)} of the {total} logged steps" if len(steps) < total else "")
     sampled = "; ".join(filter(None, notes))
@@ -334,7 +354,9 @@ def build(runs: Sequence[RunFiles], directory: Path) -> Path:
         "runs": shown,
     }
     # As JSON inside a script element: no "<" may stand in it, or model text could end the element.
-    text = json.dumps(data, ensure_ascii=False, separators=(",", ":")).replace("<", "\\u003c")
+    text = json.dumps(data, ensure_ascii=False, allow_nan=False, separators=(",", ":")).replace(
+        "<", "\\u003c"
+    )
     page = directory / "report.html"
     page.write_text(VIEWER.read_text().replace("/*DATA*/", text), encoding="utf-8")
     return page
@@ -385,9 +407,9 @@ def screen(runs: Sequence[RunFiles]) -> str:
                 ends = f"{values[0]:>8.3g} {values[-1]:>8.3g}  [{min(values):.2g}, {max(values):.2g}]"
                 lines.append(f"  {label:<17}{spark(values):<25}{ends}")
         last = next((line["tokens"] for line in reversed(run.probes) if "tokens" in line), {})
-        worst = sorted(last, key=lambda token: -(last[token]["growth"] or 0))[:2]
+        worst = sorted(last, key=lambda token: -(last[token].get("growth") or 0))[:2]
         if worst:
-            said = ", ".join(f"{token} x{last[token]['growth']:.1f}" for token in worst)
+            said = ", ".join(f"{token} x{last[token].get('growth') or 0:.1f}" for token in worst)
             lines.append(f"  spikes at the end: {said}")
     return "\n".join(lines)
 
@@ -404,13 +426,14 @@ def main(argv: list[str] | None = None) -> int:
     args = parser.parse_args(argv)
     try:
         runs = [read_run(path) for path in args.runs]
+        tell_apart(runs)
         directory = args.out or args.runs[0] / "report"
         directory.mkdir(parents=True, exist_ok=True)
-        page = build(runs, directory)
+        page, text = build(runs, directory), screen(runs)
     except (Unreadable, ModelError, OSError, ValueError) as error:
         print(f"report: {error}", file=sys.stderr)
         return 2
-    print(screen(runs))
+    print(text)
     print(f"page: {page} ({page.stat().st_size / 1e6:.1f} MB); figures: {directory}/*.png")
     return 0
 

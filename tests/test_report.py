@@ -25,7 +25,9 @@ BROWSER = shutil.which("chromium") or shutil.which("chromium-browser") or shutil
 def finished(tmp_path_factory):
     """A run of three steps with an evaluation, one of whose trajectories holds hostile text."""
     out = tmp_path_factory.mktemp("report") / "first"
-    flags = "--scheme hint --steps 3 --probe-every 1 --eval-count 4 --eval-part 2 --eval-every 2"
+    flags = (
+        "--scheme hint --hint-count 1 --steps 3 --probe-every 1 --eval-count 4 --eval-part 2 --eval-every 2"
+    )
     assert test_train.run(*flags.split(), out=out) == 0
     chat, path = load_chat(NANO), out / "rollouts.jsonl"
     lines = [json.loads(line) for line in path.read_text().splitlines()]
@@ -43,7 +45,7 @@ def page(finished):
     sft = finished.parent / "sft"
     flags = ["--scheme", "sft", "--steps", 2, "--sft-batch", 2]
     assert test_train.run(*flags, out=sft) == 0
-    assert main([str(finished), str(sft), "--out", str(finished.parent / "both")]) == 0
+    assert main([str(sft), str(finished), "--out", str(finished.parent / "both")]) == 0
     return finished.parent / "both" / "report.html"
 
 
@@ -103,7 +105,7 @@ def test_several_runs_are_told_apart(finished):
 def test_the_page_holds_what_the_log_holds(finished, page):
     data = embedded(page)
     assert len(data["figures"]) == 7 and data["sampled"] == ""
-    first, sft = data["runs"]
+    sft, first = data["runs"]
     assert sft["steps"] == []
     assert [step["step"] for step in first["steps"]] == [1, 2, 3]
     shown = [one for step in first["steps"] for group in step["groups"] for one in group["rollouts"]]
@@ -122,7 +124,7 @@ def test_the_page_holds_what_the_log_holds(finished, page):
 def test_model_text_cannot_leave_its_element(page):
     source = page.read_text()
     assert EVIL not in source and source.count("</script>") == 2
-    first = embedded(page)["runs"][0]
+    first = embedded(page)["runs"][1]
     hostile = first["steps"][0]["groups"][0]["rollouts"][1]
     assert "".join(first["vocabulary"][str(token)] for token in hostile["tokens"]).endswith(EVIL)
     assert not re.search(r'(?:src|href)="?https?:|@import|fetch\(|XMLHttpRequest', source), (
@@ -172,6 +174,35 @@ def test_a_line_that_is_half_written_is_left_out(finished, tmp_path):
     assert len(read_run(broken).probes) == 4 and rollouts_of(read_run(broken), 10**9)[2] == 3
 
 
+def test_names_tell_runs_apart(finished, tmp_path):
+    paths = [tmp_path / name / "seed0" for name in ("a", "b")] + [tmp_path / "_hidden"]
+    for path in paths:
+        shutil.copytree(finished, path)
+    runs = [read_run(path) for path in paths]
+    report.tell_apart(runs)
+    assert [run.name for run in runs] == ["a/seed0", "b/seed0", "hidden"]
+
+
+def test_the_start_is_step_0_and_bad_cells_are_empty(finished, tmp_path):
+    run = read_run(finished)
+    assert run.series("nll_control")[0] == [0, 1, 2, 3] and run.series("reward")[0] == [1, 2, 3]
+    copy = tmp_path / "copy"
+    shutil.copytree(finished, copy)
+    lines = (copy / "metrics.csv").read_text().splitlines()
+    place = lines[0].split(",").index("entropy")
+    cells = lines[2].split(",")
+    lines[2] = ",".join([*cells[:place], "nan", *cells[place + 1 :]])
+    (copy / "metrics.csv").write_text("\n".join(lines) + "\n")
+    assert read_run(copy).metrics["entropy"][1] is None
+
+
+def test_ground_truth_has_no_probabilities(finished):
+    row = json.loads((finished / "rollouts.jsonl").read_text().splitlines()[0])
+    chat = load_chat(NANO)
+    assert report._rollout(row | {"source": "oracle"}, chat)["logprobs"] == []
+    assert len(report._rollout(row, chat)["logprobs"]) == len(row["tokens"])
+
+
 def test_what_is_no_run_is_refused_by_name(tmp_path, capsys, finished):
     with pytest.raises(Unreadable, match="config.json"):
         read_run(tmp_path)
@@ -185,6 +216,10 @@ def test_what_is_no_run_is_refused_by_name(tmp_path, capsys, finished):
     config = json.loads((gone / "config.json").read_text()) | {"model": str(tmp_path / "no-model")}
     (gone / "config.json").write_text(json.dumps(config))
     assert main([str(gone)]) == 2 and "no-model" in capsys.readouterr().err
+    bad = tmp_path / "bad"
+    shutil.copytree(finished, bad)
+    (bad / "rollouts.jsonl").write_text('{"step": 1}\n')
+    assert main([str(bad)]) == 2 and "rollouts.jsonl cannot be read" in capsys.readouterr().err
 
 
 def test_sparkline_by_hand():

@@ -123,7 +123,7 @@ def test_probes_hold_what_the_report_needs(four):
     control = set(control_tokens(load(NANO).chat, "hermes"))
     assert set(lines[1]["tokens"]) == control
     for line in lines:
-        assert 0 <= line["survival"][-1] <= line["survival"][0] <= 1
+        assert all(0 <= share <= 1 for share in line["survival"])
         mass = line["advantage_mass"]
         assert mass["control_negative"] <= 0 <= mass["control_positive"] and len(mass) == 4
         assert set(line.get("logit_gradient", control)) == control
