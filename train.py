@@ -181,7 +181,7 @@ PRESETS: dict[str, dict] = {
         "steps": 100,
         "prompts": 4,
         "lr": 1e-3,
-        "warmup": 30,
+        "warmup": 60,
         "probe_every": 4,
         "eval_every": 25,
         "show_every": 25,
