@@ -1,7 +1,7 @@
 """What the control tokens are doing.
 
 Three looks at a run. `ProbeSet` measures a policy on a frozen set of ground-truth conversations;
-`logit_gradient` says which way the loss of a step pushes each control token (Hao et al. 2026, §5);
+`logit_gradient` says which way the policy loss of a step pushes each control token (Hao et al. 2026, §5);
 `survival` and `advantage_mass` describe a step's rollouts.
 
 Shapes: N assistant tokens, C control tokens, D width, V vocabulary.

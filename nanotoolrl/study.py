@@ -5,22 +5,26 @@ broken ones are resumed, and the table is made anew from the run directories eac
 """
 
 import argparse
+import contextlib
 import csv
 import json
 import math
 import os
 import subprocess
 import sys
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor, as_completed
 from pathlib import Path
 
 from tqdm import tqdm
 
+import train
 from nanotoolrl.chat import MESSAGE_STATES
 from nanotoolrl.evaluate import Scores
+from nanotoolrl.report import RunFiles, Unreadable, read_run
 
 ROOT = Path(__file__).resolve().parent.parent
-WINDOW = 5  # steps over which sampled success is averaged
+REFUSED = 2  # exit code of a run that was made with other settings, or cannot be made
+WINDOW = 640  # rollouts over which sampled success is averaged
 
 SCREEN = "--scheme grpo --eval-count 100 --eval-every 10 --eval-part 100"
 COLLAPSE_SEARCH = {
@@ -47,66 +51,70 @@ STUDIES = {
 
 def run(directory: Path, flags: str) -> int:
     """One run of train.py on one thread, its output beside the directory; returns the exit code. One that is
-    unfinished, or now wants more --steps, goes on from its checkpoint."""
-    command = [sys.executable, "train.py", "--out", str(directory)]
-    command += f"{flags} --threads 1 --show-every 0".split()
+    unfinished, or now wants more --steps, goes on from its checkpoint; one with other settings is refused."""
+    arguments = f"{flags} --threads 1 --show-every 0 --out {directory}".split()
     if (directory / "checkpoint.pt").exists():
         steps = (directory / "metrics.csv").read_text().count("\n") - 1
-        if (directory / "result.json").exists() and f"--steps {steps} " in flags + " ":
-            return 0
-        command.append("--resume")
+        if (directory / "result.json").exists() and steps == train.parse(arguments)[0].steps:
+            old, new = (
+                vars(config) for config in (train.RunDirectory(directory).stored(), train.parse(arguments)[0])
+            )
+            return REFUSED if any(old[name] != new[name] for name in old.keys() - {"out"}) else 0
+        arguments.append("--resume")
     environment = os.environ | {"OMP_NUM_THREADS": "1"}
     directory.parent.mkdir(parents=True, exist_ok=True)
     with (directory.parent / f"{directory.name}.log").open("a") as log:
-        return subprocess.run(command, cwd=ROOT, env=environment, stdout=log, stderr=log).returncode
+        command = [sys.executable, str(ROOT / "train.py"), *arguments]
+        return subprocess.run(command, env=environment, stdout=log, stderr=log).returncode
 
 
-def row(name: str, flags: str, directory: Path) -> dict:
+def row(name: str, flags: str, files: RunFiles) -> dict:
     """What a run's files say, for one line of the table.
 
-    Greedy success: before, the best on the way (on `--eval-part` tasks), after. Sampled success: a mean of 5
-    steps. The spike is the largest of the run; NLLs are ratios of the last measurement to the start.
-    `halved_*` is measured at the first step, after the first 5, whose sampled success is at most half of
-    theirs; `end_*` are the message states of the last 5 steps.
+    Greedy success: before, the best on the way (on `--eval-part` tasks), after. Sampled success: a mean over
+    640 rollouts. The spike is the largest of the run; NLLs are ratios of the last measurement to the start.
+    `halved_*` is measured at the first step, after the first 640 rollouts, whose sampled success is at most
+    half of theirs; `end_*` are the message states of the last 640 rollouts.
     """
-    with (directory / "metrics.csv").open() as file:
-        steps = [{k: float(v) if v else math.nan for k, v in line.items()} for line in csv.DictReader(file)]
-    probes = [json.loads(line) for line in (directory / "probes.jsonl").read_text().splitlines()]
-    result = directory / "result.json"
+    window = math.ceil(WINDOW / (files.config["prompts"] * files.config["group"]))
+    success = files.metrics["success"]
+    sampled = [mean(success[i : i + window]) for i in range(max(1, len(success) - window + 1))]
+    halved = next((window + i for i, share in enumerate(sampled) if i and share <= sampled[0] / 2), None)
+    result = files.path / "result.json"
     scores = json.loads(result.read_text()) if result.exists() else {}
     greedy = {when: Scores(**values).success for when, values in scores.items()}
-    sampled = [mean([s["success"] for s in steps[max(0, i + 1 - WINDOW) : i + 1]]) for i in range(len(steps))]
-    full = sampled[WINDOW - 1 :] or sampled[-1:]
-    halved = next((s for s, mean in zip(steps[WINDOW:], full[1:]) if mean <= full[0] / 2), None)
-    spike, token = max((v["growth"], token) for line in probes for token, v in line.get("tokens", {}).items())
+    spikes = [(v["growth"], token) for line in files.probes for token, v in line.get("tokens", {}).items()]
+    spike, token = max(spikes, default=(None, None))
     cells = {
         "run": name,
         "flags": flags,
-        "steps": len(steps),
-        "minutes": sum(s["seconds"] for s in steps) / 60,
+        "steps": len(success),
+        "minutes": sum(files.metrics["seconds"]) / 60,
         "greedy_before": greedy.get("before"),
-        "greedy_best": max((s["eval_success"] for s in steps if s["eval_success"] >= 0), default=None),
+        "greedy_best": max(files.series("eval_success")[1], default=None),
         "greedy_after": greedy.get("after"),
-        "sampled_start": full[0],
-        "sampled_best": max(full),
-        "sampled_end": full[-1],
+        "sampled_start": sampled[0],
+        "sampled_best": max(sampled),
+        "sampled_end": sampled[-1],
         "spike": spike,
         "spike_token": token,
-        "halved_step": halved and int(halved["step"]),
+        "halved_step": halved,
     }
-    start, measured = probes[0], [s for s in steps if not math.isnan(s["nll_control"])]
     for kind in ("nll_control", "nll_content"):
-        if measured:
-            cells[kind] = measured[-1][kind] / start[kind]
-        if measured and halved:
-            near = min(measured, key=lambda s: abs(s["step"] - halved["step"]))
-            cells[f"halved_{kind}"] = near[kind] / start[kind]
-    last = steps[-WINDOW:]
-    return cells | {f"end_{state}": mean([s[f"state_{state}"] for s in last]) for state in MESSAGE_STATES}
+        steps, values = files.series(kind)
+        cells[kind] = values[-1] / values[0] if values else None
+        if halved and values:
+            near = min(range(len(steps)), key=lambda i: abs(steps[i] - halved))
+            cells[f"halved_{kind}"] = values[near] / values[0]
+    for state in MESSAGE_STATES:
+        cells[f"end_{state}"] = mean(files.metrics[f"state_{state}"][-window:])
+    return cells
 
 
-def mean(values: list[float]) -> float:
-    return sum(values) / len(values)
+def mean(values: list[float | None]) -> float | None:
+    """Of what is there; None if nothing is."""
+    there = [value for value in values if value is not None]
+    return sum(there) / len(there) if there else None
 
 
 def write(table: Path, rows: list[dict]) -> None:
@@ -120,9 +128,7 @@ def write(table: Path, rows: list[dict]) -> None:
 
 def text(value: object) -> object:
     """A cell: four digits; empty where there is no number."""
-    if value is None or (isinstance(value, float) and math.isnan(value)):
-        return ""
-    return f"{value:.4g}" if isinstance(value, float) else value
+    return "" if value is None else f"{value:.4g}" if isinstance(value, float) else value
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -133,23 +139,39 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--runs", default="runs", help="directory for the run directories")
     parser.add_argument("--table", help="CSV (default: data/results/STUDY.csv)")
     args = parser.parse_args(argv)
-    home = Path(args.runs) / args.study
+    if args.jobs < 1:
+        parser.error(f"--jobs must be positive, not {args.jobs}")
+    home = Path(args.runs).resolve() / args.study
     table = Path(args.table or ROOT / "data" / "results" / f"{args.study.replace('-', '_')}.csv")
-    study, failed, rows = STUDIES[args.study], 0, {}
+    table.parent.mkdir(parents=True, exist_ok=True)
+    study, codes = dict(STUDIES[args.study]), {}
     with ThreadPoolExecutor(args.jobs) as pool, tqdm(total=len(study), unit="run") as bar:
+        waiting = {pool.submit(run, home / name, flags): name for name, flags in study.items()}
+        try:
+            for done in as_completed(waiting):
+                name = waiting[done]
+                codes[name] = done.result()
+                bar.update()
+                if codes[name]:
+                    bar.write(f"{name} failed or has other settings, see {home / name}.log")
+                if codes[name] == REFUSED:
+                    study.pop(name)
+                write(table, rows(study, home))
+        except KeyboardInterrupt:
+            write(table, rows(study, home))
+            pool.shutdown(cancel_futures=True)
+            print("stopped; the runs are saved, the same command goes on", file=sys.stderr)
+            return 130
+    return 1 if any(codes.values()) else 0
 
-        def go(name: str) -> tuple[str, int]:
-            return name, run(home / name, study[name])
 
-        for name, code in pool.map(go, study):
-            bar.update()
-            if code:
-                failed += 1
-                bar.write(f"{name} failed, see {home / name}.log")
-            if (home / name / "metrics.csv").exists():
-                rows[name] = row(name, study[name], home / name)
-                write(table, list(rows.values()))
-    return 1 if failed else 0
+def rows(study: dict[str, str], home: Path) -> list[dict]:
+    """A line for every run that has made a step, with the settings of the study."""
+    found = []
+    for name, flags in study.items():
+        with contextlib.suppress(Unreadable):
+            found.append(row(name, flags, read_run(home / name)))
+    return found
 
 
 if __name__ == "__main__":

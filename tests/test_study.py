@@ -2,17 +2,19 @@
 
 import csv
 import json
-import math
 
 import pytest
 import test_train
 
 from nanotoolrl import study
+from nanotoolrl.report import read_run
 
 
 def logged(directory, success, control, content, growth=None):
     """A run directory with made-up logs: sampled success and NLLs of each step."""
     directory.mkdir(parents=True)
+    settings = {"scheme": "grpo", "model": "nano", "prompts": 16, "group": 8}
+    (directory / "config.json").write_text(json.dumps(settings))
     names = ["step", "success", "seconds", "nll_control", "nll_content"]
     names += ["eval_success", *(f"state_{state}" for state in study.MESSAGE_STATES)]
     with (directory / "metrics.csv").open("w", newline="") as file:
@@ -28,12 +30,12 @@ def logged(directory, success, control, content, growth=None):
 
 
 def test_row_by_hand(tmp_path):
-    """Mean success of 5 steps is 0.4 at step 5, 0.44 at 6, 0.2 or less first at step 10."""
+    """Mean success of 640 rollouts, here 5 steps, is 0.4 at step 5, 0.44 at 6, 0.2 or less first at 10."""
     success = [0.4] * 5 + [0.6, 0.2, 0.0, 0.0, 0.0, 0.0]
     control = [None, 0.01, None, None, None, None, None, None, 0.2, None, 0.3]
     content = [None, 0.2, None, None, None, None, None, None, 0.4, None, 0.6]
     logged(tmp_path / "run", success, control, content, 40.0)
-    found = study.row("run", "--lr 1", tmp_path / "run")
+    found = study.row("run", "--lr 1", read_run(tmp_path / "run"))
     assert found["sampled_start"] == 0.4 and found["sampled_best"] == pytest.approx(0.44)
     assert found["sampled_end"] == pytest.approx(0.04) and found["minutes"] == pytest.approx(1.1)
     assert (found["spike"], found["spike_token"]) == (40.0, '{"')
@@ -47,12 +49,13 @@ def test_row_by_hand(tmp_path):
 
 def test_a_run_that_holds(tmp_path):
     logged(tmp_path / "run", [0.4] * 7, [0.03] * 7, [0.1] * 7)
-    found = study.row("run", "", tmp_path / "run")
+    found = study.row("run", "", read_run(tmp_path / "run"))
     assert found["halved_step"] is None and "halved_nll_control" not in found and found["nll_control"] == 1.5
 
 
 def test_cells():
-    assert [study.text(x) for x in (None, math.nan, 0.123456, 3, "a")] == ["", "", "0.1235", 3, "a"]
+    assert [study.text(x) for x in (None, 0.123456, 3, "a")] == ["", "0.1235", 3, "a"]
+    assert study.mean([None, 1.0, 3.0]) == 2.0 and study.mean([None]) is None
 
 
 def test_study_command(tmp_path, monkeypatch, capsys):
@@ -62,7 +65,7 @@ def test_study_command(tmp_path, monkeypatch, capsys):
     monkeypatch.setitem(study.STUDIES, "tiny", study_of)
     command = ["tiny", "--jobs", "2", "--runs", str(tmp_path), "--table", str(tmp_path / "table.csv")]
     assert study.main(command) == 1
-    assert "bad failed" in capsys.readouterr().out
+    assert "bad failed or has other settings" in capsys.readouterr().out
     assert "nope" in (tmp_path / "tiny" / "bad.log").read_text()
 
     def table():
@@ -78,3 +81,12 @@ def test_study_command(tmp_path, monkeypatch, capsys):
     monkeypatch.setitem(study.STUDIES, "tiny", {"good": f"{flags} --steps 3"})
     assert study.main(command) == 0
     assert [row["steps"] for row in table()] == ["3"]
+    monkeypatch.setitem(study.STUDIES, "tiny", {"good": f"{flags} --steps 3 --lr 1e-3"})
+    assert study.main(command) == 1
+    assert table() == [], "a run with other settings is not listed as if it had these"
+
+
+def test_bad_jobs_are_refused(capsys):
+    with pytest.raises(SystemExit):
+        study.main(["collapse", "--jobs", "0"])
+    assert "--jobs must be positive" in capsys.readouterr().err
