@@ -148,7 +148,7 @@ class Config:
     eval_tasks: str = setting("test", "tasks of the evaluation before and after training")
     eval_count: int = setting(400, "a fixed sample of so many of them; 0: no evaluation")
     eval_every: int = setting(10, "steps between evaluations on a part of that sample; 0: none")
-    eval_part: int = setting(100, "tasks in that part")
+    eval_part: int = setting(50, "tasks in that part")
     probe_every: int = setting(2, "steps between measurements on the probe set")
     probe_tasks: int = setting(16, "ground-truth conversations in the probe set")
     show_every: int = setting(8, "steps between printed trajectories; 0: none")

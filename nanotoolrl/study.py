@@ -26,19 +26,23 @@ ROOT = Path(__file__).resolve().parent.parent
 REFUSED = 2  # exit code of a run that was made with other settings, or cannot be made
 WINDOW = 640  # rollouts over which sampled success is averaged
 
-SCREEN = "--scheme grpo --eval-count 100 --eval-every 10 --eval-part 100"
+SCREEN = "--scheme grpo --eval-count 100 --eval-part 100"  # a look, not a claim
+SMALL = "--prompts 4 --probe-every 4"
 COLLAPSE_SEARCH = {
-    "updates4-lr4e-4": "--steps 25 --updates 4 --lr 4e-4",
-    "lr1e-3": "--steps 40 --lr 1e-3 --warmup 20",
-    "updates4-lr8e-4": "--steps 20 --updates 4 --lr 8e-4",
-    "updates16-lr2e-4": "--steps 20 --updates 16 --lr 2e-4",
-    "lr1.5e-3": "--steps 15 --lr 1.5e-3",
-    "small-batch-lr4e-4": "--steps 160 --prompts 4 --lr 4e-4 --eval-every 40 --probe-every 8",
     "lr4e-4": "--steps 40 --lr 4e-4",
-    "lr8e-4": "--steps 60 --lr 8e-4 --warmup 20",
-    "unclipped": "--steps 20 --updates 4 --lr 4e-4 --clip 0.9 --clip-high 10 --dual-clip 100",
-    "temperature1.3": "--steps 30 --temperature 1.3 --lr 4e-4",
-    "sequence": "--steps 40 --lr 8e-4 --loss-agg sequence",
+    "lr8e-4": "--steps 80 --lr 8e-4 --warmup 20",
+    "lr1e-3": "--steps 40 --lr 1e-3 --warmup 20",
+    "ramp2e-3": "--steps 40 --lr 2e-3 --warmup 40",
+    "ramp3e-3": "--steps 36 --lr 3e-3 --warmup 36",
+    "updates4-lr4e-4": "--steps 25 --lr 4e-4 --updates 4",
+    "updates4-lr8e-4": "--steps 20 --lr 8e-4 --updates 4",
+    "updates16-lr2e-4": "--steps 20 --lr 2e-4 --updates 16",
+    "hard-updates4-lr4e-4": "--steps 30 --lr 4e-4 --updates 4 --tasks three-turns.jsonl",
+    "prompts8-lr6e-4": "--steps 80 --lr 6e-4 --warmup 20 --prompts 8 --eval-every 20",
+    "small-batch-lr4e-4": f"--steps 160 --lr 4e-4 --warmup 20 {SMALL} --eval-every 20",
+    "small-batch-lr8e-4": f"--steps 120 --lr 8e-4 --warmup 20 {SMALL} --eval-every 30",
+    "small-batch-lr1e-3": f"--steps 100 --lr 1e-3 --warmup 60 {SMALL} --eval-every 20",
+    "small-batch-ramp": f"--steps 110 --lr 1.6e-3 --warmup 110 {SMALL} --eval-every 20",
 }
 STUDIES = {
     "collapse-search": {name: f"{SCREEN} {flags}" for name, flags in COLLAPSE_SEARCH.items()},
@@ -81,7 +85,8 @@ def row(name: str, flags: str, files: RunFiles) -> dict:
     sampled = [mean(success[i : i + window]) for i in range(max(1, len(success) - window + 1))]
     halved = next((window + i for i, share in enumerate(sampled) if i and share <= sampled[0] / 2), None)
     result = files.path / "result.json"
-    scores = json.loads(result.read_text()) if result.exists() else {}
+    finished = result.exists() and len(success) == files.config["steps"]
+    scores = json.loads(result.read_text()) if finished else {}
     greedy = {when: Scores(**values).success for when, values in scores.items()}
     spikes = [(v["growth"], token) for line in files.probes for token, v in line.get("tokens", {}).items()]
     spike, token = max(spikes, default=(None, None))

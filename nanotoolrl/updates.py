@@ -296,7 +296,7 @@ class Tally:
 
     @torch.no_grad()
     def push(self, tokens: Tokens) -> None:
-        """After a backward pass: add up which way the policy loss pushes the logits of control tokens, through
+        """After a backward pass: add up which way the policy loss pushes the logits of control tokens through
         the log-probs (an entropy or SFT term pushes, too, and is not counted)."""
         started = time.perf_counter()
         run, ids = tokens.run, tokens.ids[tokens.mask]

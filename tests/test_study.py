@@ -13,7 +13,7 @@ from nanotoolrl.report import read_run
 def logged(directory, success, control, content, growth=None):
     """A run directory with made-up logs: sampled success and NLLs of each step."""
     directory.mkdir(parents=True)
-    settings = {"scheme": "grpo", "model": "nano", "prompts": 16, "group": 8}
+    settings = {"scheme": "grpo", "model": "nano", "prompts": 16, "group": 8, "steps": 11}
     (directory / "config.json").write_text(json.dumps(settings))
     names = ["step", "success", "seconds", "nll_control", "nll_content"]
     names += ["eval_success", *(f"state_{state}" for state in study.MESSAGE_STATES)]
