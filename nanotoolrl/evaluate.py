@@ -8,14 +8,12 @@ import argparse
 import dataclasses
 import json
 import math
-import os
 import sys
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
-import torch
 from tqdm import tqdm
 
 from nanotoolrl.chat import FORMATS, MESSAGE_STATES
@@ -205,7 +203,6 @@ def main(argv: list[str] | None = None) -> int:
         help="--doctor: the model before training (default: that of its run, if any)",
     )
     args = parser.parse_args(argv)
-    torch.set_num_threads(os.cpu_count() or 1)
     kind = next((name for name in COMMANDS if getattr(args, name, None)), "score")
     arguments = {name: value for name, value in vars(args).items() if name in FLAGS[kind].split()}
     try:
