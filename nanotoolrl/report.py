@@ -44,6 +44,7 @@ STATE_COLORS = {
 }
 SIDES = ("self", "other")
 plt.rcParams |= {"lines.marker": ".", "lines.markersize": 4}  # a single step is a point
+SMOOTH = 5  # steps over which rewards are averaged in figures
 SPARKS = "▁▂▃▄▅▆▇█"
 
 
@@ -130,8 +131,8 @@ def reward_and_success(axes: Axes, runs: Sequence[RunFiles]) -> None:
     """Reward of the step's rollouts; success of the policy's own; greedy success on evaluation tasks."""
     columns = {"reward": "-", "success": "--", "eval_success": ":"}
     labels = {"reward": "reward", "success": "success, sampled", "eval_success": "success, greedy"}
-    _overlay(axes, runs, columns, labels)
-    axes.set_ylabel("share of rollouts")
+    _overlay(axes, runs, columns, labels, SMOOTH)
+    axes.set_ylabel(f"share of rollouts, mean of {SMOOTH} steps")
     axes.set_ylim(0, 1)
 
 
@@ -213,16 +214,27 @@ def turn_survival(axes: Axes, runs: Sequence[RunFiles]) -> None:
             points = [(step, curve[k]) for step, curve in zip(steps, curves) if len(curve) > k]
             label = f"{k + 1} turn{'s' if k else ''}" if len(runs) == 1 else f"{run.name}, {k + 1}"
             style = {"color": COLORS[(k if len(runs) == 1 else i) % 9], "linestyle": STYLES[k % 4]}
-            axes.plot(*zip(*points), label=label, **style)
-    axes.set_ylabel("share that passed so many turns")
+            steps_of, shares = zip(*points)
+            axes.plot(steps_of, smooth(shares, SMOOTH), label=label, **style)
+    axes.set_ylabel(f"share that passed so many turns, mean of {SMOOTH} steps")
     axes.set_ylim(0, 1)
 
 
-def _overlay(axes: Axes, runs: Sequence[RunFiles], columns: dict[str, str], labels: dict[str, str]) -> None:
-    """Columns of metrics.csv: a colour per column for one run, a colour per run for several."""
+def smooth(values: Sequence[float], width: int) -> list[float]:
+    """The mean of each value and those before it, `width` in all; fewer at the beginning."""
+    windows = [values[max(0, i + 1 - width) : i + 1] for i in range(len(values))]
+    return [sum(window) / len(window) for window in windows]
+
+
+def _overlay(
+    axes: Axes, runs: Sequence[RunFiles], columns: dict[str, str], labels: dict[str, str], width: int = 1
+) -> None:
+    """Columns of metrics.csv: a colour per column for one run, a colour per run for several. What every step
+    has is smoothed over `width` steps."""
     for i, run in enumerate(runs):
         for k, (column, style) in enumerate(columns.items()):
             steps, values = run.series(column)
+            values = smooth(values, width) if len(values) == len(run.metrics["step"]) else values
             if steps:
                 label = labels[column] if len(runs) == 1 else f"{run.name}, {labels[column]}"
                 axes.plot(steps, values, style, color=COLORS[(k if len(runs) == 1 else i) % 9], label=label)

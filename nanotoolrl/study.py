@@ -28,6 +28,7 @@ WINDOW = 640  # rollouts over which sampled success is averaged
 
 SCREEN = "--scheme grpo --eval-count 100 --eval-part 100"  # a look, not a claim
 SMALL = "--prompts 4 --probe-every 4"
+WHOLE = "--eval-count 400 --eval-part 400 --eval-every 33"
 COLLAPSE_SEARCH = {
     "lr4e-4": "--steps 40 --lr 4e-4",
     "lr8e-4": "--steps 80 --lr 8e-4 --warmup 20",
@@ -42,6 +43,8 @@ COLLAPSE_SEARCH = {
     "small-batch-lr4e-4": f"--steps 160 --lr 4e-4 --warmup 20 {SMALL} --eval-every 20",
     "small-batch-lr8e-4": f"--steps 120 --lr 8e-4 --warmup 20 {SMALL} --eval-every 30",
     "small-batch-lr1e-3": f"--steps 100 --lr 1e-3 --warmup 60 {SMALL} --eval-every 20",
+    "small-batch-lr1e-3-warmup30": f"--steps 100 --lr 1e-3 --warmup 30 {SMALL} {WHOLE}",
+    "small-batch-lr1e-3-warmup30-seed1": f"--steps 100 --lr 1e-3 --warmup 30 {SMALL} {WHOLE} --seed 1",
     "small-batch-ramp": f"--steps 110 --lr 1.6e-3 --warmup 110 {SMALL} --eval-every 20",
 }
 STUDIES = {

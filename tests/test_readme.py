@@ -6,12 +6,13 @@ import re
 from pathlib import Path
 
 import train
-from nanotoolrl import env, schemes, tools
+from nanotoolrl import env, schemes, study, tools
 from nanotoolrl.evaluate import Scores, states_table, table
 
 ROOT = Path(train.__file__).parent
 README = (ROOT / "README.md").read_text()
 RESULTS = ROOT / "data" / "results"
+COLLAPSE_STATES = ("call", "reply", "malformed", "polluted", "overlong", "bare")
 
 
 def blocks(language):
@@ -93,6 +94,28 @@ def test_the_scheme_table_is_made_from_the_registry_and_the_committed_results():
         lines.append(f"| `{name}` | {scheme.about} | `python train.py --scheme {name}` | {success} |")
         assert n == 400
     assert "\n".join(lines) in README, "\n".join(lines)
+
+
+def test_the_table_of_the_collapse_is_made_from_the_committed_study():
+    with (RESULTS / "collapse.csv").open() as file:
+        seeds = list(csv.DictReader(file))
+    assert [row["run"] for row in seeds] == [f"seed{n}" for n in range(5)]
+    for row in seeds:
+        greedy = [f"{100 * float(row[f'greedy_{when}']):.1f}" for when in ("before", "best", "after")]
+        ratios = [
+            f"{float(row[f'{when}nll_control']):.1f} / {float(row[f'{when}nll_content']):.1f}"
+            for when in ("halved_", "")
+        ]
+        shares = [f"{100 * float(row[f'end_{state}']):.0f}" for state in COLLAPSE_STATES]
+        cells = [row["run"][4:], *greedy, row["halved_step"], *ratios]
+        cells += [f"{float(row['spike']):.0f} `{row['spike_token']}`", *shares]
+        assert f"| {' | '.join(cells)} |" in README, " | ".join(cells)
+
+
+def test_the_search_is_whole():
+    """Every run of the study has a row in the committed table."""
+    with (RESULTS / "collapse_search.csv").open() as file:
+        assert {row["run"] for row in csv.DictReader(file)} == set(study.COLLAPSE_SEARCH)
 
 
 def test_the_model_card_is_made_from_the_committed_scores():

@@ -222,6 +222,10 @@ def test_what_is_no_run_is_refused_by_name(tmp_path, capsys, finished):
     assert main([str(bad)]) == 2 and "rollouts.jsonl cannot be read" in capsys.readouterr().err
 
 
+def test_smoothing_by_hand():
+    assert report.smooth([1, 3, 5, 7], 2) == [1, 2, 4, 6] and report.smooth([1, 3], 1) == [1, 3]
+
+
 def test_sparkline_by_hand():
     assert spark([0, 1, 2, 3, 4, 5, 6, 7]) == "▁▂▃▄▅▆▇█"
     assert spark([5, 5]) == "▁▁" and spark([]) == ""
