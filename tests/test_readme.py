@@ -112,6 +112,27 @@ def test_the_table_of_the_collapse_is_made_from_the_committed_study():
         assert f"| {' | '.join(cells)} |" in README, " | ".join(cells)
 
 
+def test_the_formats_after_the_collapse_are_those_of_the_committed_scores():
+    def shown(share):
+        return f"{100 * share[0]:.1f} [{100 * share[1]:.1f}, {100 * share[2]:.1f}]"
+
+    def line(name, success):
+        cells = [shown(success[key]) for key in ("hermes", "forced prefix", "python", "xml")]
+        return f"| {name} | {' | '.join(cells)} |"
+
+    def scores(name):
+        stored = json.loads((RESULTS / "collapse" / f"{name}.json").read_text())["scores"]
+        return {format: Scores(**values).of("all") for format, values in stored.items()}
+
+    doctor = json.loads((RESULTS / "collapse" / "doctor-seed1.json").read_text())
+    assert line("before", doctor["reference"]["success"]) in README
+    assert line(1, doctor["model"]["success"]) in README
+    for seed in (0, 2, 3, 4):
+        success = scores(f"formats-seed{seed}") | {"forced prefix": scores(f"forced-seed{seed}")["hermes"]}
+        assert line(seed, success) in README
+        assert all(share[3] == 400 for share in success.values())
+
+
 def test_the_search_is_whole():
     """Every run of the study has a row in the committed table."""
     with (RESULTS / "collapse_search.csv").open() as file:
