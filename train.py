@@ -183,6 +183,7 @@ PRESETS: dict[str, dict] = {
         "lr": 1e-3,
         "warmup": 60,
         "probe_every": 4,
+        "eval_count": 100,
         "eval_every": 25,
         "show_every": 25,
     },

@@ -50,7 +50,8 @@ COLLAPSE_SEARCH = {
 STUDIES = {
     "collapse-search": {name: f"{SCREEN} {flags}" for name, flags in COLLAPSE_SEARCH.items()},
     "collapse": {
-        f"seed{seed}": f"--scheme grpo --preset collapse --seed {seed} --eval-every 40 --eval-part 400"
+        f"seed{seed}": f"--scheme grpo --preset collapse --seed {seed} --eval-count 400 --eval-part 400 "
+        "--eval-every 40"
         for seed in range(5)
     },
 }
