@@ -70,6 +70,7 @@ class Config:
     )
     model: str = setting(BUILT_IN, "checkpoint directory, hub name, or nano, the built-in model")
     tasks: str = setting("train", f"training tasks: {', '.join(SPLITS)} or a JSONL file")
+    min_turns: int = setting(1, "train on those of them with at least so many user turns")
     format: str = setting("hermes", "syntax of tool calls", tuple(FORMATS))
     steps: int = setting(20, "RL steps")
     seed: int = setting(0, "of task order and sampling noise")
@@ -511,6 +512,7 @@ def setup(config: Config) -> tuple[Run, list[Task], int]:
         tasks, held = load_tasks(config.tasks), load_tasks(config.eval_tasks) if config.eval_count else []
     except (ModelError, FileNotFoundError, ValueError) as error:
         raise Refused(str(error)) from None
+    tasks = [task for task in tasks if len(task.turns) >= config.min_turns]
     held = subset(held, config.eval_count)
     room = min(config.context, policy.context) - config.max_new_tokens
     fitting = [fits(policy, task, config.format, room, hinted=True) for task in tasks]
@@ -521,7 +523,8 @@ def setup(config: Config) -> tuple[Run, list[Task], int]:
     if len(held) < len(chosen):
         print(f"not evaluated: {len(chosen) - len(held)} tasks with a prompt of more than {room} tokens")
     if len(tasks) < config.prompts:
-        raise Refused(f"{len(tasks)} tasks fit into the context, fewer than --prompts {config.prompts}")
+        there_are = f"{len(tasks)} tasks with --min-turns {config.min_turns} fit into the context"
+        raise Refused(f"{there_are}, fewer than --prompts {config.prompts}")
     optimizer = torch.optim.AdamW(
         policy.model.parameters(), lr=config.lr, weight_decay=config.weight_decay, foreach=True
     )

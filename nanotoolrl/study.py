@@ -38,7 +38,7 @@ COLLAPSE_SEARCH = {
     "updates4-lr4e-4": "--steps 25 --lr 4e-4 --updates 4",
     "updates4-lr8e-4": "--steps 20 --lr 8e-4 --updates 4",
     "updates16-lr2e-4": "--steps 20 --lr 2e-4 --updates 16",
-    "hard-updates4-lr4e-4": "--steps 30 --lr 4e-4 --updates 4 --tasks three-turns.jsonl",
+    "hard-updates4-lr4e-4": "--steps 30 --lr 4e-4 --updates 4 --min-turns 3",
     "prompts8-lr6e-4": "--steps 80 --lr 6e-4 --warmup 20 --prompts 8 --eval-every 20",
     "small-batch-lr4e-4": f"--steps 160 --lr 4e-4 --warmup 20 {SMALL} --eval-every 20",
     "small-batch-lr8e-4": f"--steps 120 --lr 8e-4 --warmup 20 {SMALL} --eval-every 30",

@@ -315,6 +315,7 @@ def test_bad_paths_are_refused_by_name(tmp_path, capsys):
         (["--tasks", "trian"], "train, test, foreign, ood"),
         (["--tasks", broken], "bad.jsonl, line 1"),
         (["--context", "140"], "fewer than --prompts"),
+        (["--min-turns", "9"], "0 tasks with --min-turns 9 fit into the context, fewer than"),
     ]:
         assert run(*flags, out=tmp_path / "run") == 2
         assert said in capsys.readouterr().err
