@@ -54,7 +54,7 @@ def wilson(solved: float, n: int) -> tuple[float, float, float]:
     z, share = 1.96, solved / n
     middle = (share + z * z / (2 * n)) / (1 + z * z / n)
     half = z * math.sqrt(share * (1 - share) / n + z * z / (4 * n * n)) / (1 + z * z / n)
-    return share, middle - half, middle + half
+    return share, max(0.0, middle - half), min(1.0, middle + half)
 
 
 def evaluate(
