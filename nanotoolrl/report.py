@@ -297,7 +297,8 @@ def rollouts_of(run: RunFiles, most_bytes: int) -> tuple[list[dict], dict[int, s
     lines: dict[int, list[str]] = {}
     for line in whole_lines(run.path / "rollouts.jsonl"):
         lines.setdefault(json.loads(line)["step"], []).append(line)
-    numbers, size = list(lines), sum(map(len, sum(lines.values(), []))) // 2  # half of a line is not shown
+    numbers = list(lines)
+    size = sum(len(line) for step in lines.values() for line in step) // 2  # half of a line is not shown
     kept = max(2, int(len(numbers) * min(1.0, most_bytes / max(1, size))))
     if kept < len(numbers):
         numbers = [numbers[round(i * (len(numbers) - 1) / (kept - 1))] for i in range(kept)]

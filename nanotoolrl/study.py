@@ -7,6 +7,7 @@ broken ones are resumed, and the table is made anew from the run directories eac
 import argparse
 import contextlib
 import csv
+import dataclasses
 import json
 import math
 import os
@@ -62,12 +63,14 @@ def run(directory: Path, flags: str) -> int:
     unfinished, or now wants more --steps, goes on from its checkpoint; one with other settings is refused."""
     arguments = f"{flags} --threads 1 --show-every 0 --out {directory}".split()
     if (directory / "checkpoint.pt").exists():
+        wanted = train.parse(arguments)[0]
         steps = (directory / "metrics.csv").read_text().count("\n") - 1
-        if (directory / "result.json").exists() and steps == train.parse(arguments)[0].steps:
-            old, new = (
-                vars(config) for config in (train.RunDirectory(directory).stored(), train.parse(arguments)[0])
-            )
-            return REFUSED if any(old[name] != new[name] for name in old.keys() - {"out"}) else 0
+        if (directory / "result.json").exists() and steps == wanted.steps:
+            try:
+                made = train.RunDirectory(directory).stored()
+            except train.Refused:  # of another version of this program
+                return REFUSED
+            return 0 if dataclasses.replace(made, out=wanted.out) == wanted else REFUSED
         arguments.append("--resume")
     environment = os.environ | {"OMP_NUM_THREADS": "1"}
     directory.parent.mkdir(parents=True, exist_ok=True)
