@@ -182,3 +182,178 @@ def logit_gradient(
 
 def _processors(device: torch.device) -> int:
     return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 1
+
+
+# -------------------------------------------------------------------------------------------------- sampling
+@triton.jit
+def _pick_kernel(
+    logits,  # [B, V]
+    noise,  # [B], fp32
+    forced,  # [B]
+    ids,  # [B]
+    logprobs,  # [B]
+    scale,
+    V,
+    GREEDY: tl.constexpr,
+    FORCED: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    """One row: a first pass finds maximum and sum, a second the id whose share of the sum holds the noise."""
+    row = tl.program_id(0)
+    logits += row.to(tl.int64) * V
+    top, total, chosen = float("-inf"), 0.0, 0
+    for start in range(0, V, BLOCK):
+        places = start + tl.arange(0, BLOCK)
+        z = tl.load(logits + places, places < V, float("-inf")) * scale
+        highest = tl.max(z, 0)
+        chosen = tl.where(highest > top, start + tl.argmax(z, 0), chosen)
+        new_top = tl.maximum(top, highest)
+        total = total * tl.exp2(top - new_top) + tl.sum(tl.exp2(z - new_top), 0)
+        top = new_top
+    if not GREEDY:
+        goal, below, passed, last = tl.load(noise + row) * total, 0.0, 0, 0
+        for start in range(0, V, BLOCK):
+            places = start + tl.arange(0, BLOCK)
+            z = tl.load(logits + places, places < V, float("-inf")) * scale
+            exps = tl.exp2(z - top)
+            cumulated = below + tl.cumsum(exps, 0)
+            passed += tl.sum(((cumulated <= goal) & (places < V)).to(tl.int32), 0)
+            below = tl.max(cumulated, 0)
+            last = tl.maximum(last, tl.max(tl.where(exps > 0, places, 0), 0))
+        # Rounding may lead past the last possible token, or to an impossible one.
+        z = tl.load(logits + tl.minimum(passed, last)) * scale
+        chosen = tl.where(tl.exp2(z - top) > 0, tl.minimum(passed, last), last)
+    if FORCED:
+        wanted = tl.load(forced + row)
+        chosen = tl.where(wanted >= 0, wanted.to(tl.int32), chosen)
+    tl.store(ids + row, chosen.to(tl.int64))
+    tl.store(logprobs + row, (tl.load(logits + chosen) * scale - top - tl.log2(total)) * 0.6931471805599453)
+
+
+def pick(
+    logits: Tensor, noise: Tensor | None, forced: Tensor | None, temperature: float
+) -> tuple[Tensor, Tensor]:
+    """(ids [B], log-probs [B] in nats) sampled from softmax(logits [B, V] / temperature), fp32.
+
+    noise: in [0, 1), one per row, or None for the likeliest id. forced: an id per row that is taken instead,
+    or a negative number.
+    """
+    B, V = logits.shape
+    ids = torch.empty(B, dtype=torch.long, device=logits.device)
+    logprobs = torch.empty(B, dtype=torch.float32, device=logits.device)
+    flags = {"GREEDY": noise is None, "FORCED": forced is not None}
+    noise = logprobs if noise is None else noise.float()
+    forced = ids if forced is None else forced
+    block = min(4096, triton.next_power_of_2(V))
+    scale = BITS / temperature
+    _pick_kernel[(B,)](logits.contiguous(), noise, forced, ids, logprobs, scale, V, **flags, BLOCK=block)
+    return ids, logprobs
+
+
+# ------------------------------------------------------------------------------------------ decode attention
+@triton.jit
+def _attention_kernel(
+    query,  # [B, kv_heads * GROUP, DIM]
+    keys,  # [slots, kv_heads, capacity, DIM]
+    values,
+    slots,  # [B]
+    lengths,  # [B]
+    out,  # [B, heads, splits, DIM], fp32
+    statistics,  # [2, B, heads, splits]: maximum in bits, sum
+    scale,
+    capacity,
+    GROUP: tl.constexpr,
+    HEADS: tl.constexpr,
+    DIM: tl.constexpr,
+    PADDED: tl.constexpr,
+    BLOCK_T: tl.constexpr,
+):
+    """One row, one key-value head and the query heads that share it, one split of the row's own length."""
+    row, kv_head, split = tl.program_id(0), tl.program_id(1), tl.program_id(2)
+    kv_heads, splits = tl.num_programs(1), tl.num_programs(2)
+    length = tl.load(lengths + row).to(tl.int32)
+    share = tl.cdiv(tl.cdiv(length, splits), BLOCK_T) * BLOCK_T
+    end = tl.minimum(split * share + share, length)
+    heads, dims = tl.arange(0, HEADS), tl.arange(0, PADDED)
+    mine = (heads < GROUP)[:, None] & (dims < DIM)[None, :]
+    head = (row * kv_heads + kv_head) * GROUP + heads
+    q = tl.load(query + head[:, None] * DIM + dims[None, :], mine, 0.0)
+    store = (tl.load(slots + row) * kv_heads + kv_head) * capacity * DIM  # 64-bit, as slots are
+    top = tl.full((HEADS,), float("-inf"), tl.float32)
+    total = tl.zeros((HEADS,), tl.float32)
+    acc = tl.zeros((HEADS, PADDED), tl.float32)
+    for start in range(split * share, end, BLOCK_T):
+        places = start + tl.arange(0, BLOCK_T)
+        spot = store + places[:, None] * DIM + dims[None, :]
+        inside = (places < end)[:, None] & (dims < DIM)[None, :]
+        k = tl.load(keys + spot, inside, 0.0)
+        z = tl.dot(q, tl.trans(k), input_precision="ieee") * scale  # [HEADS, BLOCK_T]
+        z = tl.where((places < end)[None, :], z, float("-inf"))
+        new_top = tl.maximum(top, tl.max(z, 1))
+        p = tl.exp2(z - new_top[:, None])
+        shrink = tl.exp2(top - new_top)
+        v = tl.load(values + spot, inside, 0.0)
+        acc = acc * shrink[:, None] + tl.dot(p.to(v.dtype), v, input_precision="ieee")
+        total = total * shrink + tl.sum(p, 1)
+        top = new_top
+    place = head * splits + split
+    tl.store(out + place[:, None] * DIM + dims[None, :], acc, mine)
+    tl.store(statistics + place, top, heads < GROUP)
+    plane = tl.num_programs(0) * kv_heads * GROUP * splits
+    tl.store(statistics + plane + place, total, heads < GROUP)
+
+
+@triton.jit
+def _merge_kernel(
+    parts,  # [B * heads, splits, DIM]
+    statistics,  # [2, B * heads, splits]
+    out,  # [B * heads, DIM]
+    splits,
+    DIM: tl.constexpr,
+    PADDED: tl.constexpr,
+    SPLITS: tl.constexpr,
+):
+    """One query head of one row: weigh the splits by their sums. An empty split has maximum -inf, sum 0."""
+    head, dims, each = tl.program_id(0), tl.arange(0, PADDED), tl.arange(0, SPLITS)
+    place = head * splits + each
+    top = tl.load(statistics + place, each < splits, float("-inf"))
+    total = tl.load(statistics + tl.num_programs(0) * splits + place, each < splits, 0.0)
+    weight = tl.exp2(top - tl.max(top, 0))
+    inside = (each < splits)[:, None] & (dims < DIM)[None, :]
+    acc = tl.load(parts + place[:, None] * DIM + dims[None, :], inside, 0.0)
+    merged = tl.sum(acc * weight[:, None], 0) / tl.sum(total * weight, 0)
+    tl.store(out + head * DIM + dims, merged.to(out.dtype.element_ty), dims < DIM)
+
+
+def decode_attention(
+    query: Tensor, keys: Tensor, values: Tensor, slots: Tensor, lengths: Tensor, scaling: float
+) -> Tensor:
+    """Attention [B, heads, head_dim] of one query [B, heads, head_dim] per row over the first `lengths` [B]
+    positions of its slot in keys and values [slots, kv_heads, capacity, head_dim].
+
+    Nothing behind a row's length is read. `slots` [B] int64; lengths are at least 1.
+    """
+    (B, heads, DIM), (kv_heads, capacity) = query.shape, keys.shape[1:3]
+    assert keys.is_contiguous() and values.is_contiguous() and slots.is_contiguous()
+    group, padded = heads // kv_heads, max(16, triton.next_power_of_2(DIM))
+    # Enough programs for the GPU, each with at least a few blocks of a full row.
+    splits = max(1, min(capacity // 256, 2 * _processors(query.device) // (B * kv_heads)))
+    parts = torch.empty(B, heads, splits, DIM, dtype=torch.float32, device=query.device)
+    statistics = torch.empty(2, B, heads, splits, dtype=torch.float32, device=query.device)
+    sizes = {"GROUP": group, "HEADS": max(16, triton.next_power_of_2(group)), "DIM": DIM, "PADDED": padded}
+    arguments = (
+        query.contiguous(),
+        keys,
+        values,
+        slots,
+        lengths,
+        parts,
+        statistics,
+        scaling * BITS,
+        capacity,
+    )
+    _attention_kernel[B, kv_heads, splits](*arguments, **sizes, BLOCK_T=64, num_warps=4)
+    out = torch.empty_like(query, memory_format=torch.contiguous_format)
+    sizes = {"DIM": DIM, "PADDED": padded, "SPLITS": triton.next_power_of_2(splits)}
+    _merge_kernel[(B * heads,)](parts, statistics, out, splits, **sizes, num_warps=1)
+    return out

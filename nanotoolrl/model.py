@@ -47,6 +47,12 @@ class Policy:
         """The longest sequence the model was made for, in tokens."""
         return self.model.config.max_position_embeddings
 
+    def logits(self, hidden: Tensor) -> Tensor:
+        """Logits [B, V] of hidden states [B, D], in fp32 whatever their dtype."""
+        if hidden.is_cuda and hidden.dtype != torch.float32:
+            return torch.mm(hidden, self.head.T, out_dtype=torch.float32)
+        return hidden.float() @ self.head.float().T
+
     def hidden(self, ids: Tensor, positions: Tensor | None = None) -> Tensor:
         """Final hidden states [B, T, D] of `ids` [B, T].
 

@@ -1,26 +1,25 @@
-"""Batched multi-turn rollouts with a KV cache of our own, and `Trajectory`, which all parts exchange.
+"""Batched multi-turn rollouts, and `Trajectory`, which all parts exchange.
 
 Each row of the batch is one episode. Rows are never left-padded (position = length), never wait for each
 other's turns, and only tokens that are not in the cache yet pass through the model: one new token per row in
 a decode step, the ids of an observation after a tool call, the prompt once per group. What a row samples
-depends on its own noise stream and its own tokens alone.
+depends on its own noise stream and its own tokens alone. Who is fed when is decided here; the forward passes
+and the choice of tokens are in decode.py.
 """
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 
-import numpy as np
 import torch
-from torch import Tensor
 
 from nanotoolrl.chat import FORMATS, Chat, message_state
+from nanotoolrl.decode import FREE, LEFT, Decoder
 from nanotoolrl.env import Episode, Task, Verdict, oracle
 from nanotoolrl.model import Policy
 
 PREFILL_TOKENS = 8192  # most tokens in one prefill forward
 PREFILL_SHARE = 0.2  # rows that wait for a prefill before one is made; the others decode on
 COMPACT_SHARE = 0.8  # live rows under which the cache is compacted
-CAPACITY_STEP = 128  # the cache grows by so many positions
 
 
 @dataclass
@@ -101,58 +100,6 @@ class Trajectory:
         return replace(self, loss_mask=mask)
 
 
-class Cache:
-    """Keys and values of all rows in preallocated memory, [rows, heads, capacity, head_dim] per layer.
-
-    The transformers attention layers call `update`; `at` says which rows and positions the next forward
-    writes, and that it reads the first `width` positions. Nothing else of transformers' cache classes is
-    used.
-    """
-
-    def __init__(self) -> None:
-        self.layers: list[list[Tensor]] = []
-        self.rows: Tensor | None = None
-        self.positions: Tensor | None = None
-        self.width = self.size = self.capacity = 0
-
-    def at(self, rows: Tensor | None, positions: Tensor, width: int, size: int) -> None:
-        """Prepare a forward: `positions` [rows, T] of the given rows (None: all `size` rows in order)."""
-        self.rows, self.positions, self.width = rows, positions, width
-        if size > self.size or width > self.capacity:
-            self.size = max(size, self.size)
-            self.capacity = max(self.capacity, -(-width // CAPACITY_STEP) * CAPACITY_STEP)
-            self.layers = [[self._grown(old) for old in layer] for layer in self.layers]
-
-    def _grown(self, old: Tensor) -> Tensor:
-        new = old.new_zeros(self.size, old.shape[1], self.capacity, old.shape[3])
-        new[: old.shape[0], :, : old.shape[2]] = old
-        return new
-
-    def update(self, key: Tensor, value: Tensor, layer: int, *_: object) -> tuple[Tensor, Tensor]:
-        """Write [rows, heads, T, head_dim] and return everything the rows may attend to."""
-        if layer == len(self.layers):
-            shape = (self.size, key.shape[1], self.capacity, key.shape[3])
-            self.layers.append([key.new_zeros(shape), value.new_zeros(shape)])
-        rows = torch.arange(len(key), device=key.device) if self.rows is None else self.rows
-        found = []
-        for store, new in zip(self.layers[layer], (key, value), strict=True):
-            store[rows[:, None], :, self.positions] = new.transpose(1, 2)
-            part = store[: len(key)] if self.rows is None else store[rows]
-            found.append(part[:, :, : self.width])
-        return found[0], found[1]
-
-    def copy_rows(self, source: int, targets: list[int], width: int) -> None:
-        """Give `targets` the first `width` positions of row `source`."""
-        for layer in self.layers:
-            for store in layer:
-                store[targets, :, :width] = store[source, :, :width].clone()
-
-    def keep_rows(self, rows: list[int]) -> None:
-        """Drop all rows but these; row i becomes the i-th of them."""
-        self.layers = [[store[rows] for store in layer] for layer in self.layers]
-        self.size = len(rows)
-
-
 @dataclass
 class _Row:
     """A live episode: its trajectory, the ids not yet in the cache, the message being written."""
@@ -162,8 +109,15 @@ class _Row:
     context: list[int]  # the ids the model sees: the trajectory under its sampled prompt
     pending: list[int]
     stream: int
+    forced: Sequence[int]
+    taken: int = 0  # of `forced`
     message: list[int] = field(default_factory=list)
     cached: int = 0
+
+    def next_forced(self, count: int) -> list[int]:
+        """The next `count` tokens it shall sample, filled up with FREE."""
+        some = list(self.forced[self.taken : self.taken + count])
+        return some + [FREE] * (count - len(some))
 
 
 class Sampler:
@@ -183,8 +137,9 @@ class Sampler:
         seed: int = 0,
     ) -> None:
         self.policy, self.chat = policy, policy.chat
-        self.max_new_tokens, self.slots, self.seed = max_new_tokens, slots, seed
+        self.max_new_tokens, self.slots = max_new_tokens, slots
         self.context = min(context or policy.context, policy.context)
+        self.decoder = Decoder(policy, seed, fast=policy.device.type == "cuda")
 
     @torch.inference_mode()
     def rollout(
@@ -194,22 +149,26 @@ class Sampler:
         temperature: float = 1.0,
         stream: int = 0,
         force_prefix: bool = False,
+        forced: Sequence[Sequence[int]] | None = None,
     ) -> list[Trajectory]:
         """Play the episodes to their end and return their trajectories in the same order.
 
         hints: a text per episode for the system prompt ("" for none). temperature 0 is greedy (log-probs are
         then those of temperature 1). stream: together with the seed and the episode's index it keys the
         noise; give every call of a run its own. force_prefix: write the canonical prefix of a call (unmasked)
-        at the start of every message for which the turn's ground truth still has calls. Raises ValueError if
-        a prompt leaves no room in the context.
+        at the start of every message for which the turn's ground truth still has calls. forced: per episode,
+        the tokens it shall sample, as long as they last: a replay, whose log-probs are still the policy's.
+        Raises ValueError if a prompt leaves no room in the context.
         """
         queue = []
+        wanted = forced or [()] * len(episodes)
         for i, (episode, hint) in enumerate(zip(episodes, hints or [""] * len(episodes), strict=True)):
-            queue.append(self._new_row(episode, hint, (stream << 32) + i, force_prefix))
+            queue.append(self._new_row(episode, hint, (stream << 32) + i, force_prefix, wanted[i]))
         queue.reverse()
         rows: list[_Row | None] = []
         live: list[_Row] = []
-        cache, done = Cache(), {}
+        done = {}
+        self.decoder.open(min(self.slots, len(queue)), self.context)
         while queue or live:
             free = [i for i, row in enumerate(rows) if row is None]
             room = min(self.slots - len(live), len(queue))
@@ -220,16 +179,16 @@ class Sampler:
                         rows[free.pop(0)] = row
                     else:
                         rows.append(row)
-            elif not queue and len(live) < COMPACT_SHARE * len(rows):
-                cache.keep_rows([i for i, row in enumerate(rows) if row is not None])
+            elif not self.decoder.fast and not queue and len(live) < COMPACT_SHARE * len(rows):
+                self.decoder.cache.keep_rows([i for i, row in enumerate(rows) if row is not None])
                 rows = list(live)
             live = [row for row in rows if row is not None]
             waiting = [i for i, row in enumerate(rows) if row is not None and len(row.pending) > 1]
             if len(waiting) == len(live) or len(waiting) >= PREFILL_SHARE * len(live):
-                fed = self._prefill(cache, rows, waiting)
+                ended = self._prefill(rows, waiting, temperature, forced is not None)
             else:
-                fed = self._decode(cache, rows)
-            for i in self._sample(rows, *fed, temperature):
+                ended = self._decode(rows, temperature, forced is not None)
+            for i in ended:
                 self._end_message(rows[i], force_prefix)
                 if rows[i].episode.done:
                     done[rows[i].stream] = self._finish(rows[i])
@@ -237,7 +196,9 @@ class Sampler:
             live = [row for row in rows if row is not None]
         return [done[(stream << 32) + i] for i in range(len(episodes))]
 
-    def _new_row(self, episode: Episode, hint: str, stream: int, force_prefix: bool) -> _Row:
+    def _new_row(
+        self, episode: Episode, hint: str, stream: int, force_prefix: bool, forced: Sequence[int]
+    ) -> _Row:
         messages, tools = episode.prompt()
         prompt = self.chat.prompt_ids(messages, tools, episode.format)
         seen = self.chat.prompt_ids(messages, tools, episode.format, hint) if hint else prompt
@@ -248,7 +209,7 @@ class Sampler:
         trajectory = _opened(episode, prompt)
         if hint:
             trajectory.source, trajectory.sampled_prompt = "hint", list(seen)
-        row = _Row(episode, trajectory, list(seen), list(seen), stream)
+        row = _Row(episode, trajectory, list(seen), list(seen), stream, forced)
         self._open_message(row, force_prefix)
         return row
 
@@ -267,8 +228,11 @@ class Sampler:
         row.context = row.context + ids
         row.pending = row.pending + ids
 
-    def _prefill(self, cache: Cache, rows: list[_Row | None], waiting: list[int]) -> tuple[list[int], Tensor]:
-        """Feed the pending ids of the waiting rows; rows that start with the same ids are fed once."""
+    def _prefill(
+        self, rows: list[_Row | None], waiting: list[int], temperature: float, forced: bool
+    ) -> list[int]:
+        """Feed the pending ids of the waiting rows and sample a token for each; returns the rows whose
+        message ended. Rows that start with the same ids are fed once."""
         groups: dict[tuple, list[int]] = {}
         for i in waiting:
             fresh = rows[i].cached == 0
@@ -281,84 +245,62 @@ class Sampler:
             while count < len(leaders) and (count + 1) * len(rows[leaders[count]].pending) <= PREFILL_TOKENS:
                 count += 1
             part, leaders = leaders[:count], leaders[count:]
-            hidden_part = self._forward(cache, rows, part)
-            for leader, state in zip(part, hidden_part, strict=True):
+            states = self.decoder.feed(part, [rows[i].cached for i in part], [rows[i].pending for i in part])
+            for leader, state in zip(part, states, strict=True):
+                width = rows[leader].cached + len(rows[leader].pending)
                 if followers[leader]:
-                    cache.copy_rows(leader, followers[leader], rows[leader].cached)
+                    self.decoder.cache.grow(len(rows), width)
+                    self.decoder.cache.copy_rows(leader, followers[leader], width)
                 for i in [leader, *followers[leader]]:
-                    rows[i].cached, rows[i].pending = rows[leader].cached, []
+                    rows[i].cached, rows[i].pending = width, []
                     order.append(i)
                     hidden.append(state)
-        return order, torch.stack(hidden)
+        keys = torch.tensor([[rows[i].stream, len(rows[i].trajectory.tokens)] for i in order]).T
+        wanted = torch.tensor([rows[i].next_forced(1)[0] for i in order]) if forced else None
+        keys, wanted = (x if x is None else x.to(self.policy.device) for x in (keys, wanted))
+        ids, logprobs = self.decoder.choose(torch.stack(hidden), *keys, temperature, wanted)
+        sampled = zip(order, ids.tolist(), logprobs.tolist(), strict=True)
+        return [i for i, token, logprob in sampled if self._take(rows[i], token, logprob)]
 
-    def _forward(self, cache: Cache, rows: list[_Row | None], part: list[int]) -> Tensor:
-        """Feed the pending ids of the rows `part`; returns the hidden states [len(part), D] after them."""
-        device = self.policy.device
-        counts = torch.tensor([len(rows[i].pending) for i in part], device=device)
-        starts = torch.tensor([rows[i].cached for i in part], device=device)
-        widest = int(counts.max())
-        ids = torch.zeros(len(part), widest, dtype=torch.long)
-        for k, i in enumerate(part):
-            ids[k, : len(rows[i].pending)] = torch.tensor(rows[i].pending)
-            rows[i].cached += len(rows[i].pending)
-        # Padding writes behind the row's end; real tokens overwrite it before anything attends to it.
-        positions = starts[:, None] + torch.arange(widest, device=device)  # [rows, T]
-        cache.at(torch.tensor(part, device=device), positions, int(positions.max()) + 1, len(rows))
-        hidden = self._backbone(ids.to(device), positions, cache)  # [rows, T, D]
-        return hidden[torch.arange(len(part), device=device), counts - 1]
-
-    def _decode(self, cache: Cache, rows: list[_Row | None]) -> tuple[list[int], Tensor]:
-        """Feed one token to every row that has exactly one pending.
-
-        All rows of the cache pass through the model, so that nothing is copied; what a waiting or empty row
-        writes stands behind its end and is overwritten.
-        """
-        device = self.policy.device
+    def _decode(self, rows: list[_Row | None], temperature: float, forced: bool) -> list[int]:
+        """Feed one token to every row that has exactly one pending, and go on for as many steps as the
+        decoder makes at a time; returns the rows whose message ended."""
         ready = [i for i, row in enumerate(rows) if row is not None and len(row.pending) == 1]
-        ids = torch.tensor(
-            [[row.pending[0] if row is not None and len(row.pending) == 1 else 0] for row in rows]
-        )
-        positions = torch.tensor([[row.cached if row is not None else 0] for row in rows])
-        cache.at(None, positions.to(device), int(positions.max()) + 1, len(rows))
-        hidden = self._backbone(ids.to(device), positions.to(device), cache)[:, 0]  # [rows, D]
-        for i in ready:
-            rows[i].cached, rows[i].pending = rows[i].cached + 1, []
-        return ready, hidden[torch.tensor(ready, device=device)]
-
-    def _backbone(self, ids: Tensor, positions: Tensor, cache: Cache) -> Tensor:
-        columns = torch.arange(cache.width, device=ids.device)
-        mask = columns[None, None, None, :] <= positions[:, None, :, None]  # [rows, 1, T, width]
-        return self.policy.model.model(
-            input_ids=ids, position_ids=positions, attention_mask=mask, past_key_values=cache, use_cache=True
-        ).last_hidden_state
-
-    def _sample(
-        self, rows: list[_Row | None], fed: list[int], hidden: Tensor, temperature: float
-    ) -> list[int]:
-        """Sample a token for each row in `fed` from its hidden state; returns rows whose message ended."""
-        logits = hidden.float() @ self.policy.head.float().T  # [N, V], never rounded to half
-        logprobs = torch.log_softmax(logits / (temperature or 1.0), dim=-1)
-        if temperature == 0:
-            ids = logprobs.argmax(-1)
-        else:
-            streams = np.array([rows[i].stream for i in fed], dtype=np.uint64)
-            places = np.array([len(rows[i].trajectory.tokens) for i in fed], dtype=np.uint64)
-            noise = torch.from_numpy(uniform(self.seed, streams, places)).to(logprobs.device)
-            cumulated = logprobs.double().exp().cumsum(-1)
-            ids = torch.searchsorted(cumulated, noise[:, None] * cumulated[:, -1:], right=True)[:, 0]
-            ids = ids.clamp(max=logprobs.shape[1] - 1)
-        chosen = logprobs.gather(1, ids[:, None])[:, 0].tolist()
-        ended = []
-        for i, token, logprob in zip(fed, ids.tolist(), chosen, strict=True):
+        fed = ready if self.decoder.fast else range(len(rows))
+        states, wanted = [], []
+        for i in fed:
             row = rows[i]
-            row.trajectory.append([token], sampled=True, logprobs=[logprob])
-            row.context.append(token)
-            row.pending.append(token)
-            row.message.append(token)
-            full = len(row.message) >= self.max_new_tokens or len(row.context) >= self.context
-            if token in self.chat.stop_ids or full:
-                ended.append(i)
+            if row is not None and len(row.pending) == 1:
+                key = (row.stream, len(row.trajectory.tokens))
+                states.append((i, row.pending[0], row.cached, self._left(row), *key))
+                wanted.append(row.next_forced(self.decoder.window))
+            else:  # idle: what it writes stands behind its end and is overwritten
+                states.append((i, 0, row.cached if row is not None else 0, 0, 0, 0))
+                wanted.append([FREE] * self.decoder.window)
+        found = self.decoder.decode(states, temperature, wanted if forced else None)
+        ended = []
+        for column, i in enumerate(fed):
+            if states[column][LEFT] == 0:
+                continue
+            for ids, logprobs in zip(*found, strict=True):
+                rows[i].cached, rows[i].pending = rows[i].cached + 1, []
+                if self._take(rows[i], ids[column], logprobs[column]):
+                    ended.append(i)
+                    break
         return ended
+
+    def _left(self, row: _Row) -> int:
+        """How many more tokens the row may sample in its message."""
+        return min(self.max_new_tokens - len(row.message), self.context - len(row.context))
+
+    def _take(self, row: _Row, token: int, logprob: float) -> bool:
+        """Append a sampled token; returns whether the message ended."""
+        row.trajectory.append([token], sampled=True, logprobs=[logprob])
+        row.context.append(token)
+        row.pending.append(token)
+        row.message.append(token)
+        row.taken += 1
+        return token in self.chat.stop_ids or self._left(row) <= 0
 
     def _end_message(self, row: _Row, force_prefix: bool) -> None:
         """Hand the finished message to the episode and queue what answers it."""
@@ -407,20 +349,3 @@ def demonstration(chat: Chat, task: Task, format: str) -> Trajectory:
                 row.append(chat.extend_ids(answer, ids[-1]), sampled=False)
     row.reward, row.verdicts = episode.reward, list(episode.turn_verdicts)
     return row
-
-
-def uniform(seed: int, streams: np.ndarray, places: np.ndarray) -> np.ndarray:
-    """Random numbers in [0, 1), one per (seed, stream, place): a counter-based generator (splitmix64), so
-    that a sequence's noise depends on nothing but its own key."""
-
-    def mix(x: np.ndarray) -> np.ndarray:
-        x = (x ^ (x >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
-        x = (x ^ (x >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
-        return x ^ (x >> np.uint64(31))
-
-    step = np.uint64(0x9E3779B97F4A7C15)
-    with np.errstate(over="ignore"):
-        key = mix(np.full_like(streams, seed % 2**64) * step + step)
-        key = mix((key ^ streams) * step + step)
-        key = mix((key ^ places) * step + step)
-    return (key >> np.uint64(11)).astype(np.float64) / 2.0**53

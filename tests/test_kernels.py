@@ -128,6 +128,68 @@ def test_many_splits_and_slabs(monkeypatch):
     agree(*on_device(*case(9, 1187)), 0.7, atol=5e-5)
 
 
+# -------------------------------------------------------------------------------------------------- sampling
+@pytest.mark.parametrize("v", [1, 5, 1187, 5000])
+@pytest.mark.parametrize("temperature", [0.7, 1.0])
+def test_pick(v, temperature):
+    """The id whose share of the cumulated probabilities holds the noise, and its log-prob."""
+    from nanotoolrl.kernels import pick
+
+    generator = torch.Generator().manual_seed(0)
+    logits = torch.randn(12, v, generator=generator).mul_(4).to(DEVICE)
+    noise = torch.rand(12, generator=generator).double().to(DEVICE)
+    noise[0], noise[1] = 0.0, 1 - 2.0**-53
+    logp = (logits.double() / temperature).log_softmax(-1)
+    ids, logprobs = pick(logits, noise, None, temperature)
+    torch.testing.assert_close(logprobs.double(), logp.gather(1, ids[:, None])[:, 0], atol=1e-5, rtol=1e-5)
+    upper = logp.exp().cumsum(-1).gather(1, ids[:, None])[:, 0]
+    lower = upper - logprobs.double().exp()
+    assert ((lower - 1e-5 <= noise) & (noise <= upper + 1e-5)).all()
+    likeliest, _ = pick(logits, None, None, temperature)
+    assert torch.equal(likeliest, logits.argmax(-1))
+    wanted = torch.full((12,), -1, device=DEVICE)
+    wanted[3] = v - 1
+    forced, logprobs = pick(logits, noise, wanted, temperature)
+    assert forced[3] == v - 1 and torch.equal(forced[4:], ids[4:])
+    assert logprobs[3].item() == pytest.approx(logp[3, -1].item(), abs=1e-5)
+
+
+@pytest.mark.parametrize("noise", [0.0, 2.0**-53, 0.5, 1 - 2.0**-53])
+def test_pick_never_takes_an_impossible_token(noise):
+    from nanotoolrl.kernels import pick
+
+    logits = torch.full((1, 9000), -3000.0, device=DEVICE)
+    logits[0, [5, 4100, 4101, 8999 - 60]] = torch.tensor([0.0, -1.0, 2.0, -30.0], device=DEVICE)
+    ids, logprobs = pick(logits, torch.tensor([noise], device=DEVICE).double(), None, 1.0)
+    assert ids.item() == {0.0: 5, 2.0**-53: 5, 0.5: 4101, 1 - 2.0**-53: 8999 - 60}[noise]
+    assert logprobs.item() == pytest.approx(logits[0].log_softmax(-1)[ids].item(), abs=1e-5)
+
+
+# ------------------------------------------------------------------------------------------ decode attention
+@pytest.mark.parametrize("dtype, atol", [(torch.float32, 1e-5), (torch.float16, 2e-3)])
+@pytest.mark.parametrize("heads, kv_heads, dim", [(4, 4, 8), (14, 2, 64), (6, 2, 80)])
+@pytest.mark.parametrize("processors", [1, 64])
+def test_decode_attention(monkeypatch, dtype, atol, heads, kv_heads, dim, processors):
+    """Against plain attention row by row; what stands behind a row's length, or in no row, is NaN."""
+    from nanotoolrl import kernels
+
+    monkeypatch.setattr(kernels, "_processors", lambda device: processors)  # 1: one split, 64: several
+    generator = torch.Generator().manual_seed(0)
+    slots, lengths = torch.tensor([3, 0, 2]), torch.tensor([1, 300, 511])
+    query = torch.randn(3, heads, dim, generator=generator).to(dtype)
+    keys, values = torch.randn(2, 4, kv_heads, 512, dim, generator=generator).to(dtype)
+    keys[1] = values[1] = float("nan")
+    for slot, length in zip(slots, lengths):
+        keys[slot, :, length:] = values[slot, :, length:] = float("nan")
+    arguments = [x.to(DEVICE) for x in (query, keys, values, slots, lengths)]
+    out = kernels.decode_attention(*arguments, dim**-0.5)
+    assert out.dtype == dtype
+    for row, (slot, length) in enumerate(zip(slots, lengths)):
+        k, v = (x[slot, :, :length].double().repeat_interleave(heads // kv_heads, 0) for x in (keys, values))
+        p = (k @ query[row].double()[:, :, None] * dim**-0.5).softmax(1)  # [heads, length, 1]
+        torch.testing.assert_close(out[row].double().cpu(), (p * v).sum(1), atol=atol, rtol=atol)
+
+
 @pytest.mark.gpu
 @pytest.mark.skipif(DEVICE == "cpu", reason="needs a CUDA device")
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])

@@ -8,11 +8,12 @@ import torch
 from test_model import tiny_policy
 from transformers import AutoModelForCausalLM, LlamaConfig, Qwen2Config, Qwen3Config
 
+from nanotoolrl import decode
 from nanotoolrl import sampler as sampler_module
 from nanotoolrl.chat import FORMATS
 from nanotoolrl.env import Call, Episode, Task, Turn
 from nanotoolrl.model import Policy
-from nanotoolrl.sampler import Sampler, Trajectory, uniform
+from nanotoolrl.sampler import Sampler, Trajectory
 from nanotoolrl.supervise import hint_text
 from nanotoolrl.tasks import load_tasks
 
@@ -36,6 +37,12 @@ def small_task(name="small", turns=3):
     told = [Turn(f"{name}, word {n}?", [], "What?") for n in range(turns - 1)]
     state = {"Files": {"folders": {"docs": {"b": "x"}}}}
     return Task(name, "base", state, ["list_files"], [*told, Turn("List.", [listing], "b.")])
+
+
+def uniform(seed, streams, places):
+    """Numpy in, numpy out."""
+    keys = (torch.from_numpy(np.asarray(x, np.uint64).view(np.int64)) for x in (streams, places))
+    return decode.uniform(seed, *keys).numpy()
 
 
 def ragged_episodes():
@@ -210,8 +217,43 @@ def test_scheduling_changes_nothing(tiny, usual, monkeypatch, slots, prefill, co
 def test_memory_settings_change_nothing(tiny, usual, monkeypatch, limit, step):
     """One row per prefill forward or all; a cache that grows at every token or never."""
     monkeypatch.setattr(sampler_module, "PREFILL_TOKENS", limit)
-    monkeypatch.setattr(sampler_module, "CAPACITY_STEP", step)
+    monkeypatch.setattr(decode, "CAPACITY_STEP", step)
     same_rows(Sampler(tiny, max_new_tokens=16).rollout(ragged_episodes(), temperature=0.7), usual)
+
+
+@pytest.mark.parametrize("slots, prefill, window", [(10, 0.2, 8), (3, 0.01, 3)])
+def test_the_fast_way_changes_nothing(tiny, monkeypatch, slots, prefill, window):
+    """What a GPU does, but for the recording of graphs: rows found through their slots, attention by the
+    kernel, tokens read back every few steps; here in Triton's interpreter."""
+    pytest.importorskip("triton", reason="Triton is for Linux only")
+    monkeypatch.setattr(sampler_module, "PREFILL_SHARE", prefill)
+    monkeypatch.setattr(decode, "WINDOW", window)
+    plain = Sampler(tiny, max_new_tokens=6).rollout(ragged_episodes())
+    sampler = Sampler(tiny, max_new_tokens=6, slots=slots)
+    sampler.decoder = decode.Decoder(tiny, 0, fast=True)
+    rows = sampler.rollout(ragged_episodes())
+    same_rows(rows, plain)
+    loops = dict(sampler.decoder.loops)
+    same_rows(sampler.rollout(ragged_episodes()[:2]), plain[:2])  # nothing is left of the rollout before
+    assert loops.items() <= sampler.decoder.loops.items()  # graphs are kept
+
+
+def test_replay(tiny):
+    """Forced tokens come out as they went in, with the policy's log-probs; then rows go on by themselves."""
+    sampler = Sampler(tiny, max_new_tokens=16)
+    rows = sampler.rollout(ragged_episodes())
+    spoken = [sampled(row) for row in rows]
+    same_rows(sampler.rollout(ragged_episodes(), stream=5, forced=spoken), rows)
+    halves = [ids[: len(ids) // 2] for ids in spoken]
+    others = sampler.rollout(ragged_episodes(), stream=5, forced=halves)
+    assert all(sampled(row)[: len(half)] == half for row, half in zip(others, halves))
+    assert any(sampled(row) != ids for row, ids in zip(others, spoken))
+    for place, row in enumerate(others):
+        ids, mask = torch.tensor([row.tokens]), torch.tensor([row.loss_mask])
+        with torch.no_grad():
+            trained = tiny.logprobs(ids, mask)[0]
+        own = [x for x, flag in zip(row.logprobs, row.loss_mask) if flag]
+        assert own == pytest.approx(trained.tolist(), abs=2e-5), place
 
 
 def test_group_members_differ(tiny):
@@ -311,6 +353,9 @@ class Script:
         self.head = torch.eye(len(policy.tokenizer))
         self.ids = torch.tensor([*ids, 0])
         self.model = SimpleNamespace(model=self.forward)
+
+    def logits(self, hidden):
+        return hidden
 
     def forward(self, input_ids, position_ids, **_):
         places = position_ids.clamp(max=len(self.ids) - 2)
@@ -565,6 +610,22 @@ def test_uniform_is_in_range_and_uniform():
         assert abs(chi_square(np.bincount(low_bits.astype(int), minlength=64), even)) < 4
 
 
+def test_uniform_is_splitmix64():
+    """Against the same arithmetic in Python's integers."""
+
+    def mix(x):
+        x = (x ^ (x >> 30)) * 0xBF58476D1CE4E5B9 % 2**64
+        x = (x ^ (x >> 27)) * 0x94D049BB133111EB % 2**64
+        return x ^ (x >> 31)
+
+    keys = [(0, 0, 0), (1, 2, 3), (2**63 - 1, (5 << 32) + 7, 4095), (2**63, 2**40, 1), (-1, 2**62, 0)]
+    for seed, stream, place in keys:
+        key = 0
+        for part in (seed % 2**64, stream, place):
+            key = mix(((key ^ part) * 0x9E3779B97F4A7C15 + 0x9E3779B97F4A7C15) % 2**64)
+        assert uniform(seed, np.array([stream]), np.array([place])).tolist() == [(key >> 11) / 2**53]
+
+
 def test_uniform_depends_on_every_key():
     one = np.array([7], np.uint64)
     base = uniform(3, one, one)[0]
@@ -611,7 +672,9 @@ def test_frequencies_are_the_models_probabilities(tiny, temperature):
 @pytest.mark.parametrize("noise", [0.0, 2.0**-53, 0.5, 1 - 2.0**-53])
 def test_impossible_tokens_are_never_sampled(policy, monkeypatch, noise):
     """Whatever the noise: also where the first and the last ids of the vocabulary are impossible."""
-    monkeypatch.setattr(sampler_module, "uniform", lambda seed, streams, places: np.full(len(streams), noise))
+    monkeypatch.setattr(
+        decode, "uniform", lambda seed, streams, places: torch.full(streams.shape, noise, dtype=torch.float64)
+    )
     vocabulary = len(policy.tokenizer)
     possible = [5, 100, 101, vocabulary - 60]
     logits = torch.full((vocabulary,), -3000.0)

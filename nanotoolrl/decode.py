@@ -1,0 +1,318 @@
+"""The device's side of sampling: a KV cache, decode steps for all rows at once, the choice of a token.
+
+On a CPU a step is a forward of every row of the cache, and each token is read back at once. On a GPU (`fast`)
+a step is one CUDA graph per batch size, from the embedding to the sampled token and whether it stops; rows
+are found through their slots, attention reads no padding, and tokens are read back every `WINDOW` steps. The
+optimiser updates weights in place, so graphs outlive training steps.
+"""
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+
+import torch
+from torch import Tensor
+from transformers import AttentionInterface
+
+from nanotoolrl.model import Policy
+
+CAPACITY_STEP = 128  # the cache grows by so many positions
+WINDOW = 8  # decode steps between two looks at what was sampled, on a GPU
+BUCKETS = (1, 2, 4, 8, 16, 32, 48, 64, 96, 128, 192, 256)  # batch sizes of CUDA graphs; then multiples of 128
+SLOT, TOKEN, LENGTH, LEFT, STREAM, PLACE = range(6)  # of a row's state, see `Decoder.decode`
+FREE = -1  # in place of a forced token: sample
+
+
+class Cache:
+    """Keys and values of all rows in preallocated memory, [rows, heads, capacity, head_dim] per layer.
+
+    The transformers attention layers call `update`; `at` says which rows and positions the next forward
+    writes, and what it reads. Nothing else of transformers' cache classes is used.
+    """
+
+    def __init__(self) -> None:
+        self.layers: list[list[Tensor]] = []
+        self.rows: Tensor | None = None
+        self.positions: Tensor | None = None
+        self.width: int | None = 0
+        self.size = self.capacity = 0
+
+    def at(self, rows: Tensor | None, positions: Tensor, width: int | None) -> None:
+        """Prepare a forward that writes `positions` [rows, T] of the given rows (None: the first ones) and
+        reads their first `width` positions; None: it gets the whole cache and finds its rows itself."""
+        self.rows, self.positions, self.width = rows, positions, width
+
+    def grow(self, size: int, capacity: int) -> None:
+        """Make room for `size` rows of `capacity` positions, rounded up."""
+        if size <= self.size and capacity <= self.capacity:
+            return
+        self.size = max(size, self.size)
+        self.capacity = max(self.capacity, -(-capacity // CAPACITY_STEP) * CAPACITY_STEP)
+        self.layers = [[self._grown(old) for old in layer] for layer in self.layers]
+
+    def _grown(self, old: Tensor) -> Tensor:
+        new = old.new_zeros(self.size, old.shape[1], self.capacity, old.shape[3])
+        new[: old.shape[0], :, : old.shape[2]] = old
+        return new
+
+    def update(self, key: Tensor, value: Tensor, layer: int, *_: object) -> tuple[Tensor, Tensor]:
+        """Write [rows, heads, T, head_dim] and return everything the rows may attend to."""
+        if layer == len(self.layers):
+            shape = (self.size, key.shape[1], self.capacity, key.shape[3])
+            self.layers.append([key.new_zeros(shape), value.new_zeros(shape)])
+        rows = torch.arange(len(key), device=key.device) if self.rows is None else self.rows
+        found = []
+        for store, new in zip(self.layers[layer], (key, value), strict=True):
+            store[rows[:, None], :, self.positions] = new.transpose(1, 2)
+            if self.width is None:
+                found.append(store)
+            elif self.rows is None:
+                found.append(store[: len(key), :, : self.width])
+            else:
+                found.append(store[rows, :, : self.width])
+        return found[0], found[1]
+
+    def copy_rows(self, source: int, targets: list[int], width: int) -> None:
+        """Give `targets` the first `width` positions of row `source`."""
+        for layer in self.layers:
+            for store in layer:
+                store[targets, :, :width] = store[source, :, :width].clone()
+
+    def keep_rows(self, rows: list[int]) -> None:
+        """Drop all rows but these; row i becomes the i-th of them."""
+        self.layers = [[store[rows] for store in layer] for layer in self.layers]
+        self.size = len(rows)
+
+
+class Decoder:
+    """Feeds tokens to a policy and samples what follows. `seed` is of the noise; `fast`: the GPU's way."""
+
+    def __init__(self, policy: Policy, seed: int, fast: bool) -> None:
+        self.policy, self.seed, self.fast = policy, seed, fast
+        self.window = WINDOW if fast else 1
+        self.stop_ids = torch.tensor(policy.chat.stop_ids, device=policy.device)
+        self.cache = Cache()
+        self.loops: dict[tuple, _Loop] = {}
+
+    def open(self, slots: int, capacity: int) -> None:
+        """Start a rollout of at most `slots` rows and `capacity` positions, with an empty cache."""
+        if not self.fast:
+            self.cache = Cache()  # grows with what it holds
+        elif slots + 1 > self.cache.size or capacity > self.cache.capacity:
+            self.loops.clear()  # graphs hold addresses of the old cache
+            self.cache = Cache()
+            self.cache.grow(slots + 1, capacity)  # the last one is scratch
+
+    def feed(self, rows: Sequence[int], cached: Sequence[int], pending: Sequence[Sequence[int]]) -> Tensor:
+        """Append the pending ids to the given rows, which hold `cached` ids; returns the hidden states
+        [rows, D] after the last of them."""
+        device = self.policy.device
+        counts = torch.tensor([len(ids) for ids in pending])
+        widest = int(counts.max())
+        ids = torch.zeros(len(rows), widest, dtype=torch.long)
+        for k, new in enumerate(pending):
+            ids[k, : len(new)] = torch.tensor(new)
+        # Padding writes behind the row's end; real tokens overwrite it before anything attends to it.
+        positions = torch.tensor(cached)[:, None] + torch.arange(widest)  # [rows, T]
+        width = int(positions.max()) + 1
+        self.cache.grow(max(rows) + 1, width)
+        self.cache.at(torch.tensor(rows, device=device), positions.to(device), width)
+        hidden = self._backbone(ids.to(device), positions.to(device))  # [rows, T, D]
+        return hidden[torch.arange(len(rows), device=device), (counts - 1).to(device)]
+
+    def choose(
+        self,
+        hidden: Tensor,
+        streams: Tensor,
+        places: Tensor,
+        temperature: float,
+        forced: Tensor | None = None,
+    ) -> tuple[Tensor, Tensor]:
+        """(ids [B], log-probs [B]) sampled from hidden states [B, D]; the noise of a row is keyed by the
+        seed, its stream and its place. temperature 0: greedy, with the log-probs of temperature 1. forced: an
+        id per row that is taken instead, or FREE."""
+        logits = self.policy.logits(hidden)  # [B, V], never rounded to half
+        noise = uniform(self.seed, streams, places) if temperature else None
+        if hidden.is_cuda:
+            from nanotoolrl.kernels import pick  # needs Triton
+
+            return pick(logits, noise, forced, temperature or 1.0)
+        logprobs = torch.log_softmax(logits / (temperature or 1.0), dim=-1)
+        if noise is None:
+            ids = logprobs.argmax(-1)
+        else:
+            cumulated = logprobs.double().exp().cumsum(-1)
+            ids = torch.searchsorted(cumulated, noise[:, None] * cumulated[:, -1:], right=True)[:, 0]
+            ids = ids.clamp(max=logprobs.shape[1] - 1)
+        if forced is not None:
+            ids = torch.where(forced == FREE, ids, forced)
+        return ids, logprobs.gather(1, ids[:, None])[:, 0]
+
+    def decode(
+        self, rows: Sequence[Sequence[int]], temperature: float, forced: Sequence[Sequence[int]] | None = None
+    ) -> tuple[list[list[int]], list[list[float]]]:
+        """(ids, log-probs), each [steps][rows], of up to `window` decode steps.
+
+        A row is (its slot, the token to feed, how many are cached before it, most tokens to sample, noise
+        stream, place in it). A row with none to sample, or past its stop token, idles; its results mean
+        nothing. Without `fast`, row i must be slot i. forced: `window` ids for each row, or FREE.
+        """
+        steps = min(self.window, max(row[LEFT] for row in rows))
+        batch, width = len(rows), None
+        if self.fast:
+            batch = next((size for size in BUCKETS if size >= batch), -(-batch // 128) * 128)
+            rows = [*rows, *[(self.cache.size - 1, 0, 0, 0, 0, 0)] * (batch - len(rows))]
+        else:
+            width = max(row[LENGTH] for row in rows) + 1
+            self.cache.grow(batch, width)
+        key = (batch, temperature, forced is not None)
+        loop = self.loops.get(key) or _Loop(self, *key, width)
+        if self.fast:
+            self.loops[key] = loop
+        return loop.run(rows, steps, forced)
+
+    def forward(self, token: Tensor, length: Tensor, slot: Tensor, width: int | None) -> Tensor:
+        """Hidden states [B, D] of one token [B] per row, which stands at position `length` [B]."""
+        positions = length[:, None]
+        if width is not None:
+            self.cache.at(None, positions, width)
+            return self._backbone(token[:, None], positions)[:, 0]
+        self.cache.at(slot, positions, None)
+        with _attention_implementation(self.policy.model.config, _ATTENTION):
+            unused = positions[:, None, None]  # a mask of four dimensions is passed on as it is
+            return self._run(token[:, None], positions, unused, slots=slot, lengths=length + 1)[:, 0]
+
+    def _backbone(self, ids: Tensor, positions: Tensor) -> Tensor:
+        columns = torch.arange(self.cache.width, device=ids.device)
+        mask = columns[None, None, None, :] <= positions[:, None, :, None]  # [rows, 1, T, width]
+        return self._run(ids, positions, mask)
+
+    def _run(self, ids: Tensor, positions: Tensor, mask: Tensor, **extra: Tensor) -> Tensor:
+        return self.policy.model.model(
+            input_ids=ids,
+            position_ids=positions,
+            attention_mask=mask,
+            past_key_values=self.cache,
+            use_cache=True,
+            **extra,
+        ).last_hidden_state
+
+
+class _Loop:
+    """Decode steps of a fixed batch size over state that stays on the device."""
+
+    def __init__(
+        self, decoder: Decoder, batch: int, temperature: float, forced: bool, width: int | None
+    ) -> None:
+        self.decoder, self.temperature, self.width = decoder, temperature, width
+        device, window = decoder.policy.device, decoder.window
+        self.state = torch.zeros(6, batch, dtype=torch.long, device=device)
+        self.state[SLOT] = decoder.cache.size - 1
+        self.forced = torch.full((window, batch), FREE, device=device) if forced else None
+        self.ids = torch.zeros(window, batch, dtype=torch.long, device=device)
+        self.logprobs = torch.zeros(window, batch, device=device)
+        self.turn = torch.zeros(1, dtype=torch.long, device=device)
+        self.graph = None
+
+    def run(
+        self, rows: Sequence[Sequence[int]], steps: int, forced: Sequence[Sequence[int]] | None
+    ) -> tuple[list[list[int]], list[list[float]]]:
+        """See `Decoder.decode`."""
+        if self.graph is None and self.state.is_cuda:
+            self._capture()
+        self.state.copy_(torch.tensor(rows).T)
+        self.turn.zero_()
+        if self.forced is not None:
+            self.forced.fill_(FREE)
+            self.forced[:, : len(forced)].copy_(torch.tensor(forced).T)
+        for _ in range(steps):
+            self.graph.replay() if self.graph else self.step()
+        return self.ids[:steps].tolist(), self.logprobs[:steps].tolist()
+
+    def step(self) -> None:
+        """Feed each row's token, sample the next one, note it, and find out who stopped."""
+        slot, token, length, left, stream, place = self.state
+        hidden = self.decoder.forward(token, length, slot, self.width)
+        forced = None if self.forced is None else self.forced.index_select(0, self.turn)[0]
+        ids, logprobs = self.decoder.choose(hidden, stream, place, self.temperature, forced)
+        self.ids.index_copy_(0, self.turn, ids[None])
+        self.logprobs.index_copy_(0, self.turn, logprobs[None])
+        self.turn += 1
+        going = left > 0
+        token.copy_(ids)
+        length += going
+        place += going
+        left -= going.long()
+        left *= (ids[:, None] != self.decoder.stop_ids).all(1)
+
+    def _capture(self) -> None:
+        """Record a step as a CUDA graph. While it is warmed up all rows idle in the scratch slot."""
+        stream = torch.cuda.Stream()
+        stream.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(stream):
+            for _ in range(2):
+                self.step()
+                self.turn.zero_()
+        torch.cuda.current_stream().wait_stream(stream)
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            self.step()
+        self.graph = graph
+
+
+# -------------------------------------------------------------------------------------------------- attention
+_ATTENTION = "nanotoolrl_decode"
+
+
+def _attend(
+    module: torch.nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor,
+    scaling: float,
+    slots: Tensor,
+    lengths: Tensor,
+    **_: object,
+) -> tuple[Tensor, None]:
+    """What transformers calls in a layer: query [B, heads, 1, head_dim] against the whole cache."""
+    from nanotoolrl.kernels import decode_attention  # needs Triton
+
+    return decode_attention(query[:, :, 0], key, value, slots, lengths, scaling)[:, None], None
+
+
+AttentionInterface.register(_ATTENTION, _attend)
+
+
+@contextmanager
+def _attention_implementation(config: object, name: str) -> Iterator[None]:
+    before = config._attn_implementation
+    config._attn_implementation = name
+    try:
+        yield
+    finally:
+        config._attn_implementation = before
+
+
+# ------------------------------------------------------------------------------------------------------ noise
+def uniform(seed: int, streams: Tensor, places: Tensor) -> Tensor:
+    """Random numbers in [0, 1), fp64, one per (seed, stream, place): a counter-based generator (splitmix64),
+    so that a sequence's noise depends on nothing but its own key. int64 arithmetic wraps, as it should."""
+    step, first, second = (_signed(x) for x in (0x9E3779B97F4A7C15, 0xBF58476D1CE4E5B9, 0x94D049BB133111EB))
+
+    def shifted(x: Tensor, bits: int) -> Tensor:
+        return (x >> bits) & ((1 << (64 - bits)) - 1)  # zeros come in from the left
+
+    def mix(x: Tensor) -> Tensor:
+        x = (x ^ shifted(x, 30)) * first
+        x = (x ^ shifted(x, 27)) * second
+        return x ^ shifted(x, 31)
+
+    key = mix(torch.full_like(streams, _signed(seed)) * step + step)
+    key = mix((key ^ streams) * step + step)
+    key = mix((key ^ places) * step + step)
+    return shifted(key, 11).double() / 2.0**53
+
+
+def _signed(x: int) -> int:
+    """The int64 with the same bits as x modulo 2^64."""
+    return (x + 2**63) % 2**64 - 2**63
