@@ -1,13 +1,14 @@
 """The device's side of sampling: a KV cache, decode steps for all rows at once, the choice of a token.
 
-On a CPU a step is a forward of every row of the cache, and each token is read back at once. On a GPU (`fast`)
-a step is one CUDA graph per batch size, from the embedding to the sampled token and whether it stops; rows
-are found through their slots, attention reads no padding, and tokens are read back every `WINDOW` steps. The
-optimiser updates weights in place, so graphs outlive training steps.
+On a CPU each token is read back at once, and neighbours that share a prompt attend to one copy of it. On a
+GPU (`fast`) a step is one CUDA graph per batch size, from the embedding to the sampled token and whether it
+stops; attention reads no padding, and tokens are read back every `WINDOW` steps. The optimiser updates weights
+in place, so graphs outlive training steps.
 """
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -16,17 +17,30 @@ from transformers import AttentionInterface
 from nanotoolrl.model import Policy
 
 CAPACITY_STEP = 128  # the cache grows by so many positions
+SPAN = 8  # most rows without a common prompt that attend together on a CPU
 WINDOW = 8  # decode steps between two looks at what was sampled, on a GPU
 BUCKETS = (1, 2, 4, 8, 16, 32, 48, 64, 96, 128, 192, 256)  # batch sizes of CUDA graphs; then multiples of 128
 SLOT, TOKEN, LENGTH, LEFT, STREAM, PLACE = range(6)  # of a row's state, see `Decoder.decode`
 FREE = -1  # in place of a forced token: sample
 
 
+class Span(NamedTuple):
+    """Neighbouring slots first .. end - 1 that attend together on a CPU. Their first `prefix` positions are
+    the same, and read from slot `first`; mask [slots, 1, 1, width - prefix] is added to the other scores."""
+
+    first: int
+    end: int
+    prefix: int
+    width: int
+    mask: Tensor
+
+
 class Cache:
     """Keys and values of all rows in preallocated memory, [rows, heads, capacity, head_dim] per layer.
 
     The transformers attention layers call `update`; `at` says which rows and positions the next forward
-    writes, and what it reads. Nothing else of transformers' cache classes is used.
+    writes, and what it reads. Nothing else of transformers' cache classes is used. Memory is kept from one
+    rollout to the next: what stands behind a row's end is never read.
     """
 
     def __init__(self) -> None:
@@ -35,10 +49,12 @@ class Cache:
         self.positions: Tensor | None = None
         self.width: int | None = 0
         self.size = self.capacity = 0
+        self.shared: dict[int, tuple[int, int]] = {}  # row -> (number of its group, common positions)
+        self.groups = 0
 
-    def at(self, rows: Tensor | None, positions: Tensor, width: int | None) -> None:
-        """Prepare a forward that writes `positions` [rows, T] of the given rows (None: the first ones) and
-        reads their first `width` positions; None: it gets the whole cache and finds its rows itself."""
+    def at(self, rows: Tensor, positions: Tensor, width: int | None) -> None:
+        """Prepare a forward that writes `positions` [rows, T] of the given rows and reads a copy of their
+        first `width` positions; None: it gets the whole cache and finds its rows itself."""
         self.rows, self.positions, self.width = rows, positions, width
 
     def grow(self, size: int, capacity: int) -> None:
@@ -59,28 +75,18 @@ class Cache:
         if layer == len(self.layers):
             shape = (self.size, key.shape[1], self.capacity, key.shape[3])
             self.layers.append([key.new_zeros(shape), value.new_zeros(shape)])
-        rows = torch.arange(len(key), device=key.device) if self.rows is None else self.rows
         found = []
         for store, new in zip(self.layers[layer], (key, value), strict=True):
-            store[rows[:, None], :, self.positions] = new.transpose(1, 2)
-            if self.width is None:
-                found.append(store)
-            elif self.rows is None:
-                found.append(store[: len(key), :, : self.width])
-            else:
-                found.append(store[rows, :, : self.width])
+            store[self.rows[:, None], :, self.positions] = new.transpose(1, 2)
+            found.append(store if self.width is None else store[self.rows, :, : self.width])
         return found[0], found[1]
 
-    def copy_rows(self, source: int, targets: list[int], width: int) -> None:
-        """Give `targets` the first `width` positions of row `source`."""
+    def copy_row(self, source: int, targets: list[int], width: int) -> None:
+        """Give `targets` the first `width` positions of row `source`, and remember that they share them."""
         for layer in self.layers:
             for store in layer:
                 store[targets, :, :width] = store[source, :, :width].clone()
-
-    def keep_rows(self, rows: list[int]) -> None:
-        """Drop all rows but these; row i becomes the i-th of them."""
-        self.layers = [[store[rows] for store in layer] for layer in self.layers]
-        self.size = len(rows)
+        self.shared |= dict.fromkeys((source, *targets), (source, width))
 
 
 class Decoder:
@@ -95,9 +101,8 @@ class Decoder:
 
     def open(self, slots: int, capacity: int) -> None:
         """Start a rollout of at most `slots` rows and `capacity` positions, with an empty cache."""
-        if not self.fast:
-            self.cache = Cache()  # grows with what it holds
-        elif slots + 1 > self.cache.size or capacity > self.cache.capacity:
+        self.cache.shared = {}
+        if self.fast and (slots + 1 > self.cache.size or capacity > self.cache.capacity):
             self.loops.clear()  # graphs hold addresses of the old cache
             self.cache = Cache()
             self.cache.grow(slots + 1, capacity)  # the last one is scratch
@@ -115,6 +120,9 @@ class Decoder:
         positions = torch.tensor(cached)[:, None] + torch.arange(widest)  # [rows, T]
         width = int(positions.max()) + 1
         self.cache.grow(max(rows) + 1, width)
+        for row, before in zip(rows, cached, strict=True):
+            if before == 0:
+                self.cache.shared.pop(row, None)
         self.cache.at(torch.tensor(rows, device=device), positions.to(device), width)
         hidden = self._backbone(ids.to(device), positions.to(device))  # [rows, T, D]
         return hidden[torch.arange(len(rows), device=device), (counts - 1).to(device)]
@@ -153,40 +161,38 @@ class Decoder:
         """(ids, log-probs), each [steps][rows], of up to `window` decode steps.
 
         A row is (its slot, the token to feed, how many are cached before it, most tokens to sample, noise
-        stream, place in it). A row with none to sample, or past its stop token, idles; its results mean
-        nothing. Without `fast`, row i must be slot i. forced: `window` ids for each row, or FREE.
+        stream, place in it); slots rise. What is sampled past a row's stop token, or its most tokens, means
+        nothing. forced: `window` ids for each row, or FREE.
         """
         steps = min(self.window, max(row[LEFT] for row in rows))
-        batch, width = len(rows), None
+        batch, spans = len(rows), None
         if self.fast:
             batch = next((size for size in BUCKETS if size >= batch), -(-batch // 128) * 128)
             rows = [*rows, *[(self.cache.size - 1, 0, 0, 0, 0, 0)] * (batch - len(rows))]
         else:
-            width = max(row[LENGTH] for row in rows) + 1
-            self.cache.grow(batch, width)
+            self.cache.grow(batch, max(row[LENGTH] for row in rows) + 1)
+            spans = _spans(rows, self.cache.shared)
         key = (batch, temperature, forced is not None)
-        loop = self.loops.get(key) or _Loop(self, *key, width)
+        loop = self.loops.get(key) or _Loop(self, *key, spans)
         if self.fast:
             self.loops[key] = loop
         return loop.run(rows, steps, forced)
 
-    def forward(self, token: Tensor, length: Tensor, slot: Tensor, width: int | None) -> Tensor:
+    def forward(self, token: Tensor, length: Tensor, slot: Tensor, spans: list[Span] | None) -> Tensor:
         """Hidden states [B, D] of one token [B] per row, which stands at position `length` [B]."""
         positions = length[:, None]
-        if width is not None:
-            self.cache.at(None, positions, width)
-            return self._backbone(token[:, None], positions)[:, 0]
         self.cache.at(slot, positions, None)
-        with _attention_implementation(self.policy.model.config, _ATTENTION):
+        extra = {"lengths": length + 1} if self.fast else {"spans": spans}
+        with _attention_implementation(self.policy.model.config, _ATTENTION[self.fast]):
             unused = positions[:, None, None]  # a mask of four dimensions is passed on as it is
-            return self._run(token[:, None], positions, unused, slots=slot, lengths=length + 1)[:, 0]
+            return self._span(token[:, None], positions, unused, slots=slot, **extra)[:, 0]
 
     def _backbone(self, ids: Tensor, positions: Tensor) -> Tensor:
         columns = torch.arange(self.cache.width, device=ids.device)
         mask = columns[None, None, None, :] <= positions[:, None, :, None]  # [rows, 1, T, width]
-        return self._run(ids, positions, mask)
+        return self._span(ids, positions, mask)
 
-    def _run(self, ids: Tensor, positions: Tensor, mask: Tensor, **extra: Tensor) -> Tensor:
+    def _span(self, ids: Tensor, positions: Tensor, mask: Tensor, **extra: Tensor) -> Tensor:
         return self.policy.model.model(
             input_ids=ids,
             position_ids=positions,
@@ -201,9 +207,9 @@ class _Loop:
     """Decode steps of a fixed batch size over state that stays on the device."""
 
     def __init__(
-        self, decoder: Decoder, batch: int, temperature: float, forced: bool, width: int | None
+        self, decoder: Decoder, batch: int, temperature: float, forced: bool, spans: list[Span] | None
     ) -> None:
-        self.decoder, self.temperature, self.width = decoder, temperature, width
+        self.decoder, self.temperature, self.spans = decoder, temperature, spans
         device, window = decoder.policy.device, decoder.window
         self.state = torch.zeros(6, batch, dtype=torch.long, device=device)
         self.state[SLOT] = decoder.cache.size - 1
@@ -231,7 +237,7 @@ class _Loop:
     def step(self) -> None:
         """Feed each row's token, sample the next one, note it, and find out who stopped."""
         slot, token, length, left, stream, place = self.state
-        hidden = self.decoder.forward(token, length, slot, self.width)
+        hidden = self.decoder.forward(token, length, slot, self.spans)
         forced = None if self.forced is None else self.forced.index_select(0, self.turn)[0]
         ids, logprobs = self.decoder.choose(hidden, stream, place, self.temperature, forced)
         self.ids.index_copy_(0, self.turn, ids[None])
@@ -260,10 +266,10 @@ class _Loop:
 
 
 # -------------------------------------------------------------------------------------------------- attention
-_ATTENTION = "nanotoolrl_decode"
+_ATTENTION = {True: "nanotoolrl_slots", False: "nanotoolrl_spans"}  # fast or not
 
 
-def _attend(
+def _attend_slots(
     module: torch.nn.Module,
     query: Tensor,
     key: Tensor,
@@ -274,13 +280,72 @@ def _attend(
     lengths: Tensor,
     **_: object,
 ) -> tuple[Tensor, None]:
-    """What transformers calls in a layer: query [B, heads, 1, head_dim] against the whole cache."""
+    """What transformers calls in a layer: query [B, heads, 1, head_dim], key and value the whole cache."""
     from nanotoolrl.kernels import decode_attention  # needs Triton
 
     return decode_attention(query[:, :, 0], key, value, slots, lengths, scaling)[:, None], None
 
 
-AttentionInterface.register(_ATTENTION, _attend)
+def _spans(rows: Sequence[Sequence[int]], shared: dict[int, tuple[int, int]]) -> list[Span]:
+    """Rows of a decode step, whose slots rise, as spans; idle slots between them are included."""
+    spans: list[list[Sequence[int]]] = []
+    for row in rows:
+        group = shared.get(row[SLOT])
+        if spans and group == shared.get(spans[-1][0][SLOT]) and (group or len(spans[-1]) < SPAN):
+            spans[-1].append(row)
+        else:
+            spans.append([row])
+    none = (0, 0)
+    return [_span(span, shared.get(span[0][SLOT], none)[1] if len(span) > 1 else 0) for span in spans]
+
+
+def _span(rows: Sequence[Sequence[int]], prefix: int) -> Span:
+    first, end, width = rows[0][SLOT], rows[-1][SLOT] + 1, max(row[LENGTH] for row in rows) + 1
+    lengths = torch.full((end - first, 1, 1, 1), prefix)
+    for row in rows:
+        lengths[row[SLOT] - first] = row[LENGTH]
+    mask = torch.zeros(end - first, 1, 1, width - prefix)
+    mask.masked_fill_(torch.arange(prefix, width) > lengths, -torch.inf)
+    return Span(first, end, prefix, width, mask)
+
+
+def _attend_spans(
+    module: torch.nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor,
+    scaling: float,
+    slots: Tensor,
+    spans: list[Span],
+    **_: object,
+) -> tuple[Tensor, None]:
+    """The same on a CPU: per span the common positions once, for all queries, then each row's own."""
+    (B, heads, _, D), kv_heads = query.shape, key.shape[1]
+    group = heads // kv_heads
+    q = query.new_zeros(spans[-1].end, kv_heads, group, D)
+    q[slots] = query.view(B, kv_heads, group, D) * scaling
+    out = torch.zeros_like(q)
+    for first, end, prefix, width, mask in spans:
+        mine, n = q[first:end], end - first
+        k, v = key[first:end, :, prefix:width], value[first:end, :, prefix:width]
+        scores = q.new_empty(n, kv_heads, group, width)
+        torch.add(mine @ k.mT, mask, out=scores[..., prefix:])
+        if prefix:
+            together = mine.transpose(0, 1).reshape(kv_heads, n * group, D)
+            common = (together @ key[first, :, :prefix].mT).view(kv_heads, n, group, prefix)
+            scores[..., :prefix] = common.transpose(0, 1)
+        p = scores.softmax(-1)
+        out[first:end] = p[..., prefix:] @ v
+        if prefix:
+            together = p[..., :prefix].transpose(0, 1).reshape(kv_heads, n * group, prefix)
+            common = (together @ value[first, :, :prefix]).view(kv_heads, n, group, D)
+            out[first:end] += common.transpose(0, 1)
+    return out[slots].view(B, 1, heads, D), None
+
+
+AttentionInterface.register(_ATTENTION[True], _attend_slots)
+AttentionInterface.register(_ATTENTION[False], _attend_spans)
 
 
 @contextmanager

@@ -13,13 +13,12 @@ from dataclasses import dataclass, field, replace
 import torch
 
 from nanotoolrl.chat import FORMATS, Chat, message_state
-from nanotoolrl.decode import FREE, LEFT, Decoder
+from nanotoolrl.decode import FREE, Decoder
 from nanotoolrl.env import Episode, Task, Verdict, oracle
 from nanotoolrl.model import Policy
 
 PREFILL_TOKENS = 8192  # most tokens in one prefill forward
 PREFILL_SHARE = 0.2  # rows that wait for a prefill before one is made; the others decode on
-COMPACT_SHARE = 0.8  # live rows under which the cache is compacted
 
 
 @dataclass
@@ -114,6 +113,11 @@ class _Row:
     message: list[int] = field(default_factory=list)
     cached: int = 0
 
+    @property
+    def key(self) -> tuple[int, int]:
+        """(stream, place) of the noise of its next token."""
+        return self.stream, len(self.trajectory.tokens)
+
     def next_forced(self, count: int) -> list[int]:
         """The next `count` tokens it shall sample, filled up with FREE."""
         some = list(self.forced[self.taken : self.taken + count])
@@ -179,9 +183,6 @@ class Sampler:
                         rows[free.pop(0)] = row
                     else:
                         rows.append(row)
-            elif not self.decoder.fast and not queue and len(live) < COMPACT_SHARE * len(rows):
-                self.decoder.cache.keep_rows([i for i, row in enumerate(rows) if row is not None])
-                rows = list(live)
             live = [row for row in rows if row is not None]
             waiting = [i for i, row in enumerate(rows) if row is not None and len(row.pending) > 1]
             if len(waiting) == len(live) or len(waiting) >= PREFILL_SHARE * len(live):
@@ -250,12 +251,12 @@ class Sampler:
                 width = rows[leader].cached + len(rows[leader].pending)
                 if followers[leader]:
                     self.decoder.cache.grow(len(rows), width)
-                    self.decoder.cache.copy_rows(leader, followers[leader], width)
+                    self.decoder.cache.copy_row(leader, followers[leader], width)
                 for i in [leader, *followers[leader]]:
                     rows[i].cached, rows[i].pending = width, []
                     order.append(i)
                     hidden.append(state)
-        keys = torch.tensor([[rows[i].stream, len(rows[i].trajectory.tokens)] for i in order]).T
+        keys = torch.tensor([rows[i].key for i in order]).T
         wanted = torch.tensor([rows[i].next_forced(1)[0] for i in order]) if forced else None
         keys, wanted = (x if x is None else x.to(self.policy.device) for x in (keys, wanted))
         ids, logprobs = self.decoder.choose(torch.stack(hidden), *keys, temperature, wanted)
@@ -266,22 +267,11 @@ class Sampler:
         """Feed one token to every row that has exactly one pending, and go on for as many steps as the
         decoder makes at a time; returns the rows whose message ended."""
         ready = [i for i, row in enumerate(rows) if row is not None and len(row.pending) == 1]
-        fed = ready if self.decoder.fast else range(len(rows))
-        states, wanted = [], []
-        for i in fed:
-            row = rows[i]
-            if row is not None and len(row.pending) == 1:
-                key = (row.stream, len(row.trajectory.tokens))
-                states.append((i, row.pending[0], row.cached, self._left(row), *key))
-                wanted.append(row.next_forced(self.decoder.window))
-            else:  # idle: what it writes stands behind its end and is overwritten
-                states.append((i, 0, row.cached if row is not None else 0, 0, 0, 0))
-                wanted.append([FREE] * self.decoder.window)
-        found = self.decoder.decode(states, temperature, wanted if forced else None)
+        states = [(i, rows[i].pending[0], rows[i].cached, self._left(rows[i]), *rows[i].key) for i in ready]
+        wanted = [rows[i].next_forced(self.decoder.window) for i in ready] if forced else None
+        found = self.decoder.decode(states, temperature, wanted)
         ended = []
-        for column, i in enumerate(fed):
-            if states[column][LEFT] == 0:
-                continue
+        for column, i in enumerate(ready):
             for ids, logprobs in zip(*found, strict=True):
                 rows[i].cached, rows[i].pending = rows[i].cached + 1, []
                 if self._take(rows[i], ids[column], logprobs[column]):

@@ -204,11 +204,11 @@ def usual(tiny):
 
 @pytest.mark.parametrize("slots", [3, 64])
 @pytest.mark.parametrize("prefill", [1e-9, 2.0])
-@pytest.mark.parametrize("compact", [0.0, 2.0])
-def test_scheduling_changes_nothing(tiny, usual, monkeypatch, slots, prefill, compact):
-    """Prefill as soon as one row waits or only when all wait; compact always or never."""
+@pytest.mark.parametrize("span", [1, 3, 64])
+def test_scheduling_changes_nothing(tiny, usual, monkeypatch, slots, prefill, span):
+    """Prefill as soon as one row waits or only when all wait; rows attend alone, by threes, or together."""
     monkeypatch.setattr(sampler_module, "PREFILL_SHARE", prefill)
-    monkeypatch.setattr(sampler_module, "COMPACT_SHARE", compact)
+    monkeypatch.setattr(decode, "SPAN", span)
     player = Sampler(tiny, max_new_tokens=16, slots=slots)
     same_rows(player.rollout(ragged_episodes(), temperature=0.7), usual)
 
