@@ -1,38 +1,26 @@
 """The device's side of sampling: a KV cache, decode steps for all rows at once, the choice of a token.
 
-On a CPU each token is read back at once, and neighbours that share a prompt attend to one copy of it. On a
-GPU (`fast`) a step is one CUDA graph per batch size, from the embedding to the sampled token and whether it
-stops; attention reads no padding, and tokens are read back every `WINDOW` steps. The optimiser updates weights
-in place, so graphs outlive training steps.
+A row keeps its slot in the cache; a step feeds the live rows, and attention reads each to its own length. On a
+CPU every token is read back at once. On a GPU (`fast`) a step is one CUDA graph per batch size, from the
+embedding to the sampled token and whether it stops, and tokens are read back every `WINDOW` steps. The
+optimiser updates weights in place, so graphs outlive training steps.
 """
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from typing import NamedTuple
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 from transformers import AttentionInterface
 
 from nanotoolrl.model import Policy
 
 CAPACITY_STEP = 128  # the cache grows by so many positions
-SPAN = 8  # most rows without a common prompt that attend together on a CPU
 WINDOW = 8  # decode steps between two looks at what was sampled, on a GPU
 BUCKETS = (1, 2, 4, 8, 16, 32, 48, 64, 96, 128, 192, 256)  # batch sizes of CUDA graphs; then multiples of 128
 SLOT, TOKEN, LENGTH, LEFT, STREAM, PLACE = range(6)  # of a row's state, see `Decoder.decode`
 FREE = -1  # in place of a forced token: sample
-
-
-class Span(NamedTuple):
-    """Neighbouring slots first .. end - 1 that attend together on a CPU. Their first `prefix` positions are
-    the same, and read from slot `first`; mask [slots, 1, 1, width - prefix] is added to the other scores."""
-
-    first: int
-    end: int
-    prefix: int
-    width: int
-    mask: Tensor
 
 
 class Cache:
@@ -49,8 +37,6 @@ class Cache:
         self.positions: Tensor | None = None
         self.width: int | None = 0
         self.size = self.capacity = 0
-        self.shared: dict[int, tuple[int, int]] = {}  # row -> (number of its group, common positions)
-        self.groups = 0
 
     def at(self, rows: Tensor, positions: Tensor, width: int | None) -> None:
         """Prepare a forward that writes `positions` [rows, T] of the given rows and reads a copy of their
@@ -82,11 +68,10 @@ class Cache:
         return found[0], found[1]
 
     def copy_row(self, source: int, targets: list[int], width: int) -> None:
-        """Give `targets` the first `width` positions of row `source`, and remember that they share them."""
+        """Give `targets` the first `width` positions of row `source`."""
         for layer in self.layers:
             for store in layer:
                 store[targets, :, :width] = store[source, :, :width].clone()
-        self.shared |= dict.fromkeys((source, *targets), (source, width))
 
 
 class Decoder:
@@ -101,7 +86,6 @@ class Decoder:
 
     def open(self, slots: int, capacity: int) -> None:
         """Start a rollout of at most `slots` rows and `capacity` positions, with an empty cache."""
-        self.cache.shared = {}
         if self.fast and (slots + 1 > self.cache.size or capacity > self.cache.capacity):
             self.loops.clear()  # graphs hold addresses of the old cache
             self.cache = Cache()
@@ -120,9 +104,6 @@ class Decoder:
         positions = torch.tensor(cached)[:, None] + torch.arange(widest)  # [rows, T]
         width = int(positions.max()) + 1
         self.cache.grow(max(rows) + 1, width)
-        for row, before in zip(rows, cached, strict=True):
-            if before == 0:
-                self.cache.shared.pop(row, None)
         self.cache.at(torch.tensor(rows, device=device), positions.to(device), width)
         hidden = self._backbone(ids.to(device), positions.to(device))  # [rows, T, D]
         return hidden[torch.arange(len(rows), device=device), (counts - 1).to(device)]
@@ -165,34 +146,32 @@ class Decoder:
         nothing. forced: `window` ids for each row, or FREE.
         """
         steps = min(self.window, max(row[LEFT] for row in rows))
-        batch, spans = len(rows), None
+        batch = len(rows)
         if self.fast:
             batch = next((size for size in BUCKETS if size >= batch), -(-batch // 128) * 128)
             rows = [*rows, *[(self.cache.size - 1, 0, 0, 0, 0, 0)] * (batch - len(rows))]
         else:
-            self.cache.grow(batch, max(row[LENGTH] for row in rows) + 1)
-            spans = _spans(rows, self.cache.shared)
+            self.cache.grow(0, max(row[LENGTH] for row in rows) + 1)
         key = (batch, temperature, forced is not None)
-        loop = self.loops.get(key) or _Loop(self, *key, spans)
+        loop = self.loops.get(key) or _Loop(self, *key)
         if self.fast:
             self.loops[key] = loop
         return loop.run(rows, steps, forced)
 
-    def forward(self, token: Tensor, length: Tensor, slot: Tensor, spans: list[Span] | None) -> Tensor:
+    def forward(self, token: Tensor, length: Tensor, slot: Tensor) -> Tensor:
         """Hidden states [B, D] of one token [B] per row, which stands at position `length` [B]."""
         positions = length[:, None]
         self.cache.at(slot, positions, None)
-        extra = {"lengths": length + 1} if self.fast else {"spans": spans}
         with _attention_implementation(self.policy.model.config, _ATTENTION[self.fast]):
             unused = positions[:, None, None]  # a mask of four dimensions is passed on as it is
-            return self._span(token[:, None], positions, unused, slots=slot, **extra)[:, 0]
+            return self._forward(token[:, None], positions, unused, slots=slot, lengths=length + 1)[:, 0]
 
     def _backbone(self, ids: Tensor, positions: Tensor) -> Tensor:
         columns = torch.arange(self.cache.width, device=ids.device)
         mask = columns[None, None, None, :] <= positions[:, None, :, None]  # [rows, 1, T, width]
-        return self._span(ids, positions, mask)
+        return self._forward(ids, positions, mask)
 
-    def _span(self, ids: Tensor, positions: Tensor, mask: Tensor, **extra: Tensor) -> Tensor:
+    def _forward(self, ids: Tensor, positions: Tensor, mask: Tensor, **extra: Tensor) -> Tensor:
         return self.policy.model.model(
             input_ids=ids,
             position_ids=positions,
@@ -206,10 +185,8 @@ class Decoder:
 class _Loop:
     """Decode steps of a fixed batch size over state that stays on the device."""
 
-    def __init__(
-        self, decoder: Decoder, batch: int, temperature: float, forced: bool, spans: list[Span] | None
-    ) -> None:
-        self.decoder, self.temperature, self.spans = decoder, temperature, spans
+    def __init__(self, decoder: Decoder, batch: int, temperature: float, forced: bool) -> None:
+        self.decoder, self.temperature = decoder, temperature
         device, window = decoder.policy.device, decoder.window
         self.state = torch.zeros(6, batch, dtype=torch.long, device=device)
         self.state[SLOT] = decoder.cache.size - 1
@@ -237,7 +214,7 @@ class _Loop:
     def step(self) -> None:
         """Feed each row's token, sample the next one, note it, and find out who stopped."""
         slot, token, length, left, stream, place = self.state
-        hidden = self.decoder.forward(token, length, slot, self.spans)
+        hidden = self.decoder.forward(token, length, slot)
         forced = None if self.forced is None else self.forced.index_select(0, self.turn)[0]
         ids, logprobs = self.decoder.choose(hidden, stream, place, self.temperature, forced)
         self.ids.index_copy_(0, self.turn, ids[None])
@@ -266,7 +243,7 @@ class _Loop:
 
 
 # -------------------------------------------------------------------------------------------------- attention
-_ATTENTION = {True: "nanotoolrl_slots", False: "nanotoolrl_spans"}  # fast or not
+_ATTENTION = {True: "nanotoolrl_slots", False: "nanotoolrl_rows"}  # fast or not
 
 
 def _attend_slots(
@@ -286,30 +263,7 @@ def _attend_slots(
     return decode_attention(query[:, :, 0], key, value, slots, lengths, scaling)[:, None], None
 
 
-def _spans(rows: Sequence[Sequence[int]], shared: dict[int, tuple[int, int]]) -> list[Span]:
-    """Rows of a decode step, whose slots rise, as spans; idle slots between them are included."""
-    spans: list[list[Sequence[int]]] = []
-    for row in rows:
-        group = shared.get(row[SLOT])
-        if spans and group == shared.get(spans[-1][0][SLOT]) and (group or len(spans[-1]) < SPAN):
-            spans[-1].append(row)
-        else:
-            spans.append([row])
-    none = (0, 0)
-    return [_span(span, shared.get(span[0][SLOT], none)[1] if len(span) > 1 else 0) for span in spans]
-
-
-def _span(rows: Sequence[Sequence[int]], prefix: int) -> Span:
-    first, end, width = rows[0][SLOT], rows[-1][SLOT] + 1, max(row[LENGTH] for row in rows) + 1
-    lengths = torch.full((end - first, 1, 1, 1), prefix)
-    for row in rows:
-        lengths[row[SLOT] - first] = row[LENGTH]
-    mask = torch.zeros(end - first, 1, 1, width - prefix)
-    mask.masked_fill_(torch.arange(prefix, width) > lengths, -torch.inf)
-    return Span(first, end, prefix, width, mask)
-
-
-def _attend_spans(
+def _attend_rows(
     module: torch.nn.Module,
     query: Tensor,
     key: Tensor,
@@ -317,35 +271,21 @@ def _attend_spans(
     attention_mask: Tensor,
     scaling: float,
     slots: Tensor,
-    spans: list[Span],
+    lengths: Tensor,
     **_: object,
 ) -> tuple[Tensor, None]:
-    """The same on a CPU: per span the common positions once, for all queries, then each row's own."""
+    """The same row by row, in torch."""
     (B, heads, _, D), kv_heads = query.shape, key.shape[1]
-    group = heads // kv_heads
-    q = query.new_zeros(spans[-1].end, kv_heads, group, D)
-    q[slots] = query.view(B, kv_heads, group, D) * scaling
-    out = torch.zeros_like(q)
-    for first, end, prefix, width, mask in spans:
-        mine, n = q[first:end], end - first
-        k, v = key[first:end, :, prefix:width], value[first:end, :, prefix:width]
-        scores = q.new_empty(n, kv_heads, group, width)
-        torch.add(mine @ k.mT, mask, out=scores[..., prefix:])
-        if prefix:
-            together = mine.transpose(0, 1).reshape(kv_heads, n * group, D)
-            common = (together @ key[first, :, :prefix].mT).view(kv_heads, n, group, prefix)
-            scores[..., :prefix] = common.transpose(0, 1)
-        p = scores.softmax(-1)
-        out[first:end] = p[..., prefix:] @ v
-        if prefix:
-            together = p[..., :prefix].transpose(0, 1).reshape(kv_heads, n * group, prefix)
-            common = (together @ value[first, :, :prefix]).view(kv_heads, n, group, D)
-            out[first:end] += common.transpose(0, 1)
-    return out[slots].view(B, 1, heads, D), None
+    query = query.view(B, kv_heads, -1, D)  # query heads that share keys are queries of one head
+    out = torch.empty_like(query)
+    for i, (slot, length) in enumerate(zip(slots.tolist(), lengths.tolist(), strict=True)):
+        k, v = key[slot, :, :length], value[slot, :, :length]
+        out[i] = F.scaled_dot_product_attention(query[i][None], k[None], v[None], scale=scaling)[0]
+    return out.view(B, 1, heads, D), None
 
 
 AttentionInterface.register(_ATTENTION[True], _attend_slots)
-AttentionInterface.register(_ATTENTION[False], _attend_spans)
+AttentionInterface.register(_ATTENTION[False], _attend_rows)
 
 
 @contextmanager
