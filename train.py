@@ -28,16 +28,19 @@ import torch
 import transformers
 from tqdm import tqdm
 
+from nanotoolrl import logprob
 from nanotoolrl.chat import FORMATS, MESSAGE_STATES, UNHEALTHY_STATES, readable
 from nanotoolrl.env import MAX_MESSAGES, Task
 from nanotoolrl.evaluate import Scores, evaluate, fits, table
 from nanotoolrl.judge import Judge
-from nanotoolrl.model import BUILT_IN, ModelError, Policy, load
+from nanotoolrl.logprob import BACKENDS
+from nanotoolrl.masters import Masters
+from nanotoolrl.model import BUILT_IN, DTYPES, ModelError, Policy, load
 from nanotoolrl.probes import ProbeSet, advantage_mass, displacement_own, survival
 from nanotoolrl.sampler import Sampler, Trajectory
 from nanotoolrl.schemes import SCHEDULES, SCHEMES
 from nanotoolrl.tasks import SPLITS, in_epochs, load_tasks, subset
-from nanotoolrl.updates import Run, Step, trained_reward
+from nanotoolrl.updates import Run, Step, new_optimizer, trained_reward
 
 METRICS = [
     *"step reward success contrast_groups loss kl entropy grad_norm clip_fraction tokens".split(),
@@ -47,7 +50,7 @@ METRICS = [
     *"displacement_truth displacement_own probe_seconds eval_success".split(),
     *"hinted_rows oracle_rows dropped_rows failed_tasks forced_success reflections judge_fallbacks".split(),
     *"sft_loss sft_tokens chord_mu rollbacks".split(),
-    *"skipped_updates skipped_tasks sample_seconds seconds".split(),
+    *"skipped_updates skipped_tasks forward_tokens sample_seconds seconds".split(),
 ]
 STATE_JUMP = 0.2  # a share of an unhealthy message state this far above the first step's raises the alarm
 SPURIOUS_JUMP = 10  # so does this growth of a control token's spurious probability
@@ -155,7 +158,10 @@ class Config:
     show_every: int = setting(8, "steps between printed trajectories; 0: none")
     rollout_groups: int = setting(2, "groups per step written to rollouts.jsonl")
     # running
-    tokens_at_once: int = setting(4096, "padded tokens per training micro-batch")
+    tokens_at_once: int = setting(4096, "tokens per training micro-batch, padding included")
+    share_prompt: bool = setting(False, "train a group's rows as one sequence that holds their prompt once")
+    dtype: str = setting("auto", "of the weights; auto: fp32 on a CPU, bf16 or fp16 on a GPU", tuple(DTYPES))
+    logprob: str = setting("auto", "log-prob implementation; auto: Triton on a GPU, else tiles", BACKENDS)
     slots: int = setting(128, "episodes sampled at a time")
     save_every: int = setting(5, "steps between checkpoints")
     threads: int = setting(0, "CPU threads; 0: all cores")
@@ -409,9 +415,8 @@ class RunDirectory:
             )
         try:
             saved = torch.load(self.checkpoint, weights_only=True)
-            return {
-                name: saved[name] for name in ("step", "model", "optimizer", "state", "torch_rng", "before")
-            }
+            names = ("step", "model", "optimizer", "masters", "state", "torch_rng", "before")
+            return {name: saved[name] for name in names}
         except (*UNREADABLE, ValueError, KeyError, TypeError) as error:
             raise Refused(
                 f"{self.checkpoint} is not a checkpoint of this program, or is half-written "
@@ -424,6 +429,7 @@ class RunDirectory:
             "step": run.step,
             "model": run.policy.model.state_dict(),
             "optimizer": run.optimizer.state_dict(),
+            "masters": run.masters.state(),
             "state": run.state,
             "torch_rng": torch.get_rng_state(),
             "before": dataclasses.asdict(before) if before else None,
@@ -508,7 +514,8 @@ def setup(config: Config) -> tuple[Run, list[Task], int]:
     torch.set_num_threads(config.threads or os.cpu_count() or 1)
     torch.manual_seed(config.seed)
     try:
-        policy = load(config.model)
+        logprob.use(config.logprob)
+        policy = load(config.model, dtype=DTYPES[config.dtype])
         tasks, held = load_tasks(config.tasks), load_tasks(config.eval_tasks) if config.eval_count else []
     except (ModelError, FileNotFoundError, ValueError) as error:
         raise Refused(str(error)) from None
@@ -525,11 +532,11 @@ def setup(config: Config) -> tuple[Run, list[Task], int]:
     if len(tasks) < config.prompts:
         there_are = f"{len(tasks)} tasks with --min-turns {config.min_turns} fit into the context"
         raise Refused(f"{there_are}, fewer than --prompts {config.prompts}")
-    optimizer = torch.optim.AdamW(
-        policy.model.parameters(), lr=config.lr, weight_decay=config.weight_decay, foreach=True
-    )
+    masters = Masters(policy.model)
+    optimizer = new_optimizer(masters, config.lr, config.weight_decay)
     sampler = Sampler(policy, config.max_new_tokens, config.context, config.slots, config.seed)
-    return Run(config, policy, sampler, optimizer, tasks), held, fitting.count(False)
+    run = Run(config, policy, sampler, optimizer, tasks, masters=masters)
+    return run, held, fitting.count(False)
 
 
 def tasks_of_step(config: Config, tasks: list[Task], step: int) -> list[Task]:
@@ -620,7 +627,7 @@ def train(config: Config, resume: bool, given: set[str]) -> int:
         f"{config.group} rollouts = {config.prompts * config.group} trajectories, {updates}; "
         f"{config.steps} steps on {len(run.tasks)} tasks; {directory.path}"
     )
-    start = load(config.model)
+    start = load(config.model, dtype=DTYPES[config.dtype])
     probes = ProbeSet(start, subset(run.tasks, config.probe_tasks), config.format)
     if not directory.probes.stat().st_size:
         measured = probes.measure(start)
@@ -700,6 +707,7 @@ def restore(run: Run, saved: dict, directory: RunDirectory) -> None:
     try:
         run.policy.model.load_state_dict(saved["model"])
         run.optimizer.load_state_dict(saved["optimizer"])
+        run.masters.load(saved["masters"])
     except (RuntimeError, ValueError, KeyError) as error:
         raise Refused(
             f"{directory.checkpoint} does not fit the model {run.config.model}: {str(error).splitlines()[0]}"

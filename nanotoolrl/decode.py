@@ -1,7 +1,7 @@
 """The device's side of sampling: a KV cache, decode steps for all rows at once, the choice of a token.
 
-A row keeps its slot in the cache; a step feeds the live rows, and attention reads each to its own length. On a
-CPU every token is read back at once. On a GPU (`fast`) a step is one CUDA graph per batch size, from the
+A row keeps its slot in the cache; a step feeds the live rows, and attention reads each to its own length. On
+a CPU every token is read back at once. On a GPU (`fast`) a step is one CUDA graph per batch size, from the
 embedding to the sampled token and whether it stops, and tokens are read back every `WINDOW` steps. The
 optimiser updates weights in place, so graphs outlive training steps.
 """

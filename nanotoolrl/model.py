@@ -20,6 +20,7 @@ from nanotoolrl.chat import Chat
 from nanotoolrl.logprob import token_logprob
 
 BUILT_IN = "nano"  # the name `load` knows it by
+DTYPES = {"auto": None, "fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}  # by name
 NANO = Path(__file__).resolve().parent.parent / "data" / "nano"
 
 
@@ -62,14 +63,41 @@ class Policy:
         """
         return self.model.model(input_ids=ids, position_ids=positions, use_cache=False).last_hidden_state
 
-    def trained_hidden(self, ids: Tensor, mask: Tensor) -> Tensor:
+    def trained_hidden(self, ids: Tensor, mask: Tensor, shared: int = 0) -> Tensor:
         """Hidden states [N, D] that predict the tokens of `ids` [B, T] where `mask` [B, T] is True.
 
-        `mask[:, 0]` must be False: nothing predicts a first token. Raises ValueError if it is not.
+        shared: so many first tokens are the same in all rows, and none of them is in the mask. They then pass
+        through the model once, followed by what comes after them in every row, up to its last masked token;
+        the rows do not see each other. `mask[:, 0]` must be False: nothing predicts a first token. Raises
+        ValueError if it is not.
         """
-        if mask[:, 0].any():
+        if mask[:, : max(1, shared)].any():
             raise ValueError("the first token of a row has no log-probability: mask[:, 0] must be False")
-        return self.hidden(ids)[:, :-1][mask[:, 1:]]
+        if not shared:
+            return self.hidden(ids)[:, :-1][mask[:, 1:]]
+        packed, positions, owner = [ids[0, :shared]], [torch.arange(shared)], [torch.zeros(shared)]
+        predictors, end = [], shared
+        for i, trained in enumerate(mask):
+            places = trained.nonzero()[:, 0].cpu()  # of the row's tokens in the mask
+            length = int(places[-1]) + 1 if len(places) else shared
+            # What predicts place t stands one before it; what predicts the first place is the prompt's end.
+            predictors.append(torch.where(places == shared, shared - 1, end + places - shared - 1))
+            packed.append(ids[i, shared:length])
+            positions.append(torch.arange(shared, length))
+            owner.append(torch.full((length - shared,), i + 1.0))
+            end += length - shared
+        owner = torch.cat(owner).to(ids.device)
+        before = torch.arange(end, device=ids.device)[:, None] >= torch.arange(end, device=ids.device)
+        visible = before & (
+            (owner == 0) | (owner == owner[:, None])
+        )  # [T, T], True where a row sees a column
+        hidden = self.model.model(
+            input_ids=torch.cat(packed)[None],
+            position_ids=torch.cat(positions)[None].to(ids.device),
+            attention_mask=visible[None, None],
+            use_cache=False,
+        ).last_hidden_state
+        return hidden[0, torch.cat(predictors).to(ids.device)]
 
     def logprobs(
         self, ids: Tensor, mask: Tensor, temperature: float = 1.0, want_entropy: bool = False

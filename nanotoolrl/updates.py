@@ -20,7 +20,8 @@ from nanotoolrl.chat import control_tokens
 from nanotoolrl.env import Episode, Task
 from nanotoolrl.logprob import token_logprob
 from nanotoolrl.losses import group_advantages, kl_k3, policy_loss
-from nanotoolrl.model import Policy, load, pad
+from nanotoolrl.masters import Masters
+from nanotoolrl.model import DTYPES, Policy, load, pad
 from nanotoolrl.probes import control_probabilities, logit_gradient
 from nanotoolrl.sampler import Sampler, Trajectory, demonstration
 from nanotoolrl.tasks import in_epochs, load_tasks
@@ -43,14 +44,15 @@ class Run:
     sampled_tokens: int = 0  # of this step so far
     sample_seconds: float = 0.0  # of this step so far
     skipped_updates: int = 0  # of this step so far
+    masters: Masters | None = None  # what the optimiser steps
 
     def __post_init__(self) -> None:
-        zero_gradients(self.policy)
+        self.masters = self.masters or Masters(self.policy.model)
 
     @cached_property
     def reference(self) -> Policy:
         """The policy RL started from, for KL terms; loaded when one first needs it."""
-        policy = load(self.config.model)
+        policy = load(self.config.model, dtype=DTYPES[self.config.dtype])
         if "reference" in self.state:
             policy.model.load_state_dict(self.state["reference"])
         return policy
@@ -207,8 +209,9 @@ def policy_update(
 
     scores: advantages [B]. The loss is the mean over all sampled tokens of the share (`--loss-agg sequence`:
     the mean over rows of each row's mean). Rows without advantage are left out, unless `every_row` or a KL or
-    entropy term says something about them. Old log-probs are the sampler's; rows that lack them under this
-    prompt (hinted, oracle) get new ones from a scoring forward first. Returns `Tally.metrics`.
+    entropy term says something about them. Old log-probs are the sampler's. Rows that lack them under this
+    prompt (hinted, oracle) get new ones: with a single update from the gradient forward itself, so that the
+    ratio is exactly 1, with several from a scoring forward first. Returns `Tally.metrics`.
     """
     config, tally = run.config, Tally()
     every_row = every_row or config.kl > 0 or config.entropy > 0
@@ -221,7 +224,7 @@ def policy_update(
         total = sum(row.sampled_tokens for row in share) if by_token else len(share)
         mine = [i for i in used if first <= i < end]
         loss_sum = 0.0
-        for part in micro_batches([len(trajectories[i].tokens) for i in mine], config.tokens_at_once):
+        for part in batches(run, [trajectories[i] for i in mine]):
             batch = [mine[k] for k in part]
             rows, before = [trajectories[i] for i in batch], [old[i] for i in batch]
             losses, tokens = token_losses(run, rows, before, scores[batch], objective, tally, update == 0)
@@ -229,7 +232,7 @@ def policy_update(
             if not by_token:
                 losses = losses / losses.new_tensor([n for n in lengths for _ in range(n)])
             loss = losses.sum() / total
-            loss.backward()
+            (loss * run.masters.scale).backward()
             tally.push(tokens)
             loss_sum += loss.item()
         if supervised and supervised.coefficient > 0:
@@ -249,11 +252,12 @@ def token_losses(
     first_update: bool,
 ) -> tuple[Tensor, Tokens]:
     """Loss [N] of the sampled tokens of some rows, objective + kl * k3 - entropy * H, and those tokens;
-    `tally` takes notes."""
+    `tally` takes notes. old: of all tokens of the rows; nan: the one computed here."""
     config = run.config
     ids, mask = pad([(row.tokens, row.loss_mask) for row in rows], run.policy.device)
     want_entropy = first_update or config.entropy > 0
-    hidden = run.policy.trained_hidden(ids, mask)  # [N, D]
+    shared = rows[0].prompt_length if config.share_prompt else 0
+    hidden = run.policy.trained_hidden(ids, mask, shared)  # [N, D]
     logprobs, entropy = token_logprob(
         hidden, run.policy.head, ids[mask], config.temperature, want_entropy
     )  # [N]
@@ -262,6 +266,7 @@ def token_losses(
     index = torch.arange(len(rows), device=logprobs.device).repeat_interleave(counts)
     before = [x for values, row in zip(old, rows) for x, sampled in zip(values, row.loss_mask) if sampled]
     before, weights = logprobs.new_tensor(before), scores.to(logprobs)[index]
+    before = torch.where(before.isnan(), logprobs.detach(), before)
     tokens = Tokens(run, rows, ids, mask, hidden.detach(), logprobs, before, weights, index)
     loss, clipped = objective(run, tokens)
     if config.kl > 0:
@@ -270,6 +275,7 @@ def token_losses(
         loss = loss - config.entropy * entropy
     own, sampled = tokens.of("policy"), ~tokens.of("oracle")
     tally.tokens += sum(len(row.tokens) for row in rows)
+    tally.forward_tokens += sum(len(row.tokens) for row in rows) - shared * (len(rows) - 1)
     tally.clipped += clipped[own].tolist()
     if first_update:
         tally.entropies += entropy[sampled].tolist()
@@ -284,6 +290,7 @@ class Tally:
 
     started: float = field(default_factory=time.perf_counter)
     tokens: int = 0
+    forward_tokens: int = 0  # that passed through the model; less than `tokens` where rows share a prompt
     losses: list[float] = field(default_factory=list)
     norms: list[float | None] = field(default_factory=list)  # None: the update was skipped
     clipped: list[bool] = field(default_factory=list)
@@ -304,7 +311,7 @@ class Tally:
         p = control_probabilities(
             tokens.hidden, run.policy.head, ids, logprobs, run.control, temperature
         )  # [N, C]
-        found = logit_gradient(-logprobs.grad, ids, p, run.control) / temperature
+        found = logit_gradient(-logprobs.grad, ids, p, run.control) / temperature / run.masters.scale
         self.gradients = found if self.gradients is None else self.gradients + found
         self.probe_seconds += time.perf_counter() - started
 
@@ -316,6 +323,7 @@ class Tally:
             self.sft_losses.append(sft_backward(run, draw, supervised.coefficient, supervised.weight))
             self.sft_tokens += sum(row.sampled_tokens for row in draw)
             self.tokens += sum(len(row.tokens) for row in draw)
+            self.forward_tokens += sum(len(row.tokens) for row in draw)
 
     def metrics(self) -> dict[str, float]:
         """Columns of metrics.csv; nan where there is nothing to average."""
@@ -325,6 +333,7 @@ class Tally:
             "grad_norm": _mean([norm for norm in self.norms if norm is not None]),
             "clip_fraction": _mean(self.clipped),
             "train_tok_s": self.tokens / (time.perf_counter() - self.started),
+            "forward_tokens": self.forward_tokens,
             "logprob_gap": max(self.gaps, default=math.nan),
         }
         sft = {"sft_loss": _mean(self.sft_losses), "sft_tokens": self.sft_tokens}
@@ -338,34 +347,40 @@ def warm_up(run: Run) -> float:
     return min(1.0, (run.step + 1) / max(1, run.config.warmup))
 
 
+def new_optimizer(masters: Masters, lr: float, weight_decay: float) -> torch.optim.Optimizer:
+    """AdamW over all weights in one fused call."""
+    return torch.optim.AdamW(masters.tensors, lr=lr, weight_decay=weight_decay, fused=True)
+
+
 def optimizer_step(run: Run, loss: float, optimizer: torch.optim.Optimizer, lr: float) -> float | None:
     """Clip the gradient and step; returns its norm, or None, without a step, if anything is not finite.
 
-    Counts what it skips; a run that is stuck stays so, whatever follows within the step.
+    Counts what it skips; a run that is stuck stays so, whatever follows within the step. An overflow that a
+    smaller scale of the loss can cure does not count towards being stuck.
     """
-    parameters = list(run.policy.model.parameters())
-    norm = torch.nn.utils.clip_grad_norm_(parameters, run.config.grad_clip).item()
+    norm = torch.nn.utils.clip_grad_norm_(run.masters.tensors, run.config.grad_clip).item()
     finite = math.isfinite(loss) and math.isfinite(norm)
     if finite:
         for group in optimizer.param_groups:
             group["lr"] = lr
         optimizer.step()
+        run.masters.publish()
     run.skipped_updates += not finite
-    if not run.stuck:
+    curable = not finite and math.isfinite(loss) and run.masters.overflowed()
+    if not run.stuck and not curable:
         run.state["skipped_in_a_row"] = 0 if finite else run.state.get("skipped_in_a_row", 0) + 1
-    zero_gradients(run.policy)
+    run.masters.zero_gradients()
     return norm if finite else None
 
 
-def zero_gradients(policy: Policy) -> None:
-    """Zeros, not None: as published, an update without any contrast still decays Adam's momentum."""
-    for parameter in policy.model.parameters():
-        parameter.grad = torch.zeros_like(parameter)
-
-
 def old_logprobs(run: Run, row: Trajectory) -> list[float]:
-    """Log-probs of a row before the update: the sampler's, or new ones where those say nothing."""
-    return row.logprobs if row.scored else score(run.policy, row, run.config.temperature)
+    """Log-probs of a row before the update: the sampler's, or new ones where those say nothing; nan if the
+    only update computes them anyway."""
+    if row.scored:
+        return row.logprobs
+    if run.config.updates == 1:
+        return [math.nan] * len(row.tokens)
+    return score(run.policy, row, run.config.temperature)
 
 
 @torch.no_grad()
@@ -388,6 +403,26 @@ def micro_batches(lengths: Sequence[int], budget: int) -> Iterator[list[int]]:
         start = end
 
 
+def batches(run: Run, rows: Sequence[Trajectory]) -> Iterator[list[int]]:
+    """Indices of rows in micro-batches; with `--share-prompt` each is of one prompt."""
+    budget, lengths = run.config.tokens_at_once, [len(row.tokens) for row in rows]
+    if not run.config.share_prompt:
+        yield from micro_batches(lengths, budget)
+        return
+    groups: dict[tuple, list[int]] = {}
+    for i, row in enumerate(rows):
+        groups.setdefault(tuple(row.tokens[: row.prompt_length]), []).append(i)
+    for prompt, members in groups.items():
+        part, used = [], len(prompt)
+        for i in members:
+            own = lengths[i] - len(prompt)
+            if part and used + own > budget:
+                yield part
+                part, used = [], len(prompt)
+            part, used = [*part, i], used + own
+        yield part
+
+
 # ---------------------------------------------------------------------------------------- supervised training
 def sft_backward(
     run: Run,
@@ -407,7 +442,7 @@ def sft_backward(
         rows = [(examples[i].tokens, examples[i].loss_mask) for i in part]
         logprobs = run.policy.logprobs(*pad(rows, run.policy.device))[0]  # [N]
         loss = -(weight(logprobs.detach().exp()) * logprobs).sum() / total
-        (coefficient * loss).backward()
+        (coefficient * run.masters.scale * loss).backward()
         loss_sum += loss.item()
     return loss_sum
 
@@ -445,8 +480,7 @@ def burst(run: Run, examples: Sequence[Trajectory], tokens: int = 0) -> dict[str
         rows.append(row)
         trained += row.sampled_tokens
     batches = [rows[i : i + config.sft_batch] for i in range(0, len(rows), config.sft_batch)]
-    settings = {"lr": config.sft_lr, "weight_decay": config.weight_decay, "foreach": True}
-    optimizer, losses = torch.optim.AdamW(run.policy.model.parameters(), **settings), []
+    optimizer, losses = new_optimizer(run.masters, config.sft_lr, config.weight_decay), []
     warm = max(1, round(config.sft_warmup * len(batches)))
     for n, batch in enumerate(tqdm(batches, "SFT burst", unit="batch", leave=False, disable=None)):
         losses.append(sft_backward(run, batch))
@@ -473,13 +507,15 @@ def pool(run: Run) -> list[Trajectory]:
 # -------------------------------------------------------------------------------------------------- snapshots
 def snapshot(run: Run) -> dict:
     """Copies of weights and optimiser state, to be put back by `roll_back`."""
-    return copy.deepcopy({"model": run.policy.model.state_dict(), "optimizer": run.optimizer.state_dict()})
+    parts = {"model": run.policy.model, "optimizer": run.optimizer}
+    return copy.deepcopy({k: v.state_dict() for k, v in parts.items()} | {"masters": run.masters.state()})
 
 
 def roll_back(run: Run, saved: dict) -> None:
     """Put a snapshot back."""
     run.policy.model.load_state_dict(saved["model"])
     run.optimizer.load_state_dict(copy.deepcopy(saved["optimizer"]))
+    run.masters.load(saved["masters"])
 
 
 def _mean(values: Sequence[float]) -> float:

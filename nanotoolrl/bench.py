@@ -1,0 +1,578 @@
+"""Every performance row, beside its peers, in one run: `python -m nanotoolrl.bench kernel|sampler|step`.
+
+Each builds its workload, checks every result before its speed is looked at, runs the peers that are installed
+in turns, and prints medians with their spread, peak memory, error, and the share of a limit that is measured
+in the same run. It exits with 1 if a result is wrong, however fast. `--json FILE` writes it down; the tables
+of the README are made from such files by `markdown`.
+
+Peers: TRL, Liger and cut-cross-entropy if installed, and what one would write without them.
+"""
+
+import argparse
+import copy
+import gc
+import importlib.metadata
+import importlib.util
+import json
+import os
+import platform
+import statistics
+import sys
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+
+import torch
+import transformers
+from torch import Tensor
+from tqdm import tqdm
+from transformers import AutoModelForCausalLM, GenerationConfig, LogitsProcessorList, Qwen2Config
+
+from nanotoolrl.env import Episode, Task
+from nanotoolrl.logprob import token_logprob
+from nanotoolrl.masters import Masters
+from nanotoolrl.model import BUILT_IN, ModelError, Policy, load, pad
+from nanotoolrl.replay import Replay, messages_of
+from nanotoolrl.sampler import Sampler, Trajectory
+from nanotoolrl.tasks import load_tasks
+from nanotoolrl.updates import Run, advantages, new_optimizer, policy_update, rollout
+
+MODEL_VOCABULARY = 151_936  # of Qwen2.5
+OURS = "nanotoolrl"
+
+
+@dataclass
+class Arm:
+    """One implementation of a row, and what was measured of it."""
+
+    name: str
+    seconds: list[float] = field(default_factory=list)
+    work: float = 0.0  # tokens per run; 0: seconds say it all
+    peak_mb: float | None = None  # beyond inputs and returned gradients
+    error: float | None = None
+    tolerance: float | None = None
+    note: str = ""
+
+    @property
+    def median(self) -> float:
+        return statistics.median(self.seconds)
+
+    @property
+    def wrong(self) -> bool:
+        """Whether the error is known and not within the tolerance (nan is not)."""
+        return self.error is not None and self.tolerance is not None and not self.error <= self.tolerance
+
+
+@dataclass
+class Row:
+    """One line of work: its arms, ours first, and the limit in seconds that this machine allows."""
+
+    name: str
+    arms: list[Arm]
+    limit: float | None = None
+    error_of: str = "log-prob, nats"
+    missing: list[str] = field(default_factory=list)  # how to install the peers that are not there
+
+
+# ----------------------------------------------------------------------------------------------- measurements
+def timed(row: Row, runs: dict[str, Callable[[], object]], repeats: int, device: torch.device) -> None:
+    """Time every arm in turns, after one warm-up each."""
+    arms = {arm.name: arm for arm in row.arms}
+    for turn in tqdm(range(repeats + 1), row.name, unit="turn", leave=False, disable=None):
+        for name, run in runs.items():
+            gc.collect()
+            _synchronize(device)
+            started = time.perf_counter()
+            run()
+            _synchronize(device)
+            if turn:
+                arms[name].seconds.append(time.perf_counter() - started)
+
+
+def _synchronize(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.synchronize()
+
+
+@contextmanager
+def peak_memory(arm: Arm, device: torch.device, returned: int) -> Iterator[None]:
+    """Measure the memory a block takes on top of what there is, less `returned` bytes that it gives back."""
+    gc.collect()
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats()
+        before = torch.cuda.memory_allocated()
+        yield
+        arm.peak_mb = (torch.cuda.max_memory_allocated() - before - returned) / 2**20
+        return
+    clear, status = Path("/proc/self/clear_refs"), Path("/proc/self/status")
+    if not os.access(clear, os.W_OK):  # not Linux
+        yield
+        return
+
+    def read(key: str) -> int:
+        return next(int(line.split()[1]) for line in status.read_text().splitlines() if line.startswith(key))
+
+    clear.write_text("5")  # the high-water mark starts anew
+    before = read("VmRSS")
+    yield
+    arm.peak_mb = (read("VmHWM") - before) / 2**10 - returned / 2**20
+
+
+def installed(module: str, package: str, missing: list[str]) -> str | None:
+    """Version of a package, or None, with how to get it noted."""
+    if importlib.util.find_spec(module):
+        return importlib.metadata.version(package)
+    missing.append(f"{package}: not installed (pip install {package})")
+    return None
+
+
+# ----------------------------------------------------------------------------------------------------- kernel
+def kernel(device: torch.device, repeats: int, small: bool) -> list[Row]:
+    """Log-prob and entropy of given tokens from hidden states, forward and backward (rows 1, 3, 4)."""
+    if device.type == "cuda":
+        shapes = [(8192, 896, MODEL_VOCABULARY), (8192, 1536, MODEL_VOCABULARY)]
+    else:
+        shapes = [(64, 32, 5000) if small else (1024, 256, MODEL_VOCABULARY)]
+    return [kernel_row(device, repeats, *shape) for shape in shapes]
+
+
+def kernel_row(device: torch.device, repeats: int, N: int, D: int, V: int) -> Row:
+    dtype, temperature = torch.bfloat16 if device.type == "cuda" else torch.float32, 0.7
+    generator = torch.Generator().manual_seed(0)
+    hidden = torch.randn(N, D, generator=generator).to(device, dtype).requires_grad_()
+    weight = (torch.randn(V, D, generator=generator) * 3 / D**0.5).to(device, dtype).requires_grad_()
+    ids = torch.randint(V, (N,), generator=generator).to(device)
+    g, h = torch.randn(2, N, generator=generator).to(device)
+
+    def naive() -> tuple[Tensor, Tensor]:
+        logp = torch.log_softmax(hidden @ weight.T / temperature, -1)
+        return logp.gather(1, ids[:, None])[:, 0], -(logp.exp() * logp).sum(-1)
+
+    forwards = {OURS: lambda: token_logprob(hidden, weight, ids, temperature, True), "naive": naive}
+    notes, missing = {}, []
+    if device.type == "cuda":
+        forwards["torch.compile of naive"] = torch.compile(naive)
+    if version := installed("trl", "trl", missing):
+        from trl.kernels import ChunkedLogProbFunction
+        from trl.trainer import utils as trl_utils
+
+        chunk = trl_utils._CHUNKED_LOGPROB_CHUNK_SIZE
+        extra = (temperature, chunk, None, 1.0, ("entropy",))
+        forwards[f"TRL {version}"] = lambda: ChunkedLogProbFunction.apply(hidden, weight, None, ids, *extra)[
+            :2
+        ]
+    if version := installed("liger_kernel", "liger-kernel", missing):
+        from liger_kernel.chunked_loss import fused_linear_ppo as liger
+
+        call, chunk = liger._ChunkedSelectiveLogProbFunction.apply, liger._SELECTIVE_LOGPROB_VOCAB_CHUNK_SIZE
+        forwards[f"Liger {version}"] = lambda: (call(hidden, weight, ids, None, temperature, chunk), None)
+        notes[f"Liger {version}"] = "no entropy"
+    if version := installed("cut_cross_entropy", "cut-cross-entropy", missing):
+        name = f"CCE {version}"
+        notes[name] = "no entropy; filters small gradients"
+        if device.type == "cuda":
+            from cut_cross_entropy import linear_cross_entropy
+
+            forwards[name] = lambda: (
+                -linear_cross_entropy(hidden / temperature, weight, ids, reduction="none"),
+                None,
+            )
+        else:
+            missing.append(f"{name}: its kernel needs a GPU")
+
+    def both_ways(forward: Callable) -> tuple[Tensor, Tensor, Tensor]:
+        logprobs, entropy = forward()
+        loss = (g * logprobs).sum() + (0 if entropy is None else (h * entropy).sum())
+        return logprobs.detach(), *torch.autograd.grad(loss, (hidden, weight))
+
+    row = Row(f"linear log-prob + entropy, N {N}, D {D}, V {V}, {str(dtype)[6:]}", [], missing=missing)
+    returned = (hidden.numel() + weight.numel()) * hidden.element_size()
+    with torch.no_grad():
+        parts = zip(hidden.double().split(128), ids.split(128), strict=True)
+        wide = weight.double()
+        exact = [(x @ wide.T / temperature).log_softmax(-1).gather(1, i[:, None])[:, 0] for x, i in parts]
+        exact = torch.cat(exact)
+        del wide, parts
+    for name, forward in forwards.items():
+        arm = Arm(name, note=notes.get(name, ""), tolerance=1e-4 if name == OURS else 0.2)
+        if dtype == torch.float32:
+            arm.tolerance = 1e-4
+        both_ways(forward)
+        with peak_memory(arm, device, returned):
+            logprobs = both_ways(forward)[0]
+        arm.error = (logprobs.double() - exact).abs().max().item()
+        row.arms.append(arm)
+    timed(row, {name: lambda f=f: both_ways(f) for name, f in forwards.items()}, repeats, device)
+    row.limit = 4 * _product_seconds(hidden.detach(), weight.detach(), device)
+    return row
+
+
+def _product_seconds(hidden: Tensor, weight: Tensor, device: torch.device) -> float:
+    """Seconds of hidden @ weight.T, the best of 5: one of the four products that the row must make."""
+    room, best = torch.empty(len(hidden), 2048, dtype=hidden.dtype, device=device), float("inf")
+    for _ in range(5):
+        _synchronize(device)
+        started = time.perf_counter()
+        for tile in weight.split(2048):
+            torch.mm(hidden, tile.T, out=room[:, : len(tile)])
+        _synchronize(device)
+        best = min(best, time.perf_counter() - started)
+    return best
+
+
+# ---------------------------------------------------------------------------------------------------- sampler
+def seeded_policy(device: torch.device, small: bool) -> Policy:
+    """A model of seeded random weights with the built-in tokenizer: 5 M parameters on a CPU, the shapes of
+    Qwen2.5-0.5B on a GPU. Its embeddings are large, so that its distribution is peaked."""
+    tokenizer = load(BUILT_IN, device="cpu").tokenizer
+    names = ("hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads")
+    names += ("num_key_value_heads", "vocab_size")
+    sizes = (256, 768, 6, 8, 4, len(tokenizer))
+    if small:
+        sizes = (64, 64, 2, 8, 4, len(tokenizer))
+    elif device.type == "cuda":
+        sizes = (896, 4864, 24, 14, 2, MODEL_VOCABULARY)
+    config = Qwen2Config(**dict(zip(names, sizes)), tie_word_embeddings=True, max_position_embeddings=8192)
+    dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
+    torch.manual_seed(0)
+    model = AutoModelForCausalLM.from_config(config, dtype=dtype, attn_implementation="sdpa")
+    model.get_input_embeddings().weight.data.mul_(10)
+    return Policy(model.to(device).eval(), tokenizer)
+
+
+@dataclass
+class Workload:
+    """Rollouts that every arm replays, token by token: the built-in model's, sampled with a fixed seed."""
+
+    name: str
+    tasks: list[Task]
+    hints: list[str]
+    rows: list[Trajectory]
+
+    @property
+    def forced(self) -> list[list[int]]:
+        return [[t for t, mask in zip(row.tokens, row.loss_mask) if mask] for row in self.rows]
+
+    @property
+    def tokens(self) -> int:
+        return sum(row.sampled_tokens for row in self.rows)
+
+
+def workload(name: str, tasks: list[Task], group: int, prompt: int) -> Workload:
+    """`group` rollouts of each task; a text in the system prompt fills prompts up to `prompt` tokens."""
+    policy = load(BUILT_IN, device="cpu")
+    tasks = [task for task in tasks for _ in range(group)]
+    hints = [_filler(policy, task, prompt) for task in tasks]
+    rows = Sampler(policy, seed=0).rollout([Episode(task) for task in tasks], hints)
+    return Workload(name, tasks, hints, rows)
+
+
+def _filler(policy: Policy, task: Task, prompt: int) -> str:
+    messages, tools = Episode(task).prompt()
+    text = ""
+    while len(policy.chat.prompt_ids(messages, tools, "hermes", text)) < prompt:
+        text += " Be brief."
+    return text.strip()
+
+
+def sampler(device: torch.device, repeats: int, small: bool) -> list[Row]:
+    """Multi-turn tool rollouts (rows 2 and 6)."""
+    train, policy = load_tasks("train"), seeded_policy(device, small)
+    short = [task for task in train if len(task.turns) <= 3]
+    long = [task for task in train if len(task.turns) >= 3]
+    if device.type == "cuda":
+        loads = [workload("32 x 8 tool rollouts, 3 to 4 user turns, prompt 512", long[:32], 8, 512)]
+    elif small:
+        loads = [workload("2 x 2 tool rollouts", short[:2], 2, 0)]
+    else:
+        loads = [
+            workload("(a) 8 x 8 tool rollouts, 1 to 3 user turns, prompt 200", short[:8], 8, 200),
+            workload("(b) 8 x 8 tool rollouts, 3 to 4 user turns, prompt 400", long[:8], 8, 400),
+        ]
+    return [sampler_row(policy, load, repeats) for load in loads]
+
+
+def sampler_row(policy: Policy, load: Workload, repeats: int) -> Row:
+    player, device = Sampler(policy), policy.device
+    found: dict[str, list] = {}
+
+    def ours() -> None:
+        episodes = [Episode(task) for task in load.tasks]
+        found[OURS] = player.rollout(episodes, load.hints, forced=load.forced)
+
+    def generate() -> None:
+        found["generate"] = generate_rollout(policy, load)
+
+    version = transformers.__version__
+    row = Row(load.name, [Arm(OURS, note="with log-probs"), Arm(f"transformers {version} generate")])
+    row.arms[1].note = "as TRL calls it: all rows prefilled anew for every message; no log-probs"
+    for arm in row.arms:
+        arm.work = load.tokens
+    timed(row, {row.arms[0].name: ours, row.arms[1].name: generate}, repeats, device)
+    replayed = [row.with_sampled_prompt().tokens for row in found[OURS]]
+    same = replayed == found["generate"] == [row.with_sampled_prompt().tokens for row in load.rows]
+    row.arms[0].error, row.arms[0].tolerance = _exact_error(policy, found[OURS][:8]), 1e-4
+    if device.type == "cuda":
+        row.arms[0].tolerance = None  # bf16: `bench step --parity` says how far sampler and trainer are apart
+    if not same:
+        row.arms[0].error = float("nan")
+    return row
+
+
+@torch.no_grad()
+def _exact_error(policy: Policy, rows: list[Trajectory]) -> float:
+    """Largest difference of the rows' log-probs from those of one full forward in fp64."""
+    exact = Policy(copy.deepcopy(policy.model).double(), policy.tokenizer)
+    worst = 0.0
+    for row in (row.with_sampled_prompt() for row in rows):
+        logits = exact.model(torch.tensor([row.tokens], device=policy.device)).logits[0]
+        at = torch.tensor(row.loss_mask).nonzero()[:, 0]
+        ids = torch.tensor(row.tokens)[at].to(policy.device)
+        logp = logits[at - 1].log_softmax(-1).gather(1, ids[:, None])[:, 0]
+        worst = max(worst, (logp.cpu() - torch.tensor(row.logprobs)[at]).abs().max().item())
+    return worst
+
+
+@torch.inference_mode()
+def generate_rollout(policy: Policy, load: Workload) -> list[list[int]]:
+    """The rollouts with transformers' generate, the way TRL calls it: in every turn all rows that still play
+    are left-padded, prefilled from their first token, and wait for the longest message. Returns all ids."""
+    chat, device = policy.chat, policy.device
+    settings = GenerationConfig(
+        max_new_tokens=128,
+        do_sample=True,
+        temperature=1.0,
+        top_k=0,
+        top_p=1.0,
+        eos_token_id=chat.stop_ids,
+        pad_token_id=policy.tokenizer.pad_token_id,
+    )
+    episodes = [Episode(task) for task in load.tasks]
+    ids = [
+        chat.prompt_ids(*episode.prompt(), "hermes", hint)
+        for episode, hint in zip(episodes, load.hints, strict=True)
+    ]
+    scripts = [messages_of(row) for row in load.rows]
+    live, turn = list(range(len(ids))), 0
+    while live:
+        wanted = [scripts[i][turn] for i in live]
+        width = max(len(ids[i]) for i in live)
+        padding = [width - len(ids[i]) for i in live]
+        batch = torch.tensor([[settings.pad_token_id] * n + ids[i] for n, i in zip(padding, live)])
+        mask = torch.tensor([[0] * n + [1] * (width - n) for n in padding])
+        replay = Replay(wanted, width, chat.end_id)
+        policy.model.generate(
+            input_ids=batch.to(device),
+            attention_mask=mask.to(device),
+            generation_config=settings,
+            logits_processor=LogitsProcessorList([replay]),
+        )
+        still = []
+        for i, message in zip(live, wanted, strict=True):
+            ids[i] = ids[i] + message
+            stopped = message[-1] in chat.stop_ids
+            answer = episodes[i].step(chat.decode(message[:-1] if stopped else message), overlong=not stopped)
+            if answer is not None:
+                ids[i] = ids[i] + chat.extend_ids(answer, message[-1])
+                still.append(i)
+        live, turn = still, turn + 1
+    return ids
+
+
+# ------------------------------------------------------------------------------------------------------- step
+def step(device: torch.device, repeats: int, small: bool, model: str = BUILT_IN) -> list[Row]:
+    """One whole GRPO step, rollout and update, on the same tokens (row 8)."""
+    from train import Config
+
+    config = Config(scheme="grpo", prompts=2 if small else 8, group=4 if small else 8, model=model, warmup=0)
+    tasks = load_tasks("train")[: config.prompts]
+    first = new_run(config, device)
+    trajectories = rollout(first, tasks)
+    forced = [[t for t, mask in zip(row.tokens, row.loss_mask) if mask] for row in trajectories]
+    run, found = new_run(config, device), []
+
+    def ours(every_row: bool = False, share_prompt: bool = False) -> None:
+        config.share_prompt = share_prompt
+        initial = {name: value.clone() for name, value in run.policy.model.state_dict().items()}
+        episodes = [Episode(row, config.format, config.max_messages) for row in _grouped(tasks, config.group)]
+        rows = run.sampler.rollout(episodes, temperature=config.temperature, forced=forced)
+        metrics = policy_update(run, rows, advantages(run, rows), every_row=every_row)
+        found.append((metrics["grad_norm"], metrics["forward_tokens"]))
+        run.policy.model.load_state_dict(initial)
+
+    row = Row(f"GRPO step, {config.prompts} x {config.group} rollouts, {model}", [], error_of="gradient norm")
+    every, shared = f"{OURS}, every row", f"{OURS}, --share-prompt"
+    row.arms = [Arm(OURS, note="rows without advantage left out"), Arm(every), Arm(shared)]
+    runs = {OURS: ours, every: lambda: ours(every_row=True), shared: lambda: ours(share_prompt=True)}
+    if version := installed("trl", "trl", row.missing):
+        from nanotoolrl.bench_trl import TrlStep
+
+        theirs = TrlStep(config, tasks, trajectories, device)
+        row.arms.append(Arm(f"TRL {version}", note="GRPOTrainer, rollout_func, generate for every message"))
+        runs[row.arms[-1].name] = theirs
+    for arm in row.arms:
+        arm.work = sum(r.sampled_tokens for r in trajectories)
+    timed(row, runs, repeats, device)
+    own = dict(zip(runs, found[-3:]))  # of the last turn
+    norm = own[every][0]
+    for arm in row.arms:
+        value = own[arm.name][0] if arm.name in own else theirs.grad_norm
+        arm.error, arm.tolerance = abs(value / norm - 1) if norm else abs(value), 1e-3
+        if arm.name in own:
+            arm.note = ", ".join(filter(None, [arm.note, f"{own[arm.name][1]} tokens through the model"]))
+    return [row]
+
+
+def _grouped(tasks: list[Task], group: int) -> list[Task]:
+    return [task for task in tasks for _ in range(group)]
+
+
+def new_run(config: object, device: torch.device) -> Run:
+    """A `Run` at its start, as train.py makes one."""
+    policy = load(config.model, device=str(device))
+    masters = Masters(policy.model)
+    optimizer = new_optimizer(masters, config.lr, config.weight_decay)
+    sampler = Sampler(policy, config.max_new_tokens, config.context, config.slots, config.seed)
+    return Run(config, policy, sampler, optimizer, step=1, masters=masters)
+
+
+# ----------------------------------------------------------------------------------------------------- parity
+@dataclass
+class Parity:
+    """How far the trainer's log-probs of a sampled token are from the sampler's, over N tokens: 99th
+    percentile and maximum of the absolute difference in nats, share of ratios outside [0.9, 1.1]."""
+
+    N: int
+    p99: float
+    largest: float
+    outside: float
+
+    def __str__(self) -> str:
+        return (
+            f"{self.N} sampled tokens: |trainer - sampler| p99 {self.p99:.1e}, max {self.largest:.1e} nats; "
+            f"{self.outside:.3%} of the ratios outside [0.9, 1.1]"
+        )
+
+
+@torch.no_grad()
+def check_parity(policy: Policy, tasks: list[Task], group: int = 4, temperature: float = 1.0) -> Parity:
+    """Roll out ragged episodes, run them through the trainer's forward, and compare."""
+    episodes = [Episode(task) for task in _grouped(tasks, group)]
+    rows = Sampler(policy).rollout(episodes, temperature=temperature)
+    gaps = []
+    for start in range(0, len(rows), 8):
+        part = rows[start : start + 8]
+        ids, mask = pad([(row.tokens, row.loss_mask) for row in part], policy.device)
+        trained = policy.logprobs(ids, mask, temperature)[0].cpu()
+        sampled = [x for row in part for x, flag in zip(row.logprobs, row.loss_mask) if flag]
+        gaps.append(trained - torch.tensor(sampled))
+    gap = torch.cat(gaps).double()
+    outside = ((gap.exp() - 1).abs() > 0.1).double().mean()
+    return Parity(len(gap), gap.abs().quantile(0.99).item(), gap.abs().max().item(), outside.item())
+
+
+# ----------------------------------------------------------------------------------------------------- report
+def machine(device: torch.device) -> dict[str, str]:
+    """What a result was measured on."""
+    cpu = platform.processor() or platform.machine()
+    if Path("/proc/cpuinfo").exists():
+        names = [line for line in Path("/proc/cpuinfo").read_text().splitlines() if "model name" in line]
+        cpu = names[0].split(":")[1].strip() if names else cpu
+    facts = {"cpu": cpu, "cores": str(os.cpu_count()), "threads": str(torch.get_num_threads())}
+    if device.type == "cuda":
+        facts["gpu"] = torch.cuda.get_device_name(device)
+    versions = {"torch": torch.__version__, "transformers": transformers.__version__}
+    return facts | versions | {"python": platform.python_version()}
+
+
+def cells(row: Row, arm: Arm) -> list[str]:
+    """What a table says of an arm: name, seconds with spread, against ours, limit, memory, error, note."""
+    ours, spread = row.arms[0].median, f"{min(arm.seconds):.2f} to {max(arm.seconds):.2f}"
+    time_or_rate = f"{arm.median:.2f} s ({spread})"
+    if arm.work:
+        time_or_rate += f", {arm.work / arm.median:.0f} tok/s"
+    return [
+        arm.name,
+        time_or_rate,
+        f"{arm.median / ours:.2f}x",
+        f"{row.limit / arm.median:.0%}" if row.limit else "",
+        f"{arm.peak_mb:.0f} MB" if arm.peak_mb is not None else "",
+        "" if arm.error is None else f"{arm.error:.0e}" + (" WRONG" if arm.wrong else ""),
+        arm.note,
+    ]
+
+
+HEADER = ["", "median (range)", "time, ours = 1", "of the limit", "peak memory", "error", ""]
+
+
+def table(rows: list[Row]) -> str:
+    """The rows for a terminal."""
+    lines = []
+    for row in rows:
+        body = [HEADER, *(cells(row, arm) for arm in row.arms)]
+        widths = [max(len(line[k]) for line in body) for k in range(len(HEADER))]
+        lines += [f"{row.name} (error: {row.error_of})"]
+        lines += ["  " + "  ".join(cell.ljust(n) for cell, n in zip(line, widths)).rstrip() for line in body]
+        lines += [f"  {text}" for text in row.missing]
+    return "\n".join(lines)
+
+
+def markdown(result: dict) -> str:
+    """The table of a result file for the README."""
+    lines = ["| " + " | ".join(HEADER) + " |", "|" + "---|" * len(HEADER)]
+    for raw in result["rows"]:
+        row = Row(**raw | {"arms": [Arm(**arm) for arm in raw["arms"]]})
+        lines.append(f"| **{row.name}** |" + " |" * (len(HEADER) - 1))
+        lines += ["| " + " | ".join(cells(row, arm)) + " |" for arm in row.arms]
+    return "\n".join(lines)
+
+
+def main(argv: list[str] | None = None) -> int:
+    """The command: returns 0, 1 if a result is wrong, 2 if it cannot run."""
+    parser = argparse.ArgumentParser(prog="nanotoolrl.bench", description=__doc__.split("\n\n")[0])
+    parser.add_argument("what", choices=("kernel", "sampler", "step"))
+    parser.add_argument(
+        "--repeats", type=int, help="timed runs of every arm (default: 5 on a CPU, 20 on a GPU)"
+    )
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--threads", type=int, default=os.cpu_count(), help="CPU threads")
+    parser.add_argument("--model", default=BUILT_IN, help="of step (default: %(default)s)")
+    parser.add_argument("--parity", action="store_true", help="step: only compare sampler and trainer")
+    parser.add_argument("--small", action="store_true", help="tiny shapes, to see that it runs")
+    parser.add_argument("--json", type=Path, metavar="FILE", help="write the result down")
+    args = parser.parse_args(argv)
+    device = torch.device(args.device)
+    torch.set_num_threads(args.threads)
+    repeats = args.repeats or (20 if device.type == "cuda" else 5)
+    try:
+        if args.parity:
+            parity = check_parity(load(args.model, device=args.device), load_tasks("train")[::19])
+            print(parity)
+            good, rows = device.type == "cuda" or parity.largest <= 2e-5, []
+            body = {"parity": asdict(parity)}
+        else:
+            extra = {"model": args.model} if args.what == "step" else {}
+            rows = {"kernel": kernel, "sampler": sampler, "step": step}[args.what](
+                device, repeats, args.small, **extra
+            )
+            print(table(rows))
+            good = not any(arm.wrong for row in rows for arm in row.arms)
+            body = {"rows": [asdict(row) for row in rows]}
+    except ModelError as error:
+        print(f"bench: {error}", file=sys.stderr)
+        return 2
+    if args.json:
+        args.json.parent.mkdir(parents=True, exist_ok=True)
+        command = "python -m nanotoolrl.bench " + " ".join(argv or sys.argv[1:])
+        args.json.write_text(
+            json.dumps({"command": command, "machine": machine(device)} | body, indent=1) + "\n"
+        )
+    if not good:
+        print("bench: a result is wrong, see above", file=sys.stderr)
+    return 0 if good else 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())

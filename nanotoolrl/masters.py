@@ -1,0 +1,58 @@
+"""fp32 masters of half-precision weights: updates smaller than a rounding step of bf16 would be lost."""
+
+import torch
+from torch import Tensor
+
+FP16_SCALE = 4096.0  # of the loss, so that small fp16 gradients do not vanish; less after an overflow
+
+
+class Masters:
+    """What an optimiser steps: the weights themselves where they are fp32, else fp32 copies (`tensors`).
+
+    Gradients of half-precision weights move to their copies as soon as each is complete, micro-batch by
+    micro-batch, so that they add up in fp32. Multiply a loss by `scale` before its backward pass; `publish`
+    after a step writes the copies into the weights, in place.
+    """
+
+    def __init__(self, model: torch.nn.Module) -> None:
+        self.weights = list(model.parameters())
+        self.half = any(weight.dtype != torch.float32 for weight in self.weights)
+        self.scale = FP16_SCALE if any(weight.dtype == torch.float16 for weight in self.weights) else 1.0
+        self.tensors: list[Tensor] = self.weights
+        if self.half:
+            self.tensors = [weight.detach().float().requires_grad_() for weight in self.weights]
+            of = dict(zip(self.weights, self.tensors, strict=True))
+
+            def take(weight: Tensor) -> None:
+                of[weight].grad.add_(weight.grad, alpha=1 / self.scale)
+                weight.grad = None
+
+            self.hooks = [weight.register_post_accumulate_grad_hook(take) for weight in self.weights]
+        self.zero_gradients()
+
+    def zero_gradients(self) -> None:
+        """Zeros, not None: as published, an update without any contrast still decays Adam's momentum."""
+        for tensor in self.tensors:
+            tensor.grad = torch.zeros_like(tensor)
+
+    @torch.no_grad()
+    def publish(self) -> None:
+        """Write the masters into the weights."""
+        if self.half:
+            torch._foreach_copy_(self.weights, self.tensors)
+
+    def overflowed(self) -> bool:
+        """Scale the next losses less, if that is still possible: whether it was."""
+        possible, self.scale = self.scale > 1, max(1.0, self.scale / 16)
+        return possible
+
+    def state(self) -> dict:
+        """What a checkpoint keeps beside the weights; nothing if they are their own masters."""
+        return {"tensors": self.tensors, "scale": self.scale} if self.half else {}
+
+    @torch.no_grad()
+    def load(self, state: dict) -> None:
+        """Put a `state` back."""
+        if state:
+            torch._foreach_copy_(self.tensors, [x.to(self.tensors[0].device) for x in state["tensors"]])
+            self.scale = state["scale"]
