@@ -10,6 +10,7 @@ Peers: TRL, Liger and cut-cross-entropy if installed, and what one would write w
 
 import argparse
 import copy
+import ctypes
 import gc
 import importlib.metadata
 import importlib.util
@@ -53,6 +54,8 @@ class Arm:
     peak_mb: float | None = None  # beyond inputs and returned gradients
     error: float | None = None
     tolerance: float | None = None
+    gradient_error: float | None = None  # as a share of the largest gradient
+    gradient_tolerance: float | None = None
     note: str = ""
 
     @property
@@ -61,8 +64,9 @@ class Arm:
 
     @property
     def wrong(self) -> bool:
-        """Whether the error is known and not within the tolerance (nan is not)."""
-        return self.error is not None and self.tolerance is not None and not self.error <= self.tolerance
+        """Whether an error is known and not within its tolerance (nan is not)."""
+        pairs = ((self.error, self.tolerance), (self.gradient_error, self.gradient_tolerance))
+        return any(None not in pair and not pair[0] <= pair[1] for pair in pairs)
 
 
 @dataclass
@@ -78,17 +82,18 @@ class Row:
 
 # ----------------------------------------------------------------------------------------------- measurements
 def timed(row: Row, runs: dict[str, Callable[[], object]], repeats: int, device: torch.device) -> None:
-    """Time every arm in turns, after one warm-up each."""
+    """Time every arm in turns, after one warm-up each. A run that returns a float has timed itself."""
     arms = {arm.name: arm for arm in row.arms}
     for turn in tqdm(range(repeats + 1), row.name, unit="turn", leave=False, disable=None):
         for name, run in runs.items():
             gc.collect()
             _synchronize(device)
             started = time.perf_counter()
-            run()
+            own = run()
             _synchronize(device)
             if turn:
-                arms[name].seconds.append(time.perf_counter() - started)
+                seconds = own if isinstance(own, float) else time.perf_counter() - started
+                arms[name].seconds.append(seconds)
 
 
 def _synchronize(device: torch.device) -> None:
@@ -100,6 +105,8 @@ def _synchronize(device: torch.device) -> None:
 def peak_memory(arm: Arm, device: torch.device, returned: int) -> Iterator[None]:
     """Measure the memory a block takes on top of what there is, less `returned` bytes that it gives back."""
     gc.collect()
+    if hasattr(libc := ctypes.CDLL(None), "malloc_trim"):
+        libc.malloc_trim(0)  # memory that was freed but kept would hide what the block takes
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats()
         before = torch.cuda.memory_allocated()
@@ -150,63 +157,109 @@ def kernel_row(device: torch.device, repeats: int, N: int, D: int, V: int) -> Ro
         logp = torch.log_softmax(hidden @ weight.T / temperature, -1)
         return logp.gather(1, ids[:, None])[:, 0], -(logp.exp() * logp).sum(-1)
 
-    forwards = {OURS: lambda: token_logprob(hidden, weight, ids, temperature, True), "naive": naive}
-    notes, missing = {}, []
+    def with_gradients(forward: Callable) -> Callable[[], tuple[Tensor | None, ...]]:
+        """A run: log-probs, and gradients with other upstream weights for every token."""
+
+        def run() -> tuple[Tensor | None, ...]:
+            logprobs, entropy = forward()
+            loss = (g * logprobs).sum() + (0 if entropy is None else (h * entropy).sum())
+            return logprobs.detach(), *torch.autograd.grad(loss, (hidden, weight))
+
+        return run
+
+    inputs, notes, missing = (hidden, weight, ids, temperature), {}, []
+    bare = f"{OURS}, no entropy"
+    runs = {OURS: with_gradients(lambda: token_logprob(*inputs, True))}
+    runs |= {bare: with_gradients(lambda: token_logprob(*inputs)), "naive": with_gradients(naive)}
     if device.type == "cuda":
-        forwards["torch.compile of naive"] = torch.compile(naive)
+        runs["torch.compile of naive"] = with_gradients(torch.compile(naive))
     if version := installed("trl", "trl", missing):
         from trl.kernels import ChunkedLogProbFunction
         from trl.trainer import utils as trl_utils
 
-        chunk = trl_utils._CHUNKED_LOGPROB_CHUNK_SIZE
-        extra = (temperature, chunk, None, 1.0, ("entropy",))
-        forwards[f"TRL {version}"] = lambda: ChunkedLogProbFunction.apply(hidden, weight, None, ids, *extra)[
-            :2
-        ]
+        extra = (temperature, trl_utils._CHUNKED_LOGPROB_CHUNK_SIZE, None, 1.0, ("entropy",))
+        trl = ChunkedLogProbFunction.apply
+        runs[f"TRL {version}"] = with_gradients(lambda: trl(hidden, weight, None, ids, *extra)[:2])
     if version := installed("liger_kernel", "liger-kernel", missing):
+        from liger_kernel.chunked_loss import LigerFusedLinearGRPOLoss
         from liger_kernel.chunked_loss import fused_linear_ppo as liger
 
+        loss = LigerFusedLinearGRPOLoss(beta=0.0, use_ref_model=False, temperature=temperature)
+
+        def grpo_loss() -> tuple[Tensor | None, ...]:
+            tokens = ids.view(8, -1)
+            value = loss(hidden.view(8, -1, D), weight, tokens, torch.ones_like(tokens), g[:8])[0]
+            return None, *torch.autograd.grad(value, (hidden, weight))
+
+        runs[f"Liger {version} GRPO loss"] = grpo_loss
+        notes[f"Liger {version} GRPO loss"] = "what it offers to users; no entropy, no log-probs"
         call, chunk = liger._ChunkedSelectiveLogProbFunction.apply, liger._SELECTIVE_LOGPROB_VOCAB_CHUNK_SIZE
-        forwards[f"Liger {version}"] = lambda: (call(hidden, weight, ids, None, temperature, chunk), None)
-        notes[f"Liger {version}"] = "no entropy"
+        name = f"Liger {version} inner function"
+        runs[name] = with_gradients(lambda: (call(hidden, weight, ids, None, temperature, chunk), None))
+        notes[name] = "private; no entropy"
     if version := installed("cut_cross_entropy", "cut-cross-entropy", missing):
-        name = f"CCE {version}"
-        notes[name] = "no entropy; filters small gradients"
         if device.type == "cuda":
-            from cut_cross_entropy import linear_cross_entropy
+            from cut_cross_entropy import linear_cross_entropy as cce
 
-            forwards[name] = lambda: (
-                -linear_cross_entropy(hidden / temperature, weight, ids, reduction="none"),
-                None,
+            name = f"CCE {version}"
+            runs[name] = with_gradients(
+                lambda: (-cce(hidden / temperature, weight, ids, reduction="none"), None)
             )
+            notes[name] = "no entropy; leaves small gradients out"
         else:
-            missing.append(f"{name}: its kernel needs a GPU")
+            missing.append(f"cut-cross-entropy {version}: its kernel needs a GPU")
 
-    def both_ways(forward: Callable) -> tuple[Tensor, Tensor, Tensor]:
-        logprobs, entropy = forward()
-        loss = (g * logprobs).sum() + (0 if entropy is None else (h * entropy).sum())
-        return logprobs.detach(), *torch.autograd.grad(loss, (hidden, weight))
-
-    row = Row(f"linear log-prob + entropy, N {N}, D {D}, V {V}, {str(dtype)[6:]}", [], missing=missing)
+    name = f"linear log-prob + entropy, N {N}, D {D}, V {V}, {str(dtype)[6:]}"
+    row = Row(name, [], error_of="log-prob in nats, gradient as a share of its largest", missing=missing)
     returned = (hidden.numel() + weight.numel()) * hidden.element_size()
-    with torch.no_grad():
-        parts = zip(hidden.double().split(128), ids.split(128), strict=True)
-        wide = weight.double()
-        exact = [(x @ wide.T / temperature).log_softmax(-1).gather(1, i[:, None])[:, 0] for x, i in parts]
-        exact = torch.cat(exact)
-        del wide, parts
-    for name, forward in forwards.items():
-        arm = Arm(name, note=notes.get(name, ""), tolerance=1e-4 if name == OURS else 0.2)
-        if dtype == torch.float32:
-            arm.tolerance = 1e-4
-        both_ways(forward)
+    check = _exact(hidden.detach(), weight.detach(), ids, temperature, g, h)
+    for name, run in runs.items():
+        arm = Arm(name, note=notes.get(name, ""))
+        run()
         with peak_memory(arm, device, returned):
-            logprobs = both_ways(forward)[0]
-        arm.error = (logprobs.double() - exact).abs().max().item()
+            found = run()
+        if found[0] is not None:
+            full, ours = dtype == torch.float32, name in (OURS, bare)
+            arm.tolerance, arm.gradient_tolerance = (1e-4 if full or ours else 0.2), (1e-4 if full else 0.05)
+            arm.error, arm.gradient_error = check(*found, notes.get(name) is None and name != bare)
+        del found
         row.arms.append(arm)
-    timed(row, {name: lambda f=f: both_ways(f) for name, f in forwards.items()}, repeats, device)
+    timed(row, runs, repeats, device)
     row.limit = 4 * _product_seconds(hidden.detach(), weight.detach(), device)
     return row
+
+
+@torch.no_grad()
+def _exact(
+    hidden: Tensor, weight: Tensor, ids: Tensor, temperature: float, g: Tensor, h: Tensor
+) -> Callable[..., tuple[float, float]]:
+    """A function that compares with fp64: (largest error of the log-probs, largest error of the gradients of
+    all hidden states and of 64 rows of the weight, as a share of the largest gradient)."""
+    some = torch.linspace(0, len(weight) - 1, 64, device=ids.device).long()
+    chosen, d_hidden, d_some = [], {True: [], False: []}, {True: 0.0, False: 0.0}
+    wide = weight.double()
+    for x, i, a, b in zip(*(t.split(128) for t in (hidden, ids, g, h)), strict=True):
+        logp = (x.double() @ wide.T / temperature).log_softmax(-1)  # [128, V]
+        p = logp.exp()
+        chosen.append(logp.gather(1, i[:, None])[:, 0])
+        entropy = -(p * logp).sum(-1, keepdim=True)
+        for with_entropy in (True, False):
+            d = -a[:, None] * p
+            d[torch.arange(len(i)), i] += a
+            if with_entropy:
+                d -= b[:, None] * p * (logp + entropy)
+            d /= temperature
+            d_hidden[with_entropy].append(d @ wide)
+            d_some[with_entropy] += d[:, some].T @ x.double()
+    chosen = torch.cat(chosen)
+    d_hidden = {key: torch.cat(parts) for key, parts in d_hidden.items()}
+
+    def compare(logprobs: Tensor, of_hidden: Tensor, of_weight: Tensor, entropy: bool) -> tuple[float, float]:
+        pairs = ((of_hidden, d_hidden[entropy]), (of_weight[some], d_some[entropy]))
+        shares = [((x.double() - y).abs().max() / y.abs().max()).item() for x, y in pairs]
+        return (logprobs.double() - chosen).abs().max().item(), max(shares)
+
+    return compare
 
 
 def _product_seconds(hidden: Tensor, weight: Tensor, device: torch.device) -> float:
@@ -499,7 +552,8 @@ def cells(row: Row, arm: Arm) -> list[str]:
         f"{arm.median / ours:.2f}x",
         f"{row.limit / arm.median:.0%}" if row.limit else "",
         f"{arm.peak_mb:.0f} MB" if arm.peak_mb is not None else "",
-        "" if arm.error is None else f"{arm.error:.0e}" + (" WRONG" if arm.wrong else ""),
+        ", ".join(f"{x:.0e}" for x in (arm.error, arm.gradient_error) if x is not None)
+        + " WRONG" * arm.wrong,
         arm.note,
     ]
 
@@ -565,7 +619,8 @@ def main(argv: list[str] | None = None) -> int:
         return 2
     if args.json:
         args.json.parent.mkdir(parents=True, exist_ok=True)
-        command = "python -m nanotoolrl.bench " + " ".join(argv or sys.argv[1:])
+        given = [x for x in argv or sys.argv[1:] if x not in ("--json", str(args.json))]
+        command = "python -m nanotoolrl.bench " + " ".join(given)
         args.json.write_text(
             json.dumps({"command": command, "machine": machine(device)} | body, indent=1) + "\n"
         )

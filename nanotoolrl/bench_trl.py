@@ -8,6 +8,7 @@ trajectories. Settings are those of our config; the loss is "dapo", the mean ove
 
 import os
 import tempfile
+import time
 
 import torch
 import transformers
@@ -26,7 +27,8 @@ from nanotoolrl.sampler import Trajectory
 
 
 class TrlStep:
-    """Called, it makes one step from the initial weights; `grad_norm` is what TRL logged of the last."""
+    """Called, it makes one step from the initial weights and returns its seconds, without those of setting
+    the trainer up; `grad_norm` is what TRL logged of the last."""
 
     def __init__(
         self, config: object, tasks: list[Task], rows: list[Trajectory], device: torch.device
@@ -35,6 +37,7 @@ class TrlStep:
         self.config, self.rows, self.tasks = config, rows, {task.id: task for task in tasks}
         policy = load(config.model, device=str(device))
         self.chat, self.model, self.grad_norm = policy.chat, policy.model, float("nan")
+        self.started = self.ended = 0.0
         self.initial = {name: value.clone() for name, value in self.model.state_dict().items()}
         self.model.generation_config.eos_token_id = self.chat.stop_ids
         generate, self.replay = self.model.generate, None
@@ -44,7 +47,7 @@ class TrlStep:
         )
         self.tokenizer, self.device = policy.tokenizer, device
 
-    def __call__(self) -> None:
+    def __call__(self) -> float:
         config = self.config
         self.model.load_state_dict(self.initial)
         with tempfile.TemporaryDirectory() as out:
@@ -91,6 +94,7 @@ class TrlStep:
                 if "Printer" in type(callback).__name__:
                     trainer.remove_callback(type(callback))
             trainer.train()
+        return self.ended - self.started
 
     def _rollout(self, prompts: list[str], trainer: GRPOTrainer) -> dict:
         """All rows in lock-step turns, as in TRL's own tool loop; a prompt is the id of a task."""
@@ -140,6 +144,12 @@ class TrlStep:
 class _Log(TrainerCallback):
     def __init__(self, step: TrlStep) -> None:
         self.step = step
+
+    def on_step_begin(self, *_: object, **__: object) -> None:
+        self.step.started = time.perf_counter()
+
+    def on_step_end(self, *_: object, **__: object) -> None:
+        self.step.ended = time.perf_counter()
 
     def on_log(
         self, args: object, state: object, control: object, logs: dict | None = None, **_: object

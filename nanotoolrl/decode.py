@@ -83,6 +83,7 @@ class Decoder:
         self.stop_ids = torch.tensor(policy.chat.stop_ids, device=policy.device)
         self.cache = Cache()
         self.loops: dict[tuple, _Loop] = {}
+        self.pool = torch.cuda.graph_pool_handle() if policy.device.type == "cuda" else None
 
     def open(self, slots: int, capacity: int) -> None:
         """Start a rollout of at most `slots` rows and `capacity` positions, with an empty cache."""
@@ -237,7 +238,7 @@ class _Loop:
                 self.turn.zero_()
         torch.cuda.current_stream().wait_stream(stream)
         graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph):
+        with torch.cuda.graph(graph, pool=self.decoder.pool):  # one runs at a time
             self.step()
         self.graph = graph
 

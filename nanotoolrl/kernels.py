@@ -14,9 +14,9 @@ from torch import Tensor
 
 BITS = 1 / math.log(2)  # per nat
 WAVES = 4  # programs per processor that the forward pass asks for
-# Tiles of logits by element size: the fp32 accumulator must fit the registers.
+# Tiles of logits by element size: the fp32 accumulator and its exponentials must fit the registers.
 TILES = {
-    2: {"BLOCK_N": 128, "BLOCK_V": 256, "BLOCK_D": 64, "num_warps": 8, "num_stages": 3},
+    2: {"BLOCK_N": 128, "BLOCK_V": 128, "BLOCK_D": 64, "num_warps": 8, "num_stages": 3},
     4: {"BLOCK_N": 64, "BLOCK_V": 64, "BLOCK_D": 32, "num_warps": 4, "num_stages": 2},
 }
 

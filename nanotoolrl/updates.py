@@ -245,14 +245,14 @@ def policy_update(
 def token_losses(
     run: Run,
     rows: list[Trajectory],
-    old: list[list[float]],
+    old: list[list[float] | None],
     scores: Tensor,
     objective: Objective,
     tally: "Tally",
     first_update: bool,
 ) -> tuple[Tensor, Tokens]:
     """Loss [N] of the sampled tokens of some rows, objective + kl * k3 - entropy * H, and those tokens;
-    `tally` takes notes. old: of all tokens of the rows; nan: the one computed here."""
+    `tally` takes notes. old: log-probs of each row's tokens; None: those computed here, detached."""
     config = run.config
     ids, mask = pad([(row.tokens, row.loss_mask) for row in rows], run.policy.device)
     want_entropy = first_update or config.entropy > 0
@@ -264,9 +264,11 @@ def token_losses(
     logprobs.retain_grad()
     counts = torch.tensor([row.sampled_tokens for row in rows], device=logprobs.device)
     index = torch.arange(len(rows), device=logprobs.device).repeat_interleave(counts)
-    before = [x for values, row in zip(old, rows) for x, sampled in zip(values, row.loss_mask) if sampled]
-    before, weights = logprobs.new_tensor(before), scores.to(logprobs)[index]
-    before = torch.where(before.isnan(), logprobs.detach(), before)
+    known = [values or [0.0] * len(row.tokens) for values, row in zip(old, rows)]
+    before = [x for values, row in zip(known, rows) for x, sampled in zip(values, row.loss_mask) if sampled]
+    missing = torch.tensor([values is None for values in old], device=logprobs.device)[index]
+    before = torch.where(missing, logprobs.detach(), logprobs.new_tensor(before))
+    weights = scores.to(logprobs)[index]
     tokens = Tokens(run, rows, ids, mask, hidden.detach(), logprobs, before, weights, index)
     loss, clipped = objective(run, tokens)
     if config.kl > 0:
@@ -373,13 +375,13 @@ def optimizer_step(run: Run, loss: float, optimizer: torch.optim.Optimizer, lr: 
     return norm if finite else None
 
 
-def old_logprobs(run: Run, row: Trajectory) -> list[float]:
-    """Log-probs of a row before the update: the sampler's, or new ones where those say nothing; nan if the
+def old_logprobs(run: Run, row: Trajectory) -> list[float] | None:
+    """Log-probs of a row before the update: the sampler's, or new ones where those say nothing; None if the
     only update computes them anyway."""
     if row.scored:
         return row.logprobs
     if run.config.updates == 1:
-        return [math.nan] * len(row.tokens)
+        return None
     return score(run.policy, row, run.config.temperature)
 
 

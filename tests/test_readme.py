@@ -6,7 +6,7 @@ import re
 from pathlib import Path
 
 import train
-from nanotoolrl import env, schemes, study, tools
+from nanotoolrl import bench, env, schemes, study, tools
 from nanotoolrl.evaluate import Scores, states_table, table
 
 ROOT = Path(train.__file__).parent
@@ -73,6 +73,15 @@ def test_the_results_table_is_made_from_the_committed_results():
     assert all(result["before"]["rewards"] == results[0]["before"]["rewards"] for result in results)
     greedy = json.loads((RESULTS / "base" / "greedy.json").read_text())["scores"]["hermes"]
     assert greedy["states"] == results[0]["before"]["states"]
+
+
+def test_the_speed_tables_are_made_from_the_committed_results():
+    for name in ("kernel", "sampler", "step"):
+        result = json.loads((RESULTS / "bench" / f"{name}.json").read_text())
+        assert bench.markdown(result) in README
+        assert result["command"] == f"python -m nanotoolrl.bench {name}"
+    parity = json.loads((RESULTS / "bench" / "parity.json").read_text())["parity"]
+    assert str(bench.Parity(**parity)) in README
 
 
 def test_the_sampled_table_is_made_from_the_committed_results():

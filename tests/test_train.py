@@ -13,7 +13,7 @@ import pytest
 import torch
 
 import train
-from nanotoolrl import schemes
+from nanotoolrl import logprob, schemes
 from nanotoolrl.chat import control_tokens
 from nanotoolrl.evaluate import Scores
 from nanotoolrl.model import NANO, load
@@ -159,6 +159,26 @@ def test_two_steps_and_resume_equal_four(four, tmp_path):
     assert run("--scheme", "hint", "--steps", 2, out=out) == 0
     assert train.main(["--resume", "--out", str(out), "--steps", "4"]) == 0
     same_run(four, out)
+
+
+@pytest.mark.parametrize("flags", ["--dtype bf16", "--share-prompt --updates 1"])
+def test_other_ways_to_train_resume_to_the_bit(tmp_path, flags):
+    """Half-precision weights with their fp32 masters; a group's rows as one sequence."""
+    whole, parts = tmp_path / "whole", tmp_path / "parts"
+    assert run("--scheme", "grpo", "--steps", 2, *flags.split(), out=whole) == 0
+    assert run("--scheme", "grpo", "--steps", 1, *flags.split(), out=parts) == 0
+    assert train.main(["--resume", "--out", str(parts), "--steps", "2"]) == 0
+    same_run(whole, parts)
+    kind = torch.bfloat16 if "bf16" in flags else torch.float32
+    assert all(tensor.dtype == kind for tensor in weights(whole).values())
+
+
+def test_reference_log_probs_train_the_same(tmp_path):
+    for name in ("auto", "reference", "tiled"):
+        assert run("--scheme", "grpo", "--steps", 1, "--logprob", name, out=tmp_path / name) == 0
+    losses = [float(rows(tmp_path / name)[0]["loss"]) for name in ("auto", "reference", "tiled")]
+    assert losses == pytest.approx([losses[0]] * 3, abs=1e-5)
+    logprob.use("auto")
 
 
 def test_interrupt_before_the_first_step_loses_nothing(tmp_path, monkeypatch, capsys):

@@ -1,0 +1,105 @@
+"""The benchmark at tiny sizes: what it measures is right, what is wrong is called wrong."""
+
+import json
+
+import pytest
+import torch
+from test_sampler import ragged_episodes, sampled, small_task
+
+from nanotoolrl import bench
+from nanotoolrl.bench import Arm, Row, check_parity, markdown, table
+from nanotoolrl.model import load
+from nanotoolrl.replay import Replay, messages_of
+from nanotoolrl.sampler import Sampler
+
+CPU = torch.device("cpu")
+
+
+@pytest.fixture(autouse=True)
+def same_threads():
+    threads = torch.get_num_threads()
+    yield
+    torch.set_num_threads(threads)
+
+
+@pytest.mark.parametrize("what", ["kernel", "sampler", "step"])
+def test_command(what, tmp_path, capsys):
+    """Runs with whatever peers are installed, names the others, and writes what the README table needs."""
+    path = tmp_path / "deep" / "out.json"
+    assert bench.main([what, "--small", "--repeats", "1", "--device", "cpu", "--json", str(path)]) == 0
+    out = capsys.readouterr().out
+    result = json.loads(path.read_text())
+    assert result["command"] == f"python -m nanotoolrl.bench {what} --small --repeats 1 --device cpu"
+    assert {"cpu", "threads", "torch", "transformers", "python"} <= set(result["machine"])
+    for row in result["rows"]:
+        assert row["name"] in out and row["arms"][0]["name"] == "nanotoolrl"
+        assert all(len(arm["seconds"]) == 1 for arm in row["arms"])
+        assert all(line in out for line in row["missing"])
+        assert row["arms"][0]["error"] <= row["arms"][0]["tolerance"]
+    assert markdown(result).count("\n") == 1 + sum(1 + len(row["arms"]) for row in result["rows"])
+
+
+def test_missing_peers_are_named(monkeypatch, capsys):
+    monkeypatch.setattr(bench.importlib.util, "find_spec", lambda name: None)
+    bench.main(["kernel", "--small", "--repeats", "1", "--device", "cpu"])
+    out = capsys.readouterr().out
+    for package in ("trl", "liger-kernel", "cut-cross-entropy"):
+        assert f"{package}: not installed (pip install {package})" in out
+
+
+def test_a_wrong_result_fails_however_fast(monkeypatch, capsys):
+    right = bench.token_logprob
+
+    def wrong(*arguments):
+        logprob, entropy = right(*arguments)
+        return logprob + 1e-3, entropy
+
+    monkeypatch.setattr(bench, "token_logprob", wrong)
+    assert bench.main(["kernel", "--small", "--repeats", "1", "--device", "cpu"]) == 1
+    said = capsys.readouterr()
+    assert "WRONG" in said.out and "a result is wrong" in said.err
+
+
+@pytest.mark.parametrize(
+    "error, wrong", [(1e-5, False), (1e-4, False), (2e-4, True), (float("nan"), True), (None, False)]
+)
+def test_what_is_wrong(error, wrong):
+    assert Arm("x", [1.0], error=error, tolerance=1e-4).wrong == wrong
+
+
+def test_table_of_known_numbers():
+    ours = Arm("nanotoolrl", [2.0, 1.0, 4.0], work=100, peak_mb=12.4, error=1e-6, tolerance=1e-4)
+    other = Arm("other", [6.0], note="slow")
+    text = table([Row("work", [ours, other], limit=1.0, missing=["x: not installed"])])
+    assert "2.00 s (1.00 to 4.00), 50 tok/s  1.00x           50%           12 MB        1e-06" in text
+    assert "3.00x" in text and "slow" in text and "x: not installed" in text
+
+
+def test_unknown_model_is_refused(capsys):
+    assert bench.main(["step", "--parity", "--device", "cpu", "--model", "data/nan0"]) == 2
+    assert "data/nan0" in capsys.readouterr().err
+
+
+def test_parity(policy, capsys):
+    """Sampler and trainer agree; a trainer that reads other weights does not go unnoticed."""
+    assert check_parity(policy, [small_task()], group=2).largest <= 2e-5
+    other = load("nano", device="cpu")
+    honest = other.logprobs
+    other.logprobs = lambda *arguments: (honest(*arguments)[0] + 0.2, None)
+    parity = check_parity(other, [small_task()], group=2)
+    assert parity.largest == pytest.approx(0.2, abs=1e-3) and parity.outside == 1.0
+    assert "100.000% of the ratios" in str(parity)
+
+
+def test_messages_of(policy):
+    rows = Sampler(policy, max_new_tokens=8).rollout(ragged_episodes())
+    for row in rows:
+        spoken = messages_of(row)
+        assert len(spoken) == len(row.states) and sum(spoken, []) == sampled(row)
+
+
+def test_replay_leaves_one_token():
+    replay = Replay([[5, 7], [3]], prompt_width=4, fill=9)
+    for width, expected in ((4, [5, 3]), (5, [7, 9])):
+        scores = replay(torch.zeros(2, width, dtype=torch.long), torch.randn(2, 12))
+        assert scores.argmax(1).tolist() == expected and (scores > -1).sum() == 2
