@@ -152,65 +152,9 @@ def kernel_row(device: torch.device, repeats: int, N: int, D: int, V: int) -> Ro
     weight = (torch.randn(V, D, generator=generator) * 3 / D**0.5).to(device, dtype).requires_grad_()
     ids = torch.randint(V, (N,), generator=generator).to(device)
     g, h = torch.randn(2, N, generator=generator).to(device)
-
-    def naive() -> tuple[Tensor, Tensor]:
-        logp = torch.log_softmax(hidden @ weight.T / temperature, -1)
-        return logp.gather(1, ids[:, None])[:, 0], -(logp.exp() * logp).sum(-1)
-
-    def with_gradients(forward: Callable) -> Callable[[], tuple[Tensor | None, ...]]:
-        """A run: log-probs, and gradients with other upstream weights for every token."""
-
-        def run() -> tuple[Tensor | None, ...]:
-            logprobs, entropy = forward()
-            loss = (g * logprobs).sum() + (0 if entropy is None else (h * entropy).sum())
-            return logprobs.detach(), *torch.autograd.grad(loss, (hidden, weight))
-
-        return run
-
-    inputs, notes, missing = (hidden, weight, ids, temperature), {}, []
-    bare = f"{OURS}, no entropy"
-    runs = {OURS: with_gradients(lambda: token_logprob(*inputs, True))}
-    runs |= {bare: with_gradients(lambda: token_logprob(*inputs)), "naive": with_gradients(naive)}
-    if device.type == "cuda":
-        runs["torch.compile of naive"] = with_gradients(torch.compile(naive))
-    if version := installed("trl", "trl", missing):
-        from trl.kernels import ChunkedLogProbFunction
-        from trl.trainer import utils as trl_utils
-
-        extra = (temperature, trl_utils._CHUNKED_LOGPROB_CHUNK_SIZE, None, 1.0, ("entropy",))
-        trl = ChunkedLogProbFunction.apply
-        runs[f"TRL {version}"] = with_gradients(lambda: trl(hidden, weight, None, ids, *extra)[:2])
-    if version := installed("liger_kernel", "liger-kernel", missing):
-        from liger_kernel.chunked_loss import LigerFusedLinearGRPOLoss
-        from liger_kernel.chunked_loss import fused_linear_ppo as liger
-
-        loss = LigerFusedLinearGRPOLoss(beta=0.0, use_ref_model=False, temperature=temperature)
-
-        def grpo_loss() -> tuple[Tensor | None, ...]:
-            tokens = ids.view(8, -1)
-            value = loss(hidden.view(8, -1, D), weight, tokens, torch.ones_like(tokens), g[:8])[0]
-            return None, *torch.autograd.grad(value, (hidden, weight))
-
-        runs[f"Liger {version} GRPO loss"] = grpo_loss
-        notes[f"Liger {version} GRPO loss"] = "what it offers to users; no entropy, no log-probs"
-        call, chunk = liger._ChunkedSelectiveLogProbFunction.apply, liger._SELECTIVE_LOGPROB_VOCAB_CHUNK_SIZE
-        name = f"Liger {version} inner function"
-        runs[name] = with_gradients(lambda: (call(hidden, weight, ids, None, temperature, chunk), None))
-        notes[name] = "private; no entropy"
-    if version := installed("cut_cross_entropy", "cut-cross-entropy", missing):
-        if device.type == "cuda":
-            from cut_cross_entropy import linear_cross_entropy as cce
-
-            name = f"CCE {version}"
-            runs[name] = with_gradients(
-                lambda: (-cce(hidden / temperature, weight, ids, reduction="none"), None)
-            )
-            notes[name] = "no entropy; leaves small gradients out"
-        else:
-            missing.append(f"cut-cross-entropy {version}: its kernel needs a GPU")
-
     name = f"linear log-prob + entropy, N {N}, D {D}, V {V}, {str(dtype)[6:]}"
-    row = Row(name, [], error_of="log-prob in nats, gradient as a share of its largest", missing=missing)
+    row = Row(name, [], error_of="log-prob in nats, gradient as a share of its largest")
+    runs, notes = kernel_runs(hidden, weight, ids, temperature, g, h, row.missing)
     returned = (hidden.numel() + weight.numel()) * hidden.element_size()
     check = _exact(hidden.detach(), weight.detach(), ids, temperature, g, h)
     for name, run in runs.items():
@@ -219,14 +163,73 @@ def kernel_row(device: torch.device, repeats: int, N: int, D: int, V: int) -> Ro
         with peak_memory(arm, device, returned):
             found = run()
         if found[0] is not None:
-            full, ours = dtype == torch.float32, name in (OURS, bare)
+            full, ours = dtype == torch.float32, name.startswith(OURS)
             arm.tolerance, arm.gradient_tolerance = (1e-4 if full or ours else 0.2), (1e-4 if full else 0.05)
-            arm.error, arm.gradient_error = check(*found, notes.get(name) is None and name != bare)
+            arm.error, arm.gradient_error = check(*found, "no entropy" not in name + arm.note)
         del found
         row.arms.append(arm)
     timed(row, runs, repeats, device)
     row.limit = 4 * _product_seconds(hidden.detach(), weight.detach(), device)
     return row
+
+
+def kernel_runs(
+    hidden: Tensor, weight: Tensor, ids: Tensor, temperature: float, g: Tensor, h: Tensor, missing: list[str]
+) -> tuple[dict[str, Callable[[], tuple[Tensor | None, ...]]], dict[str, str]]:
+    """(run by arm, note by arm). A run returns log-probs, if it has any, and the gradients of hidden and
+    weight, with upstream weights g and h [N] of log-probs and entropies."""
+
+    def naive() -> tuple[Tensor, Tensor]:
+        logp = torch.log_softmax(hidden @ weight.T / temperature, -1)
+        return logp.gather(1, ids[:, None])[:, 0], -(logp.exp() * logp).sum(-1)
+
+    def both_ways(forward: Callable) -> Callable[[], tuple[Tensor | None, ...]]:
+        def run() -> tuple[Tensor | None, ...]:
+            logprobs, entropy = forward()
+            loss = (g * logprobs).sum() + (0 if entropy is None else (h * entropy).sum())
+            return logprobs.detach(), *torch.autograd.grad(loss, (hidden, weight))
+
+        return run
+
+    inputs, notes = (hidden, weight, ids, temperature), {}
+    runs = {OURS: both_ways(lambda: token_logprob(*inputs, True))}
+    runs |= {f"{OURS}, no entropy": both_ways(lambda: token_logprob(*inputs)), "naive": both_ways(naive)}
+    if hidden.is_cuda:
+        runs["torch.compile of naive"] = both_ways(torch.compile(naive))
+    if version := installed("trl", "trl", missing):
+        from trl.kernels import ChunkedLogProbFunction
+        from trl.trainer import utils as trl_utils
+
+        extra = (temperature, trl_utils._CHUNKED_LOGPROB_CHUNK_SIZE, None, 1.0, ("entropy",))
+        trl = ChunkedLogProbFunction.apply
+        runs[f"TRL {version}"] = both_ways(lambda: trl(hidden, weight, None, ids, *extra)[:2])
+    if version := installed("liger_kernel", "liger-kernel", missing):
+        from liger_kernel.chunked_loss import LigerFusedLinearGRPOLoss
+        from liger_kernel.chunked_loss import fused_linear_ppo as liger
+
+        loss = LigerFusedLinearGRPOLoss(beta=0.0, use_ref_model=False, temperature=temperature)
+
+        def grpo_loss() -> tuple[Tensor | None, ...]:
+            tokens = ids.view(8, -1)
+            states = hidden.view(8, -1, hidden.shape[1])
+            value = loss(states, weight, tokens, torch.ones_like(tokens), g[:8])[0]
+            return None, *torch.autograd.grad(value, (hidden, weight))
+
+        name, inner = f"Liger {version} GRPO loss", f"Liger {version} inner function"
+        call, chunk = liger._ChunkedSelectiveLogProbFunction.apply, liger._SELECTIVE_LOGPROB_VOCAB_CHUNK_SIZE
+        runs[name] = grpo_loss
+        runs[inner] = both_ways(lambda: (call(hidden, weight, ids, None, temperature, chunk), None))
+        notes |= {name: "what it offers to users; no entropy, no log-probs", inner: "private; no entropy"}
+    if version := installed("cut_cross_entropy", "cut-cross-entropy", missing):
+        if hidden.is_cuda:
+            from cut_cross_entropy import linear_cross_entropy as cce
+
+            name = f"CCE {version}"
+            runs[name] = both_ways(lambda: (-cce(hidden / temperature, weight, ids, reduction="none"), None))
+            notes[name] = "no entropy; leaves small gradients out"
+        else:
+            missing.append(f"cut-cross-entropy {version}: its kernel needs a GPU")
+    return runs, notes
 
 
 @torch.no_grad()

@@ -6,7 +6,7 @@ embedding to the sampled token and whether it stops, and tokens are read back ev
 optimiser updates weights in place, so graphs outlive training steps.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 
 import torch
@@ -81,7 +81,11 @@ class Decoder:
         self.policy, self.seed, self.fast = policy, seed, fast
         self.window = WINDOW if fast else 1
         self.stop_ids = torch.tensor(policy.chat.stop_ids, device=policy.device)
-        self.cache = Cache()
+        self.cache, self.attention = Cache(), decode_attention
+        if fast:
+            from nanotoolrl import kernels  # needs Triton
+
+            self.attention = kernels.decode_attention
         self.loops: dict[tuple, _Loop] = {}
         self.pool = torch.cuda.graph_pool_handle() if policy.device.type == "cuda" else None
 
@@ -163,16 +167,17 @@ class Decoder:
         """Hidden states [B, D] of one token [B] per row, which stands at position `length` [B]."""
         positions = length[:, None]
         self.cache.at(slot, positions, None)
-        with _attention_implementation(self.policy.model.config, _ATTENTION[self.fast]):
+        extra = {"attention": self.attention, "slots": slot, "lengths": length + 1}
+        with _attention_implementation(self.policy.model.config, _ATTENTION):
             unused = positions[:, None, None]  # a mask of four dimensions is passed on as it is
-            return self._forward(token[:, None], positions, unused, slots=slot, lengths=length + 1)[:, 0]
+            return self._forward(token[:, None], positions, unused, **extra)[:, 0]
 
     def _backbone(self, ids: Tensor, positions: Tensor) -> Tensor:
         columns = torch.arange(self.cache.width, device=ids.device)
         mask = columns[None, None, None, :] <= positions[:, None, :, None]  # [rows, 1, T, width]
         return self._forward(ids, positions, mask)
 
-    def _forward(self, ids: Tensor, positions: Tensor, mask: Tensor, **extra: Tensor) -> Tensor:
+    def _forward(self, ids: Tensor, positions: Tensor, mask: Tensor, **extra: object) -> Tensor:
         return self.policy.model.model(
             input_ids=ids,
             position_ids=positions,
@@ -244,49 +249,39 @@ class _Loop:
 
 
 # -------------------------------------------------------------------------------------------------- attention
-_ATTENTION = {True: "nanotoolrl_slots", False: "nanotoolrl_rows"}  # fast or not
+_ATTENTION = "nanotoolrl_decode"
 
 
-def _attend_slots(
+def _attend(
     module: torch.nn.Module,
     query: Tensor,
     key: Tensor,
     value: Tensor,
     attention_mask: Tensor,
     scaling: float,
+    attention: Callable[..., Tensor],
     slots: Tensor,
     lengths: Tensor,
     **_: object,
 ) -> tuple[Tensor, None]:
     """What transformers calls in a layer: query [B, heads, 1, head_dim], key and value the whole cache."""
-    from nanotoolrl.kernels import decode_attention  # needs Triton
-
-    return decode_attention(query[:, :, 0], key, value, slots, lengths, scaling)[:, None], None
+    return attention(query[:, :, 0], key, value, slots, lengths, scaling)[:, None], None
 
 
-def _attend_rows(
-    module: torch.nn.Module,
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    attention_mask: Tensor,
-    scaling: float,
-    slots: Tensor,
-    lengths: Tensor,
-    **_: object,
-) -> tuple[Tensor, None]:
-    """The same row by row, in torch."""
-    (B, heads, _, D), kv_heads = query.shape, key.shape[1]
-    query = query.view(B, kv_heads, -1, D)  # query heads that share keys are queries of one head
+AttentionInterface.register(_ATTENTION, _attend)
+
+
+def decode_attention(
+    query: Tensor, keys: Tensor, values: Tensor, slots: Tensor, lengths: Tensor, scaling: float
+) -> Tensor:
+    """What the kernel of this name does (kernels.py), in torch and row by row."""
+    (B, heads, D), kv_heads = query.shape, keys.shape[1]
+    query = query.reshape(B, kv_heads, -1, D)  # query heads that share keys are queries of one head
     out = torch.empty_like(query)
     for i, (slot, length) in enumerate(zip(slots.tolist(), lengths.tolist(), strict=True)):
-        k, v = key[slot, :, :length], value[slot, :, :length]
+        k, v = keys[slot, :, :length], values[slot, :, :length]
         out[i] = F.scaled_dot_product_attention(query[i][None], k[None], v[None], scale=scaling)[0]
-    return out.view(B, 1, heads, D), None
-
-
-AttentionInterface.register(_ATTENTION[True], _attend_slots)
-AttentionInterface.register(_ATTENTION[False], _attend_rows)
+    return out.view(B, heads, D)
 
 
 @contextmanager
