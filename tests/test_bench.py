@@ -36,6 +36,7 @@ def test_command(what, tmp_path, capsys):
         assert all(len(arm["seconds"]) == 1 for arm in row["arms"])
         assert all(line in out for line in row["missing"])
         assert row["arms"][0]["error"] <= row["arms"][0]["tolerance"]
+        assert row["limit"] is None or row["limit"] > 0
     assert markdown(result).count("\n") == 1 + sum(1 + len(row["arms"]) for row in result["rows"])
 
 
@@ -89,6 +90,8 @@ def test_parity(policy, capsys):
     parity = check_parity(other, [small_task()], group=2)
     assert parity.largest == pytest.approx(0.2, abs=1e-3) and parity.outside == 1.0
     assert "100.000% of the ratios" in str(parity)
+    assert parity.itself <= 2e-5
+    assert parity.wrong(torch.float32) and parity.wrong(torch.bfloat16)
 
 
 def test_messages_of(policy):
