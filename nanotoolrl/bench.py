@@ -364,9 +364,8 @@ def decode_row(policy: Policy, B: int, length: int, repeats: int, steps: int = 6
     """Decode steps alone, for B rows that start with `length` tokens of noise (row 5)."""
     device, model = policy.device, policy.model
     generator = torch.Generator().manual_seed(0)
-    ids = torch.randint(
-        min(policy.chat.stop_ids), (B, length + steps), generator=generator
-    )  # none of them stops
+    top = min(policy.chat.stop_ids)  # no row stops
+    ids = torch.randint(top, (B, length + steps), generator=generator)
     decoder = Decoder(policy, seed=0, fast=device.type == "cuda")
     decoder.open(B, length + steps + decoder.window)
     theirs = DynamicCache()
