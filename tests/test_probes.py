@@ -51,11 +51,14 @@ class Speaker:
     def __init__(self, policy, ids):
         self.chat, self.device, self.context = policy.chat, torch.device("cpu"), len(ids) + 1
         self.ids, self.head = torch.tensor([*ids, 0, 0]), torch.eye(len(policy.tokenizer))
-        self.model = SimpleNamespace(model=self.forward)
+        self.model = SimpleNamespace(model=self.forward, config=SimpleNamespace(_attn_implementation=""))
 
     def forward(self, input_ids, position_ids, **_):
         assert torch.equal(input_ids, self.ids[position_ids])
         return SimpleNamespace(last_hidden_state=1000.0 * self.head[self.ids[position_ids + 1]])
+
+    def logits(self, hidden):
+        return hidden @ self.head.T
 
 
 @pytest.mark.parametrize("format", FORMATS)

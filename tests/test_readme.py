@@ -173,7 +173,7 @@ def test_files_and_flags_named_in_the_readme_exist():
         assert any((ROOT / place / name).exists() for place in ("", "nanotoolrl", "data")), name
     known = {"--" + name.replace("_", "-") for name in train.Config.__dataclass_fields__}
     known |= {"--no-adv-std", "--resume", "--list", "--chat", "--oracle", "--task", "--index-url"}
-    for name in ("evaluate", "report", "study"):
+    for name in ("evaluate", "report", "study", "bench"):
         known |= set(re.findall(r'"(--[a-z-]+)"', (ROOT / "nanotoolrl" / f"{name}.py").read_text()))
     assert set(re.findall(r"--[a-z][a-z-]+", README)) <= known
 
