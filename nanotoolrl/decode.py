@@ -14,6 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from transformers import AttentionInterface
 
+from nanotoolrl.logprob import HAS_TRITON
 from nanotoolrl.model import Policy
 
 CAPACITY_STEP = 128  # the cache grows by so many positions
@@ -35,13 +36,14 @@ class Cache:
         self.layers: list[list[Tensor]] = []
         self.rows: Tensor | None = None
         self.positions: Tensor | None = None
-        self.width: int | None = 0
+        self.behind: Tensor | None = None
         self.size = self.capacity = 0
 
-    def at(self, rows: Tensor, positions: Tensor, width: int | None) -> None:
-        """Prepare a forward that writes `positions` [rows, T] of the given rows and reads a copy of their
-        first `width` positions; None: it gets the whole cache and finds its rows itself."""
-        self.rows, self.positions, self.width = rows, positions, width
+    def at(self, rows: Tensor, positions: Tensor, behind: Tensor | None) -> None:
+        """Prepare a forward that writes `positions` [rows, T] of the given rows. It reads a copy of their
+        first `width` positions, zeros where `behind` [rows, width] says that a row has ended; None: it gets
+        the whole cache and finds its rows itself."""
+        self.rows, self.positions, self.behind = rows, positions, behind
 
     def grow(self, size: int, capacity: int) -> None:
         """Make room for `size` rows of `capacity` positions, rounded up."""
@@ -64,7 +66,10 @@ class Cache:
         found = []
         for store, new in zip(self.layers[layer], (key, value), strict=True):
             store[self.rows[:, None], :, self.positions] = new.transpose(1, 2)
-            found.append(store if self.width is None else store[self.rows, :, : self.width])
+            if self.behind is not None:
+                store = store[self.rows, :, : self.behind.shape[1]]
+                store.masked_fill_(self.behind[:, None, :, None], 0)  # whatever an earlier row left there
+            found.append(store)
         return found[0], found[1]
 
     def copy_row(self, source: int, targets: list[int], width: int) -> None:
@@ -79,6 +84,7 @@ class Decoder:
 
     def __init__(self, policy: Policy, seed: int, fast: bool) -> None:
         self.policy, self.seed, self.fast = policy, seed, fast
+        self.context = 0
         self.window = WINDOW if fast else 1
         self.stop_ids = torch.tensor(policy.chat.stop_ids, device=policy.device)
         self.cache, self.attention = Cache(), decode_attention
@@ -89,28 +95,35 @@ class Decoder:
         self.loops: dict[tuple, _Loop] = {}
         self.pool = torch.cuda.graph_pool_handle() if policy.device.type == "cuda" else None
 
-    def open(self, slots: int, capacity: int) -> None:
-        """Start a rollout of at most `slots` rows and `capacity` positions, with an empty cache."""
-        if self.fast and (slots + 1 > self.cache.size or capacity > self.cache.capacity):
-            self.loops.clear()  # graphs hold addresses of the old cache
-            self.cache = Cache()
-            self.cache.grow(slots + 1, capacity)  # the last one is scratch
+    def open(self, slots: int, context: int) -> None:
+        """Start a rollout of at most `slots` rows and `context` positions, with an empty cache."""
+        self.context = context
+        if self.fast:
+            self.reserve(slots + 1, 0)  # the last one is scratch
+
+    def reserve(self, slots: int, capacity: int) -> None:
+        """Make room for that many rows and positions; on a GPU for twice as many positions as before, because
+        graphs hold the addresses of the cache and must be recorded again."""
+        if self.fast and (slots > self.cache.size or capacity > self.cache.capacity):
+            self.loops.clear()
+            capacity = max(capacity, min(self.context, 2 * self.cache.capacity))
+        self.cache.grow(slots, capacity)
 
     def feed(self, rows: Sequence[int], cached: Sequence[int], pending: Sequence[Sequence[int]]) -> Tensor:
         """Append the pending ids to the given rows, which hold `cached` ids; returns the hidden states
         [rows, D] after the last of them."""
         device = self.policy.device
-        counts = torch.tensor([len(ids) for ids in pending])
-        widest = int(counts.max())
-        ids = torch.zeros(len(rows), widest, dtype=torch.long)
-        for k, new in enumerate(pending):
-            ids[k, : len(new)] = torch.tensor(new)
-        # Padding writes behind the row's end; real tokens overwrite it before anything attends to it.
-        positions = torch.tensor(cached)[:, None] + torch.arange(widest)  # [rows, T]
-        width = int(positions.max()) + 1
-        self.cache.grow(max(rows) + 1, width)
-        self.cache.at(torch.tensor(rows, device=device), positions.to(device), width)
-        hidden = self._backbone(ids.to(device), positions.to(device))  # [rows, T, D]
+        counts, begins = torch.tensor([len(ids) for ids in pending]), torch.tensor(cached)
+        widest, ends = int(counts.max()), begins + counts
+        # Padding is the row's last token once more, in its own place: it writes what stands there already.
+        ids = torch.tensor([[*new, *[new[-1]] * (widest - len(new))] for new in pending])  # [rows, T]
+        positions = torch.minimum(begins[:, None] + torch.arange(widest), ends[:, None] - 1)  # [rows, T]
+        behind = torch.arange(int(ends.max())) >= ends[:, None]  # [rows, width]
+        self.reserve(max(rows) + 1, behind.shape[1])
+        self.cache.at(torch.tensor(rows, device=device), positions.to(device), behind.to(device))
+        columns = torch.arange(behind.shape[1], device=device)
+        mask = columns <= positions.to(device)[:, None, :, None]  # [rows, 1, T, width]
+        hidden = self._forward(ids.to(device), positions.to(device), mask)  # [rows, T, D]
         return hidden[torch.arange(len(rows), device=device), (counts - 1).to(device)]
 
     def choose(
@@ -126,7 +139,7 @@ class Decoder:
         id per row that is taken instead, or FREE."""
         logits = self.policy.logits(hidden)  # [B, V], never rounded to half
         noise = uniform(self.seed, streams, places) if temperature else None
-        if hidden.is_cuda:
+        if hidden.is_cuda and HAS_TRITON:
             from nanotoolrl.kernels import pick  # needs Triton
 
             return pick(logits, noise, forced, temperature or 1.0)
@@ -152,11 +165,10 @@ class Decoder:
         """
         steps = min(self.window, max(row[LEFT] for row in rows))
         batch = len(rows)
+        self.reserve(0, max(row[LENGTH] + min(steps, row[LEFT]) for row in rows))
         if self.fast:
             batch = next((size for size in BUCKETS if size >= batch), -(-batch // 128) * 128)
             rows = [*rows, *[(self.cache.size - 1, 0, 0, 0, 0, 0)] * (batch - len(rows))]
-        else:
-            self.cache.grow(0, max(row[LENGTH] for row in rows) + 1)
         key = (batch, temperature, forced is not None)
         loop = self.loops.get(key) or _Loop(self, *key)
         if self.fast:
@@ -171,11 +183,6 @@ class Decoder:
         with _attention_implementation(self.policy.model.config, _ATTENTION):
             unused = positions[:, None, None]  # a mask of four dimensions is passed on as it is
             return self._forward(token[:, None], positions, unused, **extra)[:, 0]
-
-    def _backbone(self, ids: Tensor, positions: Tensor) -> Tensor:
-        columns = torch.arange(self.cache.width, device=ids.device)
-        mask = columns[None, None, None, :] <= positions[:, None, :, None]  # [rows, 1, T, width]
-        return self._forward(ids, positions, mask)
 
     def _forward(self, ids: Tensor, positions: Tensor, mask: Tensor, **extra: object) -> Tensor:
         return self.policy.model.model(
@@ -218,7 +225,8 @@ class _Loop:
         return self.ids[:steps].tolist(), self.logprobs[:steps].tolist()
 
     def step(self) -> None:
-        """Feed each row's token, sample the next one, note it, and find out who stopped."""
+        """Feed each row's token, sample the next one, note it, and find out who stopped. A row that did stays
+        at its length and goes on writing there; whoever continues it writes that position anew."""
         slot, token, length, left, stream, place = self.state
         hidden = self.decoder.forward(token, length, slot)
         forced = None if self.forced is None else self.forced.index_select(0, self.turn)[0]

@@ -1,7 +1,7 @@
 """The Triton kernels: softmax statistics of a linear layer, their backward pass, attention of a decode step.
 
 Imported only where they run: on a GPU, or under TRITON_INTERPRET=1 in the tests. Each has a twin in plain
-torch that it is tested against (logprob.py, sampler.py). Sums are in fp32, whatever the inputs. Exponents are
+torch that it is tested against (logprob.py, decode.py). Sums are in fp32, whatever the inputs. Exponents are
 base 2, with log2(e) folded into the scale of the logits: "bits" below are nats times log2(e).
 """
 
@@ -242,7 +242,7 @@ def pick(
     ids = torch.empty(B, dtype=torch.long, device=logits.device)
     logprobs = torch.empty(B, dtype=torch.float32, device=logits.device)
     flags = {"GREEDY": noise is None, "FORCED": forced is not None}
-    noise = logprobs if noise is None else noise.float()
+    noise = logprobs if noise is None else noise.float().clamp(max=1 - 2**-24)  # never 1
     forced = ids if forced is None else forced
     block = min(4096, triton.next_power_of_2(V))
     scale = BITS / temperature

@@ -9,6 +9,7 @@ obvious version.
 """
 
 import importlib.util
+import os
 from collections.abc import Iterator
 
 import torch
@@ -19,19 +20,22 @@ TILE = 2048  # vocabulary columns held at a time on a CPU
 SLAB_BYTES = 128 * 2**20  # of one slab of the logits' gradient on a GPU
 BACKENDS = ("auto", "triton", "tiled", "reference")
 
+HAS_TRITON = importlib.util.find_spec("triton") is not None
+
 _backend = "auto"
 
 
 def use(backend: str) -> None:
-    """Choose what `token_logprob` runs from now on: "auto" (Triton on a GPU, tiles elsewhere) or one of them.
+    """Choose what `token_logprob` runs from now on: "auto" (Triton on a GPU, tiles without) or one of them.
 
-    Raises ValueError on another name, and where Triton is asked for and not installed.
+    Raises ValueError on another name, and where Triton is asked for and cannot run.
     """
     global _backend
     if backend not in BACKENDS:
         raise ValueError(f"no log-prob backend {backend!r}; there is {', '.join(BACKENDS)}")
-    if backend == "triton" and not importlib.util.find_spec("triton"):
-        raise ValueError("the Triton backend needs the triton package: pip install triton")
+    runs = torch.cuda.is_available() or os.environ.get("TRITON_INTERPRET") == "1"
+    if backend == "triton" and not (HAS_TRITON and runs):
+        raise ValueError("the Triton backend needs a CUDA device and the triton package (pip install triton)")
     _backend = backend
 
 
@@ -61,7 +65,7 @@ def token_logprob(
         raise ValueError(f"temperature must be positive, not {temperature}")
     if _backend == "reference":
         return reference_logprob(hidden, weight, ids, temperature, want_entropy)
-    triton = _backend == "triton" or (_backend == "auto" and hidden.is_cuda)
+    triton = _backend == "triton" or (_backend == "auto" and hidden.is_cuda and HAS_TRITON)
     logprob, entropy = _FusedLogprob.apply(hidden, weight, ids, float(temperature), want_entropy, triton)
     return logprob, entropy if want_entropy else None
 
@@ -123,6 +127,7 @@ def _statistics(
     rows = torch.arange(len(ids), device=ids.device)
     top = hidden.new_full((len(ids),), float("-inf"))  # running maximum [N]
     total, weighted, target = torch.zeros_like(top), torch.zeros_like(top), torch.zeros_like(top)
+    # One tile for z; its exponentials get one of their own only where both are needed at once.
     room = hidden.new_empty(1 + want_entropy, len(ids) * min(TILE, len(weight)))
     for start in range(0, len(weight), TILE):
         tile = weight[start : start + TILE].float()

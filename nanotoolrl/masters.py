@@ -4,6 +4,7 @@ import torch
 from torch import Tensor
 
 FP16_SCALE = 4096.0  # of the loss, so that small fp16 gradients do not vanish; less after an overflow
+CALM = 100  # updates without one, after which it may rise again
 
 
 class Masters:
@@ -17,7 +18,8 @@ class Masters:
     def __init__(self, model: torch.nn.Module) -> None:
         self.weights = list(model.parameters())
         self.half = any(weight.dtype != torch.float32 for weight in self.weights)
-        self.scale = FP16_SCALE if any(weight.dtype == torch.float16 for weight in self.weights) else 1.0
+        self.scaled = any(weight.dtype == torch.float16 for weight in self.weights)
+        self.scale, self.calm = FP16_SCALE if self.scaled else 1.0, 0
         self.tensors: list[Tensor] = self.weights
         if self.half:
             self.tensors = [weight.detach().float().requires_grad_() for weight in self.weights]
@@ -37,22 +39,29 @@ class Masters:
 
     @torch.no_grad()
     def publish(self) -> None:
-        """Write the masters into the weights."""
+        """After a step: write the masters into the weights."""
         if self.half:
             torch._foreach_copy_(self.weights, self.tensors)
+        self.calm += 1
+        if self.scaled and self.calm >= CALM and self.scale < FP16_SCALE:
+            self.scale, self.calm = self.scale * 2, 0
 
-    def overflowed(self) -> bool:
-        """Scale the next losses less, if that is still possible: whether it was."""
-        possible, self.scale = self.scale > 1, max(1.0, self.scale / 16)
+    def lower_scale(self) -> bool:
+        """After an overflow: scale the next losses less, if that is still possible: whether it was."""
+        possible, self.scale, self.calm = self.scale > 1, max(1.0, self.scale / 16), 0
         return possible
 
     def state(self) -> dict:
         """What a checkpoint keeps beside the weights; nothing if they are their own masters."""
-        return {"tensors": self.tensors, "scale": self.scale} if self.half else {}
+        return {"tensors": self.tensors, "scale": self.scale, "calm": self.calm} if self.half else {}
 
     @torch.no_grad()
     def load(self, state: dict) -> None:
-        """Put a `state` back."""
-        if state:
-            torch._foreach_copy_(self.tensors, [x.to(self.tensors[0].device) for x in state["tensors"]])
-            self.scale = state["scale"]
+        """Put a `state` back, once the weights are: that of a run in another dtype, too."""
+        if self.half:
+            there = [x.to(self.tensors[0].device) for x in state["tensors"]] if state else self.weights
+            torch._foreach_copy_(self.tensors, there)
+        elif state:
+            torch._foreach_copy_(self.weights, [x.to(self.weights[0].device) for x in state["tensors"]])
+        if self.scaled and state:
+            self.scale, self.calm = max(1.0, state["scale"]), state["calm"]

@@ -15,6 +15,7 @@ import torch
 from nanotoolrl.chat import FORMATS, Chat, message_state
 from nanotoolrl.decode import FREE, Decoder
 from nanotoolrl.env import Episode, Task, Verdict, oracle
+from nanotoolrl.logprob import HAS_TRITON
 from nanotoolrl.model import Policy
 
 PREFILL_TOKENS = 8192  # most tokens in one prefill forward
@@ -143,7 +144,7 @@ class Sampler:
         self.policy, self.chat = policy, policy.chat
         self.max_new_tokens, self.slots = max_new_tokens, slots
         self.context = min(context or policy.context, policy.context)
-        self.decoder = Decoder(policy, seed, fast=policy.device.type == "cuda")
+        self.decoder = Decoder(policy, seed, fast=policy.device.type == "cuda" and HAS_TRITON)
 
     @torch.inference_mode()
     def rollout(
@@ -250,7 +251,7 @@ class Sampler:
             for leader, state in zip(part, states, strict=True):
                 width = rows[leader].cached + len(rows[leader].pending)
                 if followers[leader]:
-                    self.decoder.cache.grow(len(rows), width)
+                    self.decoder.reserve(len(rows), width)
                     self.decoder.cache.copy_row(leader, followers[leader], width)
                 for i in [leader, *followers[leader]]:
                     rows[i].cached, rows[i].pending = width, []

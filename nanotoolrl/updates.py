@@ -368,7 +368,9 @@ def optimizer_step(run: Run, loss: float, optimizer: torch.optim.Optimizer, lr: 
         optimizer.step()
         run.masters.publish()
     run.skipped_updates += not finite
-    curable = not finite and math.isfinite(loss) and run.masters.overflowed()
+    curable = False
+    if not finite and math.isfinite(loss):
+        curable = run.masters.lower_scale()
     if not run.stuck and not curable:
         run.state["skipped_in_a_row"] = 0 if finite else run.state.get("skipped_in_a_row", 0) + 1
     run.masters.zero_gradients()

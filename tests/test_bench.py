@@ -106,3 +106,10 @@ def test_replay_leaves_one_token():
     for width, expected in ((4, [5, 3]), (5, [7, 9])):
         scores = replay(torch.zeros(2, width, dtype=torch.long), torch.randn(2, 12))
         assert scores.argmax(1).tolist() == expected and (scores > -1).sum() == 2
+
+
+def test_a_wrong_replay_is_wrong_on_every_device(monkeypatch):
+    policy = bench.seeded_policy(CPU, small=True)
+    monkeypatch.setattr(bench, "generate_rollout", lambda *_: [[0]])
+    work = bench.workload("x", bench.load_tasks("train")[:1], 2, 0)
+    assert bench.sampler_row(policy, work, repeats=1).arms[0].wrong

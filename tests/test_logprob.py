@@ -4,6 +4,7 @@ import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from nanotoolrl import logprob
 from nanotoolrl.logprob import TILE, reference_logprob, token_logprob
 
 SIZES = [1, 7, 1187, 2048, 2049, 5000]
@@ -229,3 +230,10 @@ def test_logits_never_exist_at_once():
 
     assert largest(reference_logprob) >= n * v  # the meter sees what it should see
     assert largest(token_logprob) <= max(n * TILE, v * d) < n * v / 4
+
+
+def test_triton_is_refused_where_it_cannot_run(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
+    with pytest.raises(ValueError, match="needs a CUDA device"):
+        logprob.use("triton")

@@ -5,7 +5,7 @@ import torch
 from test_model import tiny_policy
 from test_schemes import made_up, make_run, parameters_of
 
-from nanotoolrl.masters import FP16_SCALE, Masters
+from nanotoolrl.masters import CALM, FP16_SCALE, Masters
 from nanotoolrl.updates import new_optimizer, optimizer_step, policy_update, roll_back, snapshot
 
 
@@ -22,7 +22,44 @@ def test_fp32_weights_are_their_own_masters(policy):
     model = tiny_policy(policy.tokenizer).model
     masters = Masters(model)
     assert all(a is b for a, b in zip(masters.tensors, model.parameters(), strict=True))
-    assert masters.state() == {} and masters.scale == 1.0 and not masters.overflowed()
+    assert masters.state() == {} and masters.scale == 1.0 and not masters.lower_scale()
+
+
+@pytest.mark.parametrize("before", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("after", [torch.float32, torch.bfloat16, torch.float16])
+def test_a_run_goes_on_in_another_dtype(policy, before, after):
+    """What was trained is what is trained on, with gradients of the right size."""
+    trained, run = half_run(policy, before), half_run(policy, after)
+    trained.masters.scale = 256.0 if before == torch.float16 else 1.0
+    with torch.no_grad():
+        for tensor in trained.masters.tensors:
+            tensor += 0.01 * torch.randn_like(tensor)
+    trained.masters.publish()
+    run.policy.model.load_state_dict(trained.policy.model.state_dict())
+    run.masters.load(trained.masters.state())
+    expected = [weight.float() for weight in trained.masters.weights]
+    rows, scores = made_up(tiny_policy(policy.tokenizer))
+    run.config.lr = 1e-9
+    norm = policy_update(run, rows, scores)["grad_norm"]
+    for weight, right in zip(run.masters.weights, expected, strict=True):
+        assert (weight.float() - right).abs().max() < 0.02 * right.abs().max()
+    full = half_run(policy, torch.float32)
+    with torch.no_grad():
+        torch._foreach_copy_(full.masters.weights, expected)
+    assert norm == pytest.approx(policy_update(full, rows, scores)["grad_norm"], rel=0.3)
+    scales = {torch.float32: FP16_SCALE, torch.bfloat16: 1.0, torch.float16: 256.0}
+    assert run.masters.scale == (scales[before] if after == torch.float16 else 1.0)
+
+
+def test_the_scale_rises_again(policy):
+    run = half_run(policy, torch.float16)
+    run.masters.lower_scale()
+    for _ in range(CALM):
+        optimizer_step(run, 0.0, run.optimizer, 0.0)
+    assert run.masters.scale == FP16_SCALE / 8
+    for _ in range(5 * CALM):
+        optimizer_step(run, 0.0, run.optimizer, 0.0)
+    assert run.masters.scale == FP16_SCALE
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
