@@ -273,13 +273,23 @@ def _exact(
 
 
 def _product_seconds(hidden: Tensor, weight: Tensor, device: torch.device) -> float:
-    """Seconds of hidden @ weight.T, the best of 5: one of the four products that the row must make."""
-    room, best = torch.empty(len(hidden), 2048, dtype=hidden.dtype, device=device), float("inf")
+    """Seconds of hidden @ weight.T: one of the four products that the row must make."""
+    room = torch.empty(len(hidden), 2048, dtype=hidden.dtype, device=device)
+
+    def product() -> None:
+        for tile in weight.split(2048):
+            torch.mm(hidden, tile.T, out=room[:, : len(tile)])
+
+    return _best_seconds(product, device)
+
+
+def _best_seconds(run: Callable[[], object], device: torch.device) -> float:
+    """Of 5 runs."""
+    best = float("inf")
     for _ in range(5):
         _synchronize(device)
         started = time.perf_counter()
-        for tile in weight.split(2048):
-            torch.mm(hidden, tile.T, out=room[:, : len(tile)])
+        run()
         _synchronize(device)
         best = min(best, time.perf_counter() - started)
     return best
@@ -316,7 +326,7 @@ class Workload:
 
     @property
     def forced(self) -> list[list[int]]:
-        return [[t for t, mask in zip(row.tokens, row.loss_mask) if mask] for row in self.rows]
+        return _sampled_ids(self.rows)
 
     @property
     def tokens(self) -> int:
@@ -326,7 +336,7 @@ class Workload:
 def workload(name: str, tasks: list[Task], group: int, prompt: int) -> Workload:
     """`group` rollouts of each task; a text in the system prompt fills prompts up to `prompt` tokens."""
     policy = load(BUILT_IN, device="cpu")
-    tasks = [task for task in tasks for _ in range(group)]
+    tasks = _grouped(tasks, group)
     hints = [_filler(policy, task, prompt) for task in tasks]
     rows = Sampler(policy, seed=0).rollout([Episode(task) for task in tasks], hints)
     return Workload(name, tasks, hints, rows)
@@ -406,16 +416,10 @@ def decode_row(policy: Policy, B: int, length: int, repeats: int, steps: int = 6
 
 
 def _bytes_per_second(device: torch.device) -> float:
-    """Of a large copy, reads and writes, the best of 5."""
+    """Of a large copy, reads and writes."""
     source = torch.ones(2**28, dtype=torch.uint8, device=device)
-    target, best = torch.empty_like(source), float("inf")
-    for _ in range(5):
-        _synchronize(device)
-        started = time.perf_counter()
-        target.copy_(source)
-        _synchronize(device)
-        best = min(best, time.perf_counter() - started)
-    return 2 * len(source) / best
+    target = torch.empty_like(source)
+    return 2 * len(source) / _best_seconds(lambda: target.copy_(source), device)
 
 
 def sampler_row(policy: Policy, load: Workload, repeats: int) -> Row:
@@ -514,7 +518,7 @@ def step(device: torch.device, repeats: int, small: bool, model: str = BUILT_IN)
     tasks = load_tasks("train")[: config.prompts]
     first = new_run(config, device)
     trajectories = rollout(first, tasks)
-    forced = [[t for t, mask in zip(row.tokens, row.loss_mask) if mask] for row in trajectories]
+    forced = _sampled_ids(trajectories)
     run, found = new_run(config, device), []
 
     def ours(every_row: bool = False, share_prompt: bool = False) -> None:
@@ -547,6 +551,10 @@ def step(device: torch.device, repeats: int, small: bool, model: str = BUILT_IN)
         if arm.name in own:
             arm.note = ", ".join(filter(None, [arm.note, f"{own[arm.name][1]} tokens through the model"]))
     return [row]
+
+
+def _sampled_ids(rows: list[Trajectory]) -> list[list[int]]:
+    return [[t for t, mask in zip(row.tokens, row.loss_mask) if mask] for row in rows]
 
 
 def _grouped(tasks: list[Task], group: int) -> list[Task]:
@@ -600,9 +608,10 @@ def check_parity(policy: Policy, tasks: list[Task], group: int = 4, temperature:
         return torch.cat([policy.logprobs(*batch, temperature)[0] for batch in batches]).cpu().double()
 
     sampled = [x for row in rows for x, flag in zip(row.logprobs, row.loss_mask) if flag]
-    gap = trained(8) - torch.tensor(sampled, dtype=torch.float64)
+    together = trained(8)
+    gap = together - torch.tensor(sampled, dtype=torch.float64)
     size, outside = gap.abs(), ((gap.exp() - 1).abs() > 0.1).double().mean().item()
-    itself = (trained(8) - trained(1)).abs().max().item()
+    itself = (together - trained(1)).abs().max().item()
     return Parity(len(gap), size.quantile(0.99).item(), size.max().item(), outside, itself)
 
 

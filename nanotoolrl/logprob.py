@@ -26,7 +26,7 @@ _backend = "auto"
 
 
 def use(backend: str) -> None:
-    """Choose what `token_logprob` runs from now on: "auto" (Triton on a GPU, tiles without) or one of them.
+    """Choose what `token_logprob` runs from now on: "auto" (Triton on a GPU, tiles elsewhere) or one of them.
 
     Raises ValueError on another name, and where Triton is asked for and cannot run.
     """
