@@ -1,8 +1,9 @@
 """Conversations as token ids, and tool calls as text.
 
 Two halves. The first writes and reads tool calls in three formats and names the state of a message (Hao et
-al. 2026 and our reading of its transcripts). The second, `Chat`, lays a conversation out in ChatML as Qwen2.5
-and Qwen3 do, as ids that are only ever appended to: nothing a model sampled is decoded and encoded again.
+al. 2026 and our reading of its transcripts). The second, `Chat`, lays a conversation out as the model's own
+chat template does (Qwen2.5, Qwen3, Llama 3), as ids that are only ever appended to: nothing a model sampled
+is decoded and encoded again.
 """
 
 import ast
@@ -13,7 +14,10 @@ import warnings
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 
+from jinja2 import TemplateError
+
 MAX_CHARS = 50_000  # a longer message is answered, not parsed
+MAX_BITS = 2048  # of an integer argument; Python refuses to write those of more than 4300 digits
 MESSAGE_STATES = ("overlong", "empty", "bare", "malformed", "polluted", "call", "foreign", "reply")
 UNHEALTHY_STATES = ("overlong", "empty", "bare", "malformed", "polluted", "foreign")
 
@@ -163,6 +167,8 @@ def _clean(value: object) -> object:
         if not all(isinstance(key, str) for key in value):
             raise ValueError("the keys of an object must be strings")
         return {_clean(key): _clean(item) for key, item in value.items()}
+    if isinstance(value, int) and value.bit_length() > MAX_BITS:
+        raise ValueError("an integer is too large")
     if (
         value is None
         or isinstance(value, bool | int)
@@ -345,29 +351,139 @@ def signature(tool: dict) -> str:
     return f"{tool['name']}({', '.join(parts)}): {tool['description']}"
 
 
+@dataclass(frozen=True)
+class Layout:
+    """How a model family writes a conversation: begin, role, middle, text, end, after."""
+
+    name: str
+    begin: str
+    middle: str
+    end: str  # the control token that a message stops with
+    after: str
+    stops: tuple[str, ...]  # other control tokens that stop, where the tokenizer has them
+    trims: bool  # whether the blanks around a text are left out
+    tool_role: str
+    results: Callable[[list[str]], list[str]]  # guarded results in a row -> texts of the messages with them
+
+    def message(self, role: str, text: str) -> str:
+        """A whole message."""
+        return f"{self.begin}{role}{self.middle}{text}{self.end}{self.after}"
+
+
+def _one_message(results: list[str]) -> list[str]:
+    return ["\n".join(f"<tool_response>\n{result}\n</tool_response>" for result in results)]
+
+
+def _json_messages(results: list[str]) -> list[str]:
+    return [json.dumps(result, ensure_ascii=False) for result in results]
+
+
+LAYOUTS = (
+    Layout(
+        "ChatML",
+        "<|im_start|>",
+        "\n",
+        "<|im_end|>",
+        "\n",
+        ("<|endoftext|>",),
+        False,
+        "user",
+        _one_message,
+    ),
+    Layout(
+        "Llama 3",
+        "<|start_header_id|>",
+        "<|end_header_id|>\n\n",
+        "<|eot_id|>",
+        "",
+        ("<|eom_id|>", "<|end_of_text|>"),
+        True,
+        "ipython",
+        _json_messages,
+    ),
+)
+
+
 class Chat:
-    """ChatML for one tokenizer: messages to ids, by appending only.
+    """A conversation in the layout of one tokenizer: messages to ids, by appending only.
 
     Trusted text (the template's own and rendered calls) may hold control tokens; text from users, tools and
     models goes through `guard` first, and can then spell a control token but never become its id.
+
+    What is written is what the checkpoint's own chat template writes (`_check` compares ids, and raises
+    ValueError with the first that differs), with one exception: Qwen3's template opens a message that shall
+    not think with an empty `<think>` block and takes it away once the message is history. Here it stays, so
+    that what a model saw is always a prefix of what it sees next.
     """
 
     MARK = "\ufdd0"  # a Unicode noncharacter: a place where `encode` must not join
+    # Templates know of these: no thinking, and no date of today in the prompt.
+    SETTINGS = {"enable_thinking": False, "date_string": "26 Jul 2024"}
 
     def __init__(self, tokenizer) -> None:
         self.tokenizer = tokenizer
         self.control = dict(sorted(tokenizer.get_added_vocab().items()))
-        if "<|im_start|>" not in self.control or "<|im_end|>" not in self.control:
-            raise ValueError(
-                "the tokenizer has no <|im_start|> and <|im_end|>: only ChatML models are supported"
-            )
+        layouts = [layout for layout in LAYOUTS if {layout.begin, layout.end} <= self.control.keys()]
+        if not layouts:
+            known = " or ".join(f"{layout.begin} and {layout.end} ({layout.name})" for layout in LAYOUTS)
+            raise ValueError(f"the tokenizer has no {known}: no other layout of conversations is supported")
+        self.layout = layouts[0]
         longest_first = sorted(self.control, key=len, reverse=True)
         self._split = re.compile("(" + "|".join(map(re.escape, longest_first)) + ")")
-        self.end_id = self.control["<|im_end|>"]
-        self.stop_ids = sorted(
-            {self.end_id, tokenizer.eos_token_id, self.control.get("<|endoftext|>", self.end_id)}
-        )
-        self.newline_ids = self.encode("\n")
+        self.end_id = self.control[self.layout.end]
+        stops = {self.control[name] for name in self.layout.stops if name in self.control}
+        self.stop_ids = sorted(stops | {self.end_id, tokenizer.eos_token_id})
+        self.after_ids = self.encode(self.layout.after)
+        if not tokenizer.chat_template:
+            raise ValueError("the tokenizer has no chat template")
+        hello = [{"role": "system", "content": "a"}, {"role": "user", "content": "b"}]
+        self.opening = self._template(hello, add_generation_prompt=True).removeprefix(self._template(hello))
+        self._check()
+
+    def _template(self, messages: list[dict], **settings: object) -> str:
+        """What the checkpoint's own chat template writes. Raises ValueError if it refuses."""
+        try:
+            return self.tokenizer.apply_chat_template(messages, tokenize=False, **self.SETTINGS | settings)
+        except TemplateError as error:
+            raise ValueError(f"the chat template refuses a conversation: {error}") from None
+
+    def _check(self) -> None:
+        """Compare a conversation of every kind of message with the checkpoint's own template."""
+        call, hermes = Call("look", {"where": "x", "n": 2}), "hermes"
+        parameters = {"type": "object", "properties": {}, "required": []}
+        tools = [{"name": call.name, "description": "Look.", "parameters": parameters}]
+        results = [{"role": "tool", "content": text} for text in ('{"found": 1}', "[]")]
+        exchanges = [
+            (render_calls([call], hermes), results),
+            ("There is one.\n\nShall I go on?", [{"role": "user", "content": " Yes, please.\n"}]),
+            ("Done.", [{"role": "user", "content": "Thanks."}]),
+        ]
+        asked = [{"role": "system", "content": "You use tools."}, {"role": "user", "content": "Look there."}]
+        ours, said = self.prompt_ids(asked, tools, hermes), []
+        for text, answers in exchanges:
+            ours += self.assistant_ids(text, hermes) + self.extend_ids(answers, self.end_id)
+            said += [{"role": "assistant", "content": text}, *answers]
+        listed = [{"type": "function", "function": tool} for tool in tools]
+        if not self._lists_tools(hermes):
+            asked[0]["content"], listed = self._with_tools(asked[0]["content"], tools), None
+        self._compare(ours, [*asked, *said], listed)
+        if self._teaches_hermes() and "tool_calls" in self.tokenizer.chat_template:
+            made = {"type": "function", "function": {"name": call.name, "arguments": call.arguments}}
+            said[0] = {"role": "assistant", "content": "", "tool_calls": [made]}
+            self._compare(ours, [*asked, *said], listed)
+
+    def _compare(self, ours: list[int], messages: list[dict], tools: list[dict] | None) -> None:
+        thought = self.encode(self.opening.partition(self.layout.middle)[2])  # the empty block of Qwen3
+        theirs = self.encode(self._template(messages, tools=tools, add_generation_prompt=True))
+        ours, theirs = _without(ours, thought), _without(theirs, thought)
+        if ours != theirs:
+            pairs = enumerate(itertools.zip_longest(ours, theirs))
+            at = next(place for place, (a, b) in pairs if a != b)
+            here, there = (repr(self.decode(ids[max(0, at - 3) : at + 3])) for ids in (ours, theirs))
+            raise ValueError(
+                f"the {self.layout.name} layout differs from the model's own chat template at token {at}: "
+                f"{here} here, {there} there"
+            )
 
     def guard(self, text: str, keep: tuple[str, ...] = ()) -> str:
         """`text` with a mark inside every control string but those of `keep`: `encode` then reads text."""
@@ -397,52 +513,58 @@ class Chat:
         """Ids up to and including the opening of the first assistant message.
 
         The system block is written by the checkpoint's own chat template, with `hint` at the end of its text.
-        A template that teaches the hermes format does not get the tools of another format: they are listed
-        here.
+        A template that teaches a format of its own (Qwen's that of hermes, Llama's a JSON object) does not
+        get the tools of another format: they are listed here.
         """
         system, rest = messages[0], messages[1:]
         content = "\n\n".join(filter(None, [system["content"], hint]))
         content = self.guard(content, keep=FORMATS[format].tags)
         wrapped = [{"type": "function", "function": tool} for tool in tools]
-        if format != "hermes" and self._teaches_hermes():
-            content = "\n".join([content, "", "# Tools", *(signature(tool) for tool in tools)])
-            wrapped = None
-        head = self.tokenizer.apply_chat_template(
-            [{"role": "system", "content": content}], tools=wrapped, tokenize=False
-        )
+        if not self._lists_tools(format):
+            content, wrapped = self._with_tools(content, tools), None
+        head = self._template([{"role": "system", "content": content}], tools=wrapped)
         return self.encode(head) + self._messages_ids(rest)
 
     def extend_ids(self, messages: list[dict], stop_id: int | None) -> list[int]:
         """Ids after an assistant message that ended with `stop_id`: new messages, the next opening.
 
-        Any stop token but <|im_end|> (or none at all) is followed by one, so that the layout stays ChatML.
+        Any stop token but the layout's (or none at all) is followed by one, so that it stays the layout.
         """
         closing = [] if stop_id == self.end_id else [self.end_id]
-        return closing + self.newline_ids + self._messages_ids(messages)
+        return closing + self.after_ids + self._messages_ids(messages)
 
     def assistant_ids(self, text: str, format: str) -> list[int]:
         """Ids of a whole assistant message as a model would sample it, its stop token included."""
         return self.encode(self.guard(text, keep=FORMATS[format].tags)) + [self.end_id]
 
     def _messages_ids(self, messages: list[dict]) -> list[int]:
-        parts, i = [], 0
-        while i < len(messages):
-            if messages[i]["role"] == "tool":  # neighbouring results share one user turn
-                parts.append("<|im_start|>user")
-                while i < len(messages) and messages[i]["role"] == "tool":
-                    parts.append(f"\n<tool_response>\n{self.guard(messages[i]['content'])}\n</tool_response>")
-                    i += 1
-                parts.append("<|im_end|>\n")
-            else:
-                text = self.guard(messages[i]["content"])
-                for tool in messages[i].get("tools", ()):  # a user message that offers tools (miss_func)
-                    text += "\n" + self.guard(self._tool_line(tool))
-                parts.append(f"<|im_start|>{messages[i]['role']}\n{text}<|im_end|>\n")
-                i += 1
-        return self.encode("".join(parts) + "<|im_start|>assistant\n")
+        parts = []
+        for is_tool, group in itertools.groupby(messages, key=lambda message: message["role"] == "tool"):
+            group = list(group)
+            if is_tool:
+                texts = self.layout.results([self.guard(message["content"]) for message in group])
+                parts += [self.layout.message(self.layout.tool_role, text) for text in texts]
+                continue
+            for message in group:
+                lines = [message["content"], *map(self._tool_line, message.get("tools", ()))]  # miss_func
+                text = "\n".join(map(self.guard, lines))
+                text = text.strip() if self.layout.trims else text
+                parts.append(self.layout.message(message["role"], text))
+        return self.encode("".join(parts) + self.opening)
 
     def _teaches_hermes(self) -> bool:
         return "<tool_call>" in self.tokenizer.chat_template
+
+    def _writes_signatures(self) -> bool:
+        """Whether the template lists tools and teaches no format for calls: the built-in model's."""
+        return not self._teaches_hermes() and self.layout is LAYOUTS[0]
+
+    def _lists_tools(self, format: str) -> bool:
+        """Whether the template is to list the tools, rather than `_with_tools`."""
+        return self._writes_signatures() or (self._teaches_hermes() and format == "hermes")
+
+    def _with_tools(self, content: str, tools: list[dict]) -> str:
+        return "\n".join([content, "", "# Tools", *map(signature, tools)]) if tools else content
 
     def _tool_line(self, tool: dict) -> str:
         if self._teaches_hermes():
@@ -450,16 +572,26 @@ class Chat:
         return signature(tool)
 
 
+def _without(ids: list[int], part: list[int]) -> list[int]:
+    """The ids without every occurrence of a part."""
+    kept, i = [], 0
+    while i < len(ids):
+        found = part and ids[i : i + len(part)] == part
+        kept += [] if found else [ids[i]]
+        i += len(part) if found else 1
+    return kept
+
+
 def control_tokens(chat: Chat, format: str) -> dict[str, int]:
     """The tokens that carry call structure, text -> id, found from tokenizer and format.
 
-    They are the added tokens of ChatML and tools, and those that open and close the body of a rendered call
-    (`{"`, `}}` and `"}}` in hermes), as this tokenizer splits it. Hao et al. 2026 name `<tool_call>`, `{"`,
-    `<|im_end|>`.
+    They are the added tokens of the layout and of tools, and those that open and close the body of a rendered
+    call (`{"`, `}}` and `"}}` in hermes), as this tokenizer splits it. Hao et al. 2026 name `<tool_call>`,
+    `{"`, `<|im_end|>`.
     """
     structure = (
-        "<|im_start|>",
-        "<|im_end|>",
+        chat.layout.begin,
+        chat.layout.end,
         "<tool_call>",
         "</tool_call>",
         "<tool_response>",
@@ -486,13 +618,14 @@ ROLE_COLORS = {"system": "90", "user": "36", "assistant": "32", "tool": "33"}
 
 
 def readable(text: str, color: bool = False) -> str:
-    """A ChatML conversation for people: one line per message, control tokens of the layout left out, those a
+    """A conversation for people: one line per message, control tokens of the layout left out, those a
     model misplaced left in. The system message is cut to its first line."""
     lines = []
-    for part in text.split("<|im_start|>"):
-        role, _, body = part.partition("\n")
-        body = body.rstrip("\n").removesuffix("<|im_end|>")
-        if role == "user" and body.startswith("<tool_response>"):
+    layout = next((layout for layout in LAYOUTS if layout.begin in text), LAYOUTS[0])
+    for part in text.split(layout.begin):
+        role, _, body = part.partition(layout.middle)
+        body = body.rstrip("\n").removesuffix(layout.end)
+        if role == "ipython" or (role == "user" and body.startswith("<tool_response>")):
             role, body = "tool", body.replace("<tool_response>\n", "").replace("\n</tool_response>", "")
         if role == "system":
             body = body.partition("\n")[0] + " ..."

@@ -22,6 +22,18 @@ from nanotoolrl.logprob import token_logprob
 BUILT_IN = "nano"  # the name `load` knows it by
 DTYPES = {"auto": None, "fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}  # by name
 NANO = Path(__file__).resolve().parent.parent / "data" / "nano"
+LENGTH_DEPENDENT_ROPE = ("dynamic", "longrope")  # what the KV cache holds would be out of date
+
+OFFLINE = (
+    "There is no connection to the hub: run `hf download NAME --local-dir DIR` where there is, and give DIR."
+)
+HUB_ADVICE = {
+    (
+        "GatedRepoError",
+    ): "The model is gated: accept its licence on its page and log in with `hf auth login`.",
+    ("RepositoryNotFoundError",): "The hub knows no such model, or shows it to those who are logged in only.",
+    ("OfflineModeIsEnabled", "LocalEntryNotFoundError", "ConnectionError", "ConnectError"): OFFLINE,
+}
 
 
 class ModelError(Exception):
@@ -33,6 +45,13 @@ class Policy:
 
     def __init__(self, model, tokenizer) -> None:
         self.model, self.tokenizer, self.chat = model, tokenizer, Chat(tokenizer)
+        self.checkpointed: list[torch.nn.Module] = []
+
+    def checkpoint_layers(self) -> None:
+        """From now on keep a layer's input only, and compute the layer again in the backward pass."""
+        newer = getattr(self.model, "activation_checkpointing_enable", None)  # it was renamed
+        (newer or self.model.gradient_checkpointing_enable)({"use_reentrant": False})
+        self.checkpointed = [m for m in self.model.modules() if getattr(m, "gradient_checkpointing", False)]
 
     @property
     def device(self) -> torch.device:
@@ -61,7 +80,16 @@ class Policy:
         reach a real position. With `positions` [1, T], several sequences are packed into one row: positions
         start again at 0 with each of them, and none attends to another.
         """
-        return self.model.model(input_ids=ids, position_ids=positions, use_cache=False).last_hidden_state
+        return self._forward(input_ids=ids, position_ids=positions)
+
+    def _forward(self, **inputs: Tensor) -> Tensor:
+        for layer in self.checkpointed:  # transformers looks at its mode; what it holds stays in eval mode
+            layer.training = torch.is_grad_enabled()
+        try:
+            return self.model.model(**inputs, use_cache=False).last_hidden_state
+        finally:
+            for layer in self.checkpointed:
+                layer.training = False
 
     def trained_hidden(self, ids: Tensor, mask: Tensor, shared: int = 0) -> Tensor:
         """Hidden states [N, D] that predict the tokens of `ids` [B, T] where `mask` [B, T] is True.
@@ -91,22 +119,26 @@ class Policy:
         visible = before & (
             (owner == 0) | (owner == owner[:, None])
         )  # [T, T], True where a row sees a column
-        hidden = self.model.model(
+        hidden = self._forward(
             input_ids=torch.cat(packed)[None],
             position_ids=torch.cat(positions)[None].to(ids.device),
             attention_mask=visible[None, None],
-            use_cache=False,
-        ).last_hidden_state
+        )
         return hidden[0, torch.cat(predictors).to(ids.device)]
 
     def logprobs(
-        self, ids: Tensor, mask: Tensor, temperature: float = 1.0, want_entropy: bool = False
+        self,
+        ids: Tensor,
+        mask: Tensor,
+        temperature: float = 1.0,
+        want_entropy: bool = False,
+        shared: int = 0,
     ) -> tuple[Tensor, Tensor | None]:
         """(log-prob [N], entropy [N] or None) of the tokens of `ids` [B, T] where `mask` [B, T] is True.
 
         Only those N positions pass through the head; see `trained_hidden`.
         """
-        hidden = self.trained_hidden(ids, mask)  # [N, D]
+        hidden = self.trained_hidden(ids, mask, shared)  # [N, D]
         return token_logprob(hidden, self.head, ids[mask], temperature, want_entropy)
 
     def save(self, directory: str | os.PathLike) -> None:
@@ -150,7 +182,31 @@ def load(
         )
         if info["missing_keys"]:
             raise ValueError(f"weights are missing: {', '.join(sorted(info['missing_keys'])[:3])}")
-        return Policy(model.to(device).eval(), tokenizer)
+        policy = Policy(model.to(device).eval(), tokenizer)
+        _refuse_what_is_different(policy)
+        return policy
+
+
+@torch.no_grad()
+def _refuse_what_is_different(policy: Policy) -> None:
+    """ValueError for a model whose attention does not reach back to the first token, whose positions depend
+    on the length of the text, or whose logits are not the plain product of its last hidden states and its
+    output embedding."""
+    config = policy.model.config
+    kinds = set(getattr(config, "layer_types", None) or ())
+    if kinds - {"full_attention"} or (not kinds and getattr(config, "sliding_window", None)):
+        what = ", ".join(sorted(kinds - {"full_attention"})) or "a sliding window"
+        raise ValueError(f"its attention has {what}: the KV cache is made for full attention only")
+    rope = (getattr(config, "rope_parameters", None) or {}).get("rope_type", "default")
+    if rope in LENGTH_DEPENDENT_ROPE:
+        raise ValueError(f"its rotary positions are {rope}: those of a token would change as a text grows")
+    ids = torch.arange(8, device=policy.device)[None]
+    expected = policy.model(input_ids=ids, use_cache=False).logits.float()
+    found = policy.logits(policy.hidden(ids)[0])
+    if (found - expected).abs().max() > 0.05 * expected.abs().max():
+        raise ValueError(
+            "its logits are not hidden states times output embedding (scaled, capped or biased?)"
+        )
 
 
 def load_chat(name_or_dir: str | os.PathLike) -> Chat:
@@ -177,6 +233,17 @@ def _checkpoint(name_or_dir: str | os.PathLike) -> Iterator[str]:
         where = (
             "a readable checkpoint" if local else "a checkpoint directory here, or a model the hub gives you"
         )
-        raise ModelError(f"cannot load {name}: expected {where}. {type(error).__name__}: {error}") from None
+        said = f"cannot load {name}: expected {where}. {type(error).__name__}: {error}"
+        raise ModelError("\n".join(filter(None, [said, _advice(error)]))) from None
     finally:
         transformers_logging.set_verbosity(level)
+
+
+def _advice(error: BaseException | None) -> str:
+    """What to do about an error of the hub, found anywhere in the chain of its causes; "" if nothing is."""
+    while error is not None:
+        for names, text in HUB_ADVICE.items():
+            if type(error).__name__ in names:
+                return text
+        error = error.__cause__ or error.__context__
+    return ""

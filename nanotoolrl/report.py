@@ -330,14 +330,15 @@ def _rollout(row: dict, chat: Chat) -> dict:
 
 
 def messages_of(tokens: list[int], mask: list[int], states: list[str], chat: Chat) -> list[dict]:
-    """Role, first and last token, and state of every message. A message begins at a <|im_start|> that the
-    layout wrote; one that a model sampled is its text."""
-    begin = chat.control["<|im_start|>"]
+    """Role, first and last token, and state of every message. A message begins where the layout wrote the
+    token that begins one; one that a model sampled is its text."""
+    begin = chat.control[chat.layout.begin]
     starts = [t for t, (token, sampled) in enumerate(zip(tokens, mask)) if token == begin and not sampled]
     left, found = list(states), []
     for start, end in zip(starts, starts[1:] + [len(tokens)]):
-        role, _, body = chat.decode(tokens[start + 1 : end]).partition("\n")
-        role = "tool" if role == "user" and body.startswith("<tool_response>") else role
+        role, _, body = chat.decode(tokens[start + 1 : end]).partition(chat.layout.middle)
+        from_tool = role == "ipython" or (role == "user" and body.startswith("<tool_response>"))
+        role = "tool" if from_tool else role
         state = left.pop(0) if role == "assistant" and left else ""
         found.append({"role": role, "start": start, "end": end, "state": state})
     return found

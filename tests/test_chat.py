@@ -1,13 +1,17 @@
 """Calls as text, the states of a message, and conversations as ids."""
 
 import copy
+import importlib.util
 import json
 from collections import Counter
 from pathlib import Path
 
 import pytest
+import torch
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
+from stand_ins import MODELS, policy_like, tokenizer_like
+from transformers import AutoTokenizer
 
 from nanotoolrl.chat import (
     FORMATS,
@@ -25,6 +29,8 @@ from nanotoolrl.chat import (
     signature,
 )
 from nanotoolrl.env import CATEGORIES, Episode, Task, oracle
+from nanotoolrl.replay import messages_of
+from nanotoolrl.sampler import Sampler
 from nanotoolrl.tasks import load_tasks
 from nanotoolrl.tools import API_CLASSES, method_names, schema
 
@@ -560,7 +566,7 @@ def test_ids_equal_the_chat_template(chat, task, format):
     )
     conversation = oracle(task, format)
     ids = piecewise_ids(chat, conversation, tools, format)
-    assert ids + chat.newline_ids == template_ids(chat.tokenizer, conversation, tools)
+    assert ids + chat.after_ids == template_ids(chat.tokenizer, conversation, tools)
 
 
 def test_an_offered_tool_stands_in_the_user_message(chat):
@@ -626,30 +632,20 @@ def test_a_tokenizer_without_chatml_is_refused(chat):
         def get_added_vocab(self):
             return {"<s>": 1}
 
-    with pytest.raises(ValueError, match="only ChatML"):
+    with pytest.raises(ValueError, match="no other layout"):
         Chat(Other())
 
 
-QWEN_TEMPLATE = """\
-{{- '<|im_start|>system\\n' + messages[0].content }}
-{%- if tools %}{{ '\\n\\n# Tools\\n<tools>' }}
-{%- for tool in tools %}{{ '\\n' + (tool | tojson) }}{% endfor %}
-{{- '\\n</tools>\\nReturn calls within <tool_call></tool_call>.' }}
-{%- endif %}{{ '<|im_end|>\\n' }}"""
-
-
 @pytest.fixture
-def hermes_chat(policy) -> Chat:
-    """A tokenizer whose own template teaches the hermes format, as Qwen2.5's and Qwen3's do."""
-    tokenizer = copy.deepcopy(policy.tokenizer)
-    tokenizer.chat_template = QWEN_TEMPLATE
-    return Chat(tokenizer)
+def hermes_chat() -> Chat:
+    """A tokenizer whose own template teaches the hermes format."""
+    return Chat(tokenizer_like("qwen2.5"))
 
 
 def test_a_hermes_template_lists_the_tools_for_hermes(hermes_chat):
     messages, tools = Episode(load_tasks("test")[0]).prompt()
     text = hermes_chat.decode(hermes_chat.prompt_ids(messages, tools, "hermes"))
-    assert "Return calls within <tool_call></tool_call>." in text
+    assert "within <tool_call></tool_call> XML tags" in text
     assert all(text.count(f'"name": "{tool["name"]}"') == 1 for tool in tools)
 
 
@@ -663,6 +659,141 @@ def test_a_hermes_template_does_not_speak_for_another_format(hermes_chat, format
     assert hermes_chat.control["<tool_call>"] not in ids
     assert FORMATS[format].instruction in text and "A hint." in text
     assert all(signature(tool) in text for tool in tools)
+
+
+@pytest.mark.parametrize("format", FORMATS)
+@pytest.mark.parametrize("number", ["0x" + "f" * 5000, "0b" + "1" * 2049, "9" * 5000, "-" + "9" * 700])
+def test_an_integer_that_python_would_not_write_is_refused(format, number):
+    """Hexadecimal literals get past the limit on digits, and would raise wherever they are written."""
+    text = {
+        "python": f"[f(x={number})]",
+        "xml": f"<function=f><parameter=x>{number}</parameter></function>",
+        "hermes": f'<tool_call>{{"name": "f", "arguments": {{"x": [{number}]}}}}</tool_call>',
+    }[format]
+    (call,) = parse_calls(text, format)
+    assert isinstance(call, BadCall)
+    assert parse_calls(text.replace(number, "9" * 600), format) != [call]
+
+
+# ------------------------------------------------------------------------- the layouts of other models
+@pytest.mark.parametrize("name", MODELS)
+def test_a_whole_conversation_equals_the_models_own_template(name):
+    """System, tools, several turns and results; Qwen3's empty thoughts left out on both sides."""
+    chat = Chat(tokenizer_like(name))
+    thought = "<think>\n\n</think>\n\n"
+    for task in SOME_TASKS:
+        if any(turn.offers for turn in task.turns):
+            continue  # no template knows of a message that offers tools
+        conversation = oracle(task, "hermes")
+        tools = Episode(task).prompt()[1]
+        ours = chat.decode(piecewise_ids(chat, conversation, tools, "hermes") + chat.after_ids)
+        listed = tools if name != "llama3" else []
+        if not listed:
+            lines = "\n".join(["", "", "# Tools", *map(signature, tools)])
+            conversation[0]["content"] += lines
+        theirs = chat.decode(template_ids(chat.tokenizer, conversation, listed))
+        assert ours.replace(thought, "") == theirs.replace(thought, "")
+
+
+def test_an_unlike_template_is_refused_with_the_first_difference():
+    tokenizer = tokenizer_like("qwen2.5")
+    for old, new in [
+        ("<|im_end|>\\n' }}\n{%- endif -%}\n{{", "<|im_end|>' }}\n{%- endif -%}\n{{"),
+        ("'\\n<tool_response>\\n'", "'\\n<tool_response>'"),
+        ("message.role ~ '\\n'", "message.role ~ ' \\n'"),
+        ('"arguments": \' ~ (one', '"parameters": \' ~ (one'),
+    ]:
+        if old not in tokenizer.chat_template:
+            continue
+        other = copy.deepcopy(tokenizer)
+        other.chat_template = tokenizer.chat_template.replace(old, new)
+        with pytest.raises(ValueError, match=r"differs from the model's own chat template at token \d+: '"):
+            Chat(other)
+    other.chat_template = "{{ raise_exception('no system role') }}"
+    with pytest.raises(ValueError, match="refuses a conversation: no system role"):
+        Chat(other)
+    other.chat_template = None
+    with pytest.raises(ValueError, match="no chat template"):
+        Chat(other)
+
+
+@pytest.mark.parametrize("name", MODELS)
+@pytest.mark.parametrize("format", FORMATS)
+def test_what_a_model_saw_is_a_prefix_of_what_it_sees_next(name, format):
+    """Over whole episodes, whatever the template would take away from history (Qwen3's thoughts)."""
+    policy = policy_like(name)
+    chat, sampler = policy.chat, Sampler(policy, max_new_tokens=12)
+    task = next(task for task in SOME_TASKS if any(turn.offers for turn in task.turns))
+    row = sampler.rollout([Episode(task, format, max_messages=6)])[0]
+    episode = Episode(task, format, max_messages=6)
+    seen = chat.prompt_ids(*episode.prompt(), format)
+    for ids in messages_of(row):
+        assert row.tokens[: len(seen)] == seen and chat.decode(seen).endswith(chat.opening)
+        stopped = ids[-1] in chat.stop_ids
+        answer = episode.step(chat.decode(ids[:-1] if stopped else ids), overlong=not stopped)
+        seen = seen + ids + (chat.extend_ids(answer, ids[-1]) if answer is not None else [])
+    assert row.tokens == seen
+    exact = policy.logprobs(torch.tensor([row.tokens]), torch.tensor([row.loss_mask]))[0]
+    sampled = [x for x, mask in zip(row.logprobs, row.loss_mask) if mask]
+    assert torch.allclose(exact, torch.tensor(sampled), atol=1e-5)
+
+
+def test_llama_results_are_messages_of_their_own():
+    chat = Chat(tokenizer_like("llama3"))
+    ids = chat.extend_ids(
+        [{"role": "tool", "content": '{"a": 1}'}, {"role": "tool", "content": "2"}], chat.end_id
+    )
+    text = chat.decode(ids)
+    head = "<|start_header_id|>ipython<|end_header_id|>\n\n"
+    assert text == f'{head}"{{\\"a\\": 1}}"<|eot_id|>{head}"2"<|eot_id|>{chat.opening}'
+    assert "<|eot_id|>" in control_tokens(chat, "hermes")
+    assert readable(text).splitlines()[:2] == ['     tool | "{\\"a\\": 1}"', '     tool | "2"']
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_the_stand_ins_write_what_the_published_templates_write(name):
+    """TRL has copies of them, where it is installed; every beginning of some conversations."""
+    trl = importlib.util.find_spec("trl")
+    if not trl:
+        pytest.skip("pip install trl")
+    file = {"qwen2.5": "qwen2_5", "qwen3": "qwen3", "llama3": "llama3_2"}[name]
+    published, ours = tokenizer_like(name), tokenizer_like(name)
+    path = Path(trl.submodule_search_locations[0]) / "chat_templates" / f"{file}.jinja"
+    published.chat_template = path.read_text(encoding="utf-8")
+    Chat(published)
+    for task in SOME_TASKS:
+        tools = [{"type": "function", "function": tool} for tool in Episode(task).prompt()[1]]
+        messages = [{key: one[key] for key in ("role", "content")} for one in oracle(task)]
+        for end in range(2, len(messages) + 1):
+            how = Chat.SETTINGS | {"add_generation_prompt": end % 2 == 0, "tokenize": False}
+            for how["tools"] in (None, tools) if name != "llama3" else (None,):
+                expected = published.apply_chat_template(messages[:end], **how)
+                assert ours.apply_chat_template(messages[:end], **how) == expected
+
+
+@pytest.mark.hub
+@pytest.mark.parametrize(
+    "name",
+    [
+        "Qwen/Qwen2.5-0.5B-Instruct",
+        "Qwen/Qwen2.5-1.5B-Instruct",
+        "Qwen/Qwen3-0.6B",
+        "Qwen/Qwen3-1.7B",
+        "meta-llama/Llama-3.2-1B-Instruct",
+    ],
+)
+def test_the_real_template(name):
+    """With the real files, where they are in the local cache: loading compares with the template."""
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(name, local_files_only=True)
+    except OSError:
+        pytest.skip(f"{name} is not in the local cache")
+    stand_in = {"2.5": "qwen2.5", "wen3": "qwen3", "lama": "llama3"}
+    like = next(value for key, value in stand_in.items() if key in name)
+    chat, ours = Chat(tokenizer), Chat(tokenizer_like(like))
+    messages, tools = Episode(SOME_TASKS[0]).prompt()
+    real = chat.decode(chat.prompt_ids(messages, tools, "hermes"))
+    assert real == ours.decode(ours.prompt_ids(messages, tools, "hermes"))
 
 
 # ------------------------------------------------------------------------------------------ small parts

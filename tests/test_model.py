@@ -1,15 +1,30 @@
 import json
 import math
+import os
 import re
 import shutil
 import socket
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
 import torch
+from huggingface_hub.errors import GatedRepoError, LocalEntryNotFoundError, RepositoryNotFoundError
 from safetensors.torch import load_file, save_file
-from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, Qwen2Config, Qwen3Config
+from transformers import (
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    CohereConfig,
+    LlamaConfig,
+    MistralConfig,
+    Qwen2Config,
+    Qwen3Config,
+)
 
 from nanotoolrl.model import ModelError, Policy, load
+
+ROOT = Path(__file__).resolve().parent.parent
 
 
 def tiny_policy(tokenizer, seed=0, config_class=LlamaConfig, stop=0.1, close=0.05, **changes):
@@ -60,6 +75,54 @@ def no_network(monkeypatch):
 
     monkeypatch.setattr(socket, "getaddrinfo", refuse)
     monkeypatch.setattr(socket.socket, "connect", refuse)
+
+
+@pytest.mark.parametrize(
+    "config_class, changes, said",
+    [
+        (MistralConfig, {"sliding_window": 64}, "its attention has a sliding window"),
+        (
+            Qwen2Config,
+            {"use_sliding_window": True, "sliding_window": 64, "max_window_layers": 1},
+            "sliding_att",
+        ),
+        (LlamaConfig, {"rope_parameters": {"rope_type": "dynamic", "factor": 2.0}}, "positions are dynamic"),
+        (CohereConfig, {"logit_scale": 0.5}, "its logits are not hidden states times output embedding"),
+    ],
+)
+def test_models_that_would_be_wrong_are_refused(config_class, changes, said, policy, tmp_path):
+    tiny_policy(policy.tokenizer, config_class=config_class, **changes).save(tmp_path / "other")
+    with pytest.raises(ModelError, match=said):
+        load(tmp_path / "other")
+
+
+@pytest.mark.parametrize(
+    "kind, advice",
+    [
+        (GatedRepoError, "The model is gated: accept its licence"),
+        (RepositoryNotFoundError, "The hub knows no such model"),
+        (LocalEntryNotFoundError, "run `hf download NAME --local-dir DIR`"),
+    ],
+)
+def test_the_hubs_errors_say_what_to_do(kind, advice, monkeypatch):
+    """transformers wraps them in an OSError of its own."""
+
+    def refuse(*_, **__):
+        raise OSError("some files are missing") from kind.__new__(kind)
+
+    monkeypatch.setattr("nanotoolrl.model.AutoTokenizer.from_pretrained", refuse)
+    with pytest.raises(ModelError, match="cannot load meta-llama/Llama-3.2-1B-Instruct") as error:
+        load("meta-llama/Llama-3.2-1B-Instruct")
+    assert advice in str(error.value)
+
+
+def test_without_a_network_a_hub_name_is_explained():
+    """In a process of its own: what transformers knows of the network it reads once."""
+    code = "from nanotoolrl.model import load; load('nobody/no-such-model')"
+    offline = os.environ | {"HF_HUB_OFFLINE": "1"}
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=offline, cwd=ROOT)
+    assert done.returncode == 1
+    assert "cannot load nobody/no-such-model" in done.stderr and "hf download NAME" in done.stderr
 
 
 @pytest.fixture
@@ -280,3 +343,23 @@ def test_first_token_has_no_logprob(tiny):
     mask[2, 0] = True
     with pytest.raises(ValueError, match=r"mask\[:, 0\] must be False"):
         tiny.logprobs(ids, mask)
+
+
+@pytest.mark.parametrize("shared", [0, 3])
+@pytest.mark.parametrize("dropout", [0.0, 0.1])  # of a configuration; here nothing is ever dropped
+def test_checkpointed_layers_give_the_same_loss_and_gradients(policy, shared, dropout):
+    ids = torch.randint(len(policy.tokenizer), (2, 24))
+    ids[1, :3] = ids[0, :3]
+    mask = torch.zeros(2, 24, dtype=torch.bool)
+    mask[:, 8:] = True
+    found = []
+    for again in (False, True):
+        tiny = tiny_policy(policy.tokenizer, attention_dropout=dropout)
+        if again:
+            tiny.checkpoint_layers()
+        hidden = tiny.trained_hidden(ids, mask, shared)
+        hidden.square().sum().backward()
+        found.append([hidden.detach(), *(weight.grad for weight in tiny.model.parameters())])
+        assert not any(module.training for module in tiny.model.modules())
+    for before, after in zip(*found, strict=True):
+        assert (before is None and after is None) or torch.equal(before, after)

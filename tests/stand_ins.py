@@ -1,0 +1,149 @@
+# ruff: noqa: E501 (templates have long lines)
+"""Small stand-ins for real models: their layout of conversations, tiny random weights, no download.
+
+The templates are written here; what they write is what those of the real checkpoints write, down to the
+blanks. `python -m pytest -m hub` compares with the real files, where they are in the local cache.
+"""
+
+import copy
+import json
+
+import torch
+from tokenizers import Tokenizer
+from transformers import AutoModelForCausalLM, LlamaConfig, PreTrainedTokenizerFast, Qwen2Config, Qwen3Config
+
+from nanotoolrl.model import NANO, Policy, load
+
+_TOOLS = """\
+{%- macro tool_list() -%}
+{{ '# Tools\\n\\nYou may call one or more functions to assist with the user query.\\n\\nYou are provided with '
+~ 'function signatures within <tools></tools> XML tags:\\n<tools>' }}
+{%- for tool in tools %}{{ '\\n' ~ (tool | tojson) }}{% endfor %}
+{{- '\\n</tools>\\n\\nFor each function call, return a json object with function name and arguments within '
+~ '<tool_call></tool_call> XML tags:\\n<tool_call>\\n{"name": <function-name>, "arguments": '
+~ '<args-json-object>}\\n</tool_call>' }}
+{%- endmacro -%}
+{%- macro result(message, before, after) -%}
+{%- if not before or before.role != 'tool' %}{{ '<|im_start|>user' }}{% endif -%}
+{{ '\\n<tool_response>\\n' ~ message.content ~ '\\n</tool_response>' }}
+{%- if not after or after.role != 'tool' %}{{ '<|im_end|>\\n' }}{% endif -%}
+{%- endmacro -%}
+"""
+
+QWEN25 = (
+    _TOOLS
+    + """\
+{%- set asked = messages[0].content if messages[0].role == 'system' else 'You are Qwen, created by Alibaba Cloud. You are a helpful assistant.' -%}
+{{ '<|im_start|>system\\n' ~ asked ~ ('\\n\\n' ~ tool_list() if tools else '') ~ '<|im_end|>\\n' }}
+{%- for message in messages -%}
+{%- if message.role == 'user' or (message.role == 'system' and not loop.first) or (message.role == 'assistant' and not message.tool_calls) -%}
+{{ '<|im_start|>' ~ message.role ~ '\\n' ~ message.content ~ '<|im_end|>\\n' }}
+{%- elif message.role == 'assistant' -%}
+{{ '<|im_start|>assistant' ~ ('\\n' ~ message.content if message.content else '') }}
+{%- for one in message.tool_calls -%}
+{{ '\\n<tool_call>\\n{"name": "' ~ one.function.name ~ '", "arguments": ' ~ (one.function.arguments | tojson) ~ '}\\n</tool_call>' }}
+{%- endfor -%}
+{{ '<|im_end|>\\n' }}
+{%- elif message.role == 'tool' -%}
+{{ result(message, loop.previtem, loop.nextitem) }}
+{%- endif -%}
+{%- endfor -%}
+{%- if add_generation_prompt %}{{ '<|im_start|>assistant\\n' }}{% endif -%}
+"""
+)
+
+# A message after the last question keeps its thoughts; older ones lose them.
+QWEN3 = (
+    _TOOLS
+    + """\
+{%- set asked = messages[0].content if messages[0].role == 'system' else '' -%}
+{%- if tools -%}
+{{ '<|im_start|>system\\n' ~ (asked ~ '\\n\\n' if asked else '') ~ tool_list() ~ '<|im_end|>\\n' }}
+{%- elif asked -%}
+{{ '<|im_start|>system\\n' ~ asked ~ '<|im_end|>\\n' }}
+{%- endif -%}
+{%- set last = namespace(question=messages | length - 1) -%}
+{%- for message in messages if message.role == 'user' and not message.content.startswith('<tool_response>') -%}
+{%- set last.question = messages.index(message) -%}
+{%- endfor -%}
+{%- for message in messages -%}
+{%- if message.role == 'user' or (message.role == 'system' and not loop.first) -%}
+{{ '<|im_start|>' ~ message.role ~ '\\n' ~ message.content ~ '<|im_end|>\\n' }}
+{%- elif message.role == 'assistant' -%}
+{%- set said = message.content.split('</think>')[-1].lstrip('\\n') if '</think>' in message.content else message.content -%}
+{{ '<|im_start|>assistant\\n' ~ ('<think>\\n\\n</think>\\n\\n' if loop.index0 > last.question and loop.last) ~ said }}
+{%- for one in message.tool_calls or [] -%}
+{{ ('\\n' if said or not loop.first) ~ '<tool_call>\\n{"name": "' ~ one.function.name ~ '", "arguments": ' ~ (one.function.arguments | tojson) ~ '}\\n</tool_call>' }}
+{%- endfor -%}
+{{ '<|im_end|>\\n' }}
+{%- elif message.role == 'tool' -%}
+{{ result(message, loop.previtem, loop.nextitem) }}
+{%- endif -%}
+{%- endfor -%}
+{%- if add_generation_prompt -%}
+{{ '<|im_start|>assistant\\n' ~ ('<think>\\n\\n</think>\\n\\n' if enable_thinking is defined and not enable_thinking) }}
+{%- endif -%}
+"""
+)
+
+LLAMA3 = """\
+{{- bos_token ~ '<|start_header_id|>system<|end_header_id|>\\n\\n' }}
+{%- if tools %}{{ 'Environment: ipython\\n' }}{% endif -%}
+{{ 'Cutting Knowledge Date: December 2023\\nToday Date: ' ~ (date_string or '26 Jul 2024') ~ '\\n\\n' }}
+{%- if messages[0].role == 'system' %}{{ messages[0].content | trim }}{% endif -%}
+{{ '<|eot_id|>' }}
+{%- for message in (messages[1:] if messages[0].role == 'system' else messages) -%}
+{%- if message.role in ('tool', 'ipython') -%}
+{{ '<|start_header_id|>ipython<|end_header_id|>\\n\\n' ~ (message.content | tojson) ~ '<|eot_id|>' }}
+{%- else -%}
+{{ '<|start_header_id|>' ~ message.role ~ '<|end_header_id|>\\n\\n' ~ (message.content | trim) ~ '<|eot_id|>' }}
+{%- endif -%}
+{%- endfor -%}
+{%- if add_generation_prompt %}{{ '<|start_header_id|>assistant<|end_header_id|>\\n\\n' }}{% endif -%}
+"""
+
+# What the built-in tokenizer's control tokens are called in Llama 3's.
+_RENAMED = {
+    "<|im_start|>": "<|start_header_id|>",
+    "<|im_end|>": "<|eot_id|>",
+    "<|endoftext|>": "<|end_of_text|>",
+    "<tool_call>": "<|end_header_id|>",
+    "</tool_call>": "<|begin_of_text|>",
+    "<tool_response>": "<|eom_id|>",
+    "</tool_response>": "<|python_tag|>",
+}
+MODELS = ("qwen2.5", "qwen3", "llama3")
+
+
+def tokenizer_like(name: str) -> PreTrainedTokenizerFast:
+    """The built-in tokenizer with the control tokens and the chat template of a real model."""
+    tokenizer = copy.deepcopy(load(NANO, device="cpu").tokenizer)
+    if name == "llama3":
+        text = (NANO / "tokenizer.json").read_text(encoding="utf-8")
+        for old, new in _RENAMED.items():
+            text = text.replace(json.dumps(old), json.dumps(new))
+        ends = {"bos_token": "<|begin_of_text|>", "eos_token": "<|eot_id|>", "pad_token": "<|end_of_text|>"}
+        tokenizer = PreTrainedTokenizerFast(tokenizer_object=Tokenizer.from_str(text), **ends)
+    if name == "qwen3":
+        tokenizer.add_tokens(["<think>", "</think>"])
+    tokenizer.chat_template = {"qwen2.5": QWEN25, "qwen3": QWEN3, "llama3": LLAMA3}[name]
+    return tokenizer
+
+
+def policy_like(name: str) -> Policy:
+    """Two layers of random weights in the architecture of a real model, with its layout."""
+    tokenizer = tokenizer_like(name)
+    config = {"qwen2.5": Qwen2Config, "qwen3": Qwen3Config, "llama3": LlamaConfig}[name](
+        vocab_size=len(tokenizer),
+        hidden_size=64,
+        intermediate_size=96,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        head_dim=16,
+        tie_word_embeddings=True,
+        max_position_embeddings=4096,
+    )
+    torch.manual_seed(0)
+    model = AutoModelForCausalLM.from_config(config, attn_implementation="sdpa")
+    return Policy(model.eval(), tokenizer)
