@@ -2,6 +2,7 @@
 
 import argparse
 import sys
+from dataclasses import replace
 
 import torch
 
@@ -9,7 +10,7 @@ from nanotoolrl.chat import FORMATS, readable, signature
 from nanotoolrl.env import Episode, Task, Turn, oracle
 from nanotoolrl.model import BUILT_IN, ModelError, load
 from nanotoolrl.sampler import Sampler, Trajectory
-from nanotoolrl.tasks import SPLITS, load_tasks
+from nanotoolrl.tasks import TASK_NAMES, load_tasks
 
 CHAT_TURNS = 50
 
@@ -35,7 +36,7 @@ class Talk(Episode):
 
     def __init__(self, task: Task, format: str, first: str) -> None:
         blank = [Turn(first, [], "")] + [Turn("", [], "") for _ in range(CHAT_TURNS)]
-        super().__init__(Task("chat", "base", task.state, task.tools, blank), format, max_messages=10**6)
+        super().__init__(replace(task, id="chat", turns=blank), format, max_messages=10**6)
 
     def step(self, text: str, overlong: bool = False) -> list[dict] | None:
         """Show what the model wrote and what the tools answer; at a turn's end, ask the person."""
@@ -92,9 +93,7 @@ def main(argv: list[str] | None = None) -> int:
         default=BUILT_IN,
         help="checkpoint directory, hub name, or nano, the built-in model (default)",
     )
-    parser.add_argument(
-        "--tasks", default="test", help=f"{', '.join(SPLITS)} or a JSONL file (default: test)"
-    )
+    parser.add_argument("--tasks", default="test", help=f"{TASK_NAMES} (default: test)")
     parser.add_argument("--task", default="", help="id of the task (default: the first)")
     parser.add_argument(
         "--format", default="hermes", choices=tuple(FORMATS), help="syntax of calls (default: hermes)"

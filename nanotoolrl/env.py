@@ -14,9 +14,12 @@ One rule is ours: a tool that the task hides cannot be called until a user messa
 
 import copy
 import json
+import math
 from collections import Counter
-from dataclasses import asdict, dataclass, field
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, field, replace
 from functools import cached_property
+from pathlib import Path
 
 from nanotoolrl.chat import FORMATS, BadCall, Call, parse_calls, render_calls
 from nanotoolrl.tools import API, API_CLASSES, ToolError, owner_of, schema
@@ -25,6 +28,7 @@ MAX_MESSAGES = 30  # assistant messages per episode, as published
 MAX_CALLS = 16  # calls executed per message; the rest get one error
 MAX_INT = 2**53  # larger integers are refused: other JSON readers would round them
 TOOL_FAULTS = (ArithmeticError, AttributeError, LookupError, TypeError, ValueError)
+FAILED = ('{"error": ', "Error during execution: ")  # so begins the answer to a failed call: ours, BFCL's
 CATEGORIES = ("base", "miss_func", "miss_param", "long_context")
 
 
@@ -42,7 +46,11 @@ class Turn:
 @dataclass
 class Task:
     """A conversation with ground truth. `state` maps API class names to the fields of the instance; `tools`
-    are the tools shown from the start."""
+    are the tools shown from the start.
+
+    The methods down to `alone` are all that the rest of the repository knows of a world; those of this class
+    are about our own (tools.py), those of `BfclTask` (bfcl.py) about the benchmark's.
+    """
 
     id: str
     category: str
@@ -50,16 +58,63 @@ class Task:
     tools: list[str]
     turns: list[Turn]
 
-    def new_world(self) -> dict[str, API]:
+    def new_world(self) -> dict[str, object]:
         """Fresh API objects; nothing in them is shared with the task or with another episode."""
         return {name: API_CLASSES[name](**copy.deepcopy(state)) for name, state in self.state.items()}
 
+    def owner(self, tool: str) -> str | None:
+        """Name of the API class that has a tool, or None."""
+        return owner_of(tool)
+
+    def schema(self, tool: str) -> dict:
+        """JSON schema of a tool. Raises KeyError for an unknown one."""
+        return schema(tool)
+
+    def allows(self, tool: str, shown: list[str]) -> bool:
+        """Whether a tool may be called where these are shown."""
+        return tool in shown
+
+    def execute(self, world: dict[str, object], call: Call) -> str:
+        """Make a call that is allowed; the observation. Never raises."""
+        return to_json(call_tool(world, call))
+
+    def fault(self, i: int, world: dict[str, object], seen: list[str], calls: int) -> str:
+        """Why turn i, which has ground-truth calls, fails, or "". `world` is what the episode made of it,
+        `seen` are all results so far, `calls` how many calls were made in this turn."""
+        truth, results = self.expected[i]
+        wrong = [name for name in truth if truth[name] != world[name]]
+        if wrong:
+            return f"state of {', '.join(wrong)} differs from the ground truth"
+        unseen = Counter(results) - Counter(seen)
+        return f"result {next(iter(unseen))[:80]} was never seen" if unseen else ""
+
+    def caps(self, max_messages: int) -> tuple[float, float]:
+        """Most assistant messages of an episode, and of those that call in a turn; one more ends the episode,
+        where a last turn is still judged by what was done, as in the benchmark."""
+        return max_messages, math.inf
+
+    def alone(self, i: int, user: str) -> "Task":
+        """Turn i with another user message as a task of its own, in the world as it is before that turn.
+
+        Raises TypeError if the world cannot be made anew: a class whose attributes are not its parameters.
+        """
+        world = self.expected[i - 1][0] if i else self.new_world()
+        state = {name: dict(vars(api)) for name, api in world.items()}
+        alone = replace(self, id=f"{self.id}/{i}", state=state, tools=self.tools_before(i))
+        alone.turns = [replace(self.turns[i], user=user)]
+        alone.new_world()
+        return alone
+
+    def tools_before(self, i: int) -> list[str]:
+        """The tools shown when turn i begins."""
+        return [*self.tools, *(tool for turn in self.turns[:i] for tool in turn.offers)]
+
     @cached_property
-    def expected(self) -> list[tuple[dict[str, API], list[str]]]:
-        """Per turn: the world after the ground truth, and the results of its calls as JSON."""
+    def expected(self) -> list[tuple[dict[str, object], list[str]]]:
+        """Per turn: the world after the ground truth, and the results of its calls."""
         world, turns = self.new_world(), []
         for turn in self.turns:
-            results = [to_json(call_tool(world, call)) for call in turn.calls]
+            results = [self.execute(world, call) for call in turn.calls]
             turns.append((copy.deepcopy(world), results))
         return turns
 
@@ -170,19 +225,19 @@ class Episode:
     ) -> None:
         if format not in FORMATS:
             raise ValueError(f"unknown format {format!r}; known: {', '.join(FORMATS)}")
-        self.task, self.format = task, format
-        self.max_messages, self.strict_empty_turn = max_messages, strict_empty_turn
+        self.task, self.format, self.strict_empty_turn = task, format, strict_empty_turn
+        self.max_messages, self.max_turn_messages = task.caps(max_messages)
         self.world = task.new_world()
         self.tools = [*task.tools, *task.turns[0].offers]
         self.turn, self.messages, self.done = 0, 0, False
         self.turn_verdicts: list[Verdict] = []
-        self._seen: Counter[str] = Counter()
-        self._calls = 0
+        self._seen: list[str] = []  # results
+        self._calls = self._calling = 0  # calls of this turn, messages that made them
 
     def prompt(self) -> tuple[list[dict], list[dict]]:
         """(messages, tools): system text and first user message, and the schemas of the tools shown."""
         system = {"role": "system", "content": FORMATS[self.format].instruction}
-        return [system, self._user_message()], [schema(tool) for tool in self.task.tools]
+        return [system, self._user_message()], [self.task.schema(tool) for tool in self.task.tools]
 
     def step(self, text: str, overlong: bool = False) -> list[dict] | None:
         """Take one assistant message; return the messages that answer it, or None at the end.
@@ -196,19 +251,18 @@ class Episode:
             return self.abort("a message was cut at the token limit")
         calls = parse_calls(text, self.format)
         if calls:
-            answers = [{"role": "tool", "content": to_json(self._answer(call))} for call in calls[:MAX_CALLS]]
+            self._calling += 1
+            answers = [{"role": "tool", "content": self._answer(call)} for call in calls[:MAX_CALLS]]
             if len(calls) > MAX_CALLS:
-                answers.append(
-                    {"role": "tool", "content": to_json(_error(f"only {MAX_CALLS} calls a message"))}
-                )
-            return (
-                answers
-                if self.messages < self.max_messages
-                else self.abort("the cap on messages was reached")
-            )
+                answers.append({"role": "tool", "content": _error(f"only {MAX_CALLS} calls a message")})
+            stopped = self._calling > self.max_turn_messages
+            if not stopped and self.messages < self.max_messages:
+                return answers
+            if not stopped or self.turn + 1 < len(self.task.turns):
+                return self.abort("the cap on messages was reached")
         self.turn_verdicts.append(self._check_turn())
         self.turn += 1
-        self._calls = 0
+        self._calls = self._calling = 0
         if self.turn == len(self.task.turns):
             self.done = True
             return None
@@ -227,33 +281,26 @@ class Episode:
         """Ground-truth calls of the turn minus the calls made in it: whether a call should come next."""
         return 0 if self.done else max(0, len(self.task.turns[self.turn].calls) - self._calls)
 
-    def _answer(self, call: Call | BadCall) -> object:
+    def _answer(self, call: Call | BadCall) -> str:
         if isinstance(call, BadCall):
             return _error(call.reason)
         self._calls += 1
-        if call.name not in self.tools:
+        if not self.task.allows(call.name, self.tools):
             return _error(f"no tool '{call.name[:40]}'; there is {', '.join(self.tools)}")
-        result = call_tool(self.world, call)
-        self._seen[to_json(result)] += 1
-        return result
+        self._seen.append(self.task.execute(self.world, call))
+        return self._seen[-1]
 
     def _check_turn(self) -> Verdict:
-        world, results = self.task.expected[self.turn]
         if not self.task.turns[self.turn].calls:
             strict = self.strict_empty_turn and self._calls > 0
             return Verdict(not strict, "called a tool where it should ask" if strict else "")
-        wrong = [name for name in world if world[name] != self.world[name]]
-        if wrong:
-            return Verdict(False, f"state of {', '.join(wrong)} differs from the ground truth")
-        unseen = Counter(results) - self._seen
-        if unseen:
-            return Verdict(False, f"result {next(iter(unseen))[:80]} was never seen")
-        return Verdict(True)
+        fault = self.task.fault(self.turn, self.world, self._seen, self._calls)
+        return Verdict(not fault, fault)
 
     def _user_message(self) -> dict:
         turn = self.task.turns[self.turn]
         message = {"role": "user", "content": turn.user}
-        return message | ({"tools": [schema(tool) for tool in turn.offers]} if turn.offers else {})
+        return message | ({"tools": [self.task.schema(tool) for tool in turn.offers]} if turn.offers else {})
 
     def abort(self, reason: str) -> None:
         """End the episode here; the current turn fails with this reason."""
@@ -261,19 +308,20 @@ class Episode:
         self.done = True
 
 
-def _error(text: str) -> dict:
-    return {"error": text}
+def _error(text: str) -> str:
+    return to_json({"error": text})
 
 
 def oracle(task: Task, format: str = "hermes") -> list[dict]:
-    """The ground-truth conversation as messages: one call per assistant message, then the reply of the turn.
+    """The ground-truth conversation as messages: one call per assistant message (more, if there are more
+    calls than an episode may have messages), then the reply of the turn.
 
     Assistant contents are rendered in `format`; fed to `Episode.step` in order they give reward 1.
     """
     episode = Episode(task, format)
     messages = episode.prompt()[0]
-    for turn in task.turns:
-        for text in [*(render_calls([call], format) for call in turn.calls), turn.reply]:
+    for turn, parts in zip(task.turns, _packed(task, [turn.calls for turn in task.turns]), strict=True):
+        for text in [*(render_calls(part, format) for part in parts), turn.reply]:
             messages.append({"role": "assistant", "content": text})
             messages += episode.step(text) or []
     return messages
@@ -282,8 +330,67 @@ def oracle(task: Task, format: str = "hermes") -> list[dict]:
 def replay(task: Task, calls: list[list[Call]], format: str = "hermes") -> float:
     """Reward of playing the given calls (one list per turn) instead of the ground truth."""
     episode = Episode(task, format)
-    for turn in calls:
-        for call in turn:
-            episode.step(render_calls([call], format))
+    for parts in _packed(task, calls):
+        for part in parts:
+            episode.step(render_calls(part, format))
         episode.step("done")
     return episode.reward
+
+
+def _packed(task: Task, calls: list[list[Call]]) -> list[list[list[Call]]]:
+    """Per turn: its calls one by one, or in larger parts where the ground truth has too many for that."""
+    room = MAX_MESSAGES - len(task.turns) - 1
+    size = max(1, math.ceil(sum(len(turn.calls) for turn in task.turns) / room))
+    return [[turn[i : i + size] for i in range(0, len(turn), size)] for turn in calls]
+
+
+def alter(task: Task, call: Call, argument: str) -> Call:
+    """The call with one argument changed to another value of its type."""
+    kind, value = (
+        task.schema(call.name)["parameters"]["properties"].get(argument, {}),
+        call.arguments[argument],
+    )
+    if "enum" in kind:
+        value = kind["enum"][kind["enum"].index(value) - 1]
+    elif isinstance(value, bool):
+        value = not value
+    elif isinstance(value, int | float):
+        value = value + 1
+    else:
+        value = value + "s" if isinstance(value, str) else type(value)()
+    return replace(call, arguments=call.arguments | {argument: value})
+
+
+def mutations(task: Task) -> list[list[list[Call]]]:
+    """The ground truth with every one call dropped, and with every one argument altered."""
+    truth = [turn.calls for turn in task.turns]
+    changed = []
+    for i, turn in enumerate(truth):
+        for j, call in enumerate(turn):
+            variants = [[], *([alter(task, call, argument)] for argument in call.arguments)]
+            changed += [
+                [*truth[:i], [*turn[:j], *variant, *turn[j + 1 :]], *truth[i + 1 :]] for variant in variants
+            ]
+    return changed
+
+
+def export(tasks: Sequence[Task], path: Path, format: str = "hermes") -> str:
+    """Write tasks as the rows that other trainers read; returns what to say about it.
+
+    A row has `prompt` (messages), `data_source` (the category), `ability`, `reward_model` (style and ground
+    truth: calls by turn) and `extra_info` (id, tools, user messages by turn, initial state): the columns of
+    verl, of which TRL takes `prompt` and hands the others to its reward functions. What differs in shape from
+    row to row is a JSON string, so that a row fits into a parquet file.
+    """
+    lines = []
+    for i, task in enumerate(tasks):
+        messages, tools = Episode(task, format).prompt()
+        truth = [[asdict(call) for call in turn.calls] for turn in task.turns]
+        users = [{"user": turn.user, "offers": turn.offers} for turn in task.turns]
+        free = {"tools": tools, "turns": users, "state": task.state}
+        info = {"index": i, "id": task.id} | {name: to_json(value) for name, value in free.items()}
+        row = {"data_source": task.category, "prompt": messages, "ability": "multi-turn tool use"}
+        row["reward_model"] = {"style": "rule", "ground_truth": to_json(truth)}
+        lines.append(to_json(row | {"extra_info": info}))
+    path.write_text("\n".join(lines) + "\n", encoding="utf-8")
+    return f"{len(lines)} tasks in {path}"

@@ -10,10 +10,9 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 
 from nanotoolrl.chat import FORMATS, Call, Chat, escaped_json, message_state, parse_calls, render_calls
-from nanotoolrl.env import Episode, Task, to_json
+from nanotoolrl.env import FAILED, Episode, Task, to_json
 from nanotoolrl.sampler import Trajectory
 from nanotoolrl.tasks import similar, wish
-from nanotoolrl.tools import owner_of, schema
 
 LINE = 200  # characters of one text in a log or a review
 UNREADABLE = ("overlong", "bare", "malformed", "foreign")  # messages that try to call and hold no call
@@ -88,7 +87,7 @@ class Attempt:
 
     @property
     def refused(self) -> bool:
-        return self.answer.startswith('{"error": ')
+        return self.answer.startswith(FAILED)
 
     def __str__(self) -> str:
         what = _short(_in_words(self.call)) if self.call else f"it wrote {_short(self.said)}"
@@ -152,7 +151,7 @@ def review(task: Task, trajectory: Trajectory, chat: Chat) -> Review:
     for turn, now, verdict in zip(task.turns, played, trajectory.verdicts):
         wrong = not verdict.passed or (now.calls and not turn.calls)
         earlier = next((finding for finding in findings if finding.mistake), None)
-        findings.append(_find(turn.calls, now, verdict.reason, earlier) if wrong else _Finding())
+        findings.append(_find(task, turn.calls, now, verdict.reason, earlier) if wrong else _Finding())
     findings += [_Finding(evidence="not reached")] * (len(task.turns) - len(findings))
     turns = [
         TurnReview(_short(wish(task, i)), finding.mistake, finding.evidence, task.turns[i].calls)
@@ -178,8 +177,8 @@ def play_again(task: Task, messages: list[tuple[str, bool]], format: str) -> lis
     return played
 
 
-def _find(truth: list[Call], now: Played, reason: str, earlier: _Finding | None) -> _Finding:
-    mistake, attempt, due = _diagnose(truth, now, earlier is not None)
+def _find(task: Task, truth: list[Call], now: Played, reason: str, earlier: _Finding | None) -> _Finding:
+    mistake, attempt, due = _diagnose(task, truth, now, earlier is not None)
     if not mistake:
         return replace(earlier, evidence=f"its calls are right, but before: {earlier.evidence}")
     role, text = now.log[-1]
@@ -190,12 +189,14 @@ def _find(truth: list[Call], now: Played, reason: str, earlier: _Finding | None)
     return _Finding(mistake, str(attempt) if attempt else said + reason, cause, fix)
 
 
-def _diagnose(truth: list[Call], now: Played, blamed: bool) -> tuple[str, Attempt | None, Call | None]:
+def _diagnose(
+    task: Task, truth: list[Call], now: Played, blamed: bool
+) -> tuple[str, Attempt | None, Call | None]:
     """(mistake, attempt at fault, call that was due) of a turn, by the table of `review`. blamed: an earlier
     turn has a mistake; the mistake "" is that one."""
     others, left_out = now.calls, []
     for call in truth:
-        same = next((attempt for attempt in others if _key(attempt.call) == _key(call)), None)
+        same = next((attempt for attempt in others if _key(task, attempt.call) == _key(task, call)), None)
         if same:
             others.remove(same)
         else:
@@ -227,14 +228,14 @@ def _diagnose(truth: list[Call], now: Played, blamed: bool) -> tuple[str, Attemp
     if blamed:
         return "", None, None
     for attempt, call in zip(done, truth):
-        if _key(attempt.call) != _key(call):
+        if _key(task, attempt.call) != _key(task, call):
             return "missing step", attempt, call
     return "malformed" if unread else "premature end", unread, None
 
 
-def _key(call: Call) -> tuple[str, str]:
+def _key(task: Task, call: Call) -> tuple[str, str]:
     """Equal for calls that do the same: defaults filled in, arguments in any order."""
-    known = schema(call.name)["parameters"]["properties"] if owner_of(call.name) else {}
+    known = task.schema(call.name)["parameters"]["properties"] if task.owner(call.name) else {}
     defaults = {name: kind["default"] for name, kind in known.items() if "default" in kind}
     return call.name, to_json(sorted((defaults | call.arguments).items()))
 
@@ -293,7 +294,7 @@ def reflections(
     judged = judge(task, format, error, request_text(task, [line for _, line in log])) if judge else None
     written = judged or written
     calls = next(turn.calls for turn in [*task.turns[error:], *task.turns] if turn.calls)
-    scenarios = similar(calls, others, f"{task.id}/{trajectory.tokens[trajectory.prompt_length :]}")
+    scenarios = similar(task, calls, others, f"{task.id}/{trajectory.tokens[trajectory.prompt_length :]}")
     pairs = [
         pair("Say for every turn: intent, mistake, evidence, right calls.", _turns_text(written, format)),
         pair(

@@ -5,18 +5,26 @@ missing. A scenario is one to three turns of goals played on a random world; its
 of Hao et al. 2026 (after BFCL-v3 multi-turn): `base`; `miss_func`, a needed tool is hidden until a later
 message offers it; `miss_param`, the request lacks a value and the user must be asked; `long_context`, the
 world is many times larger.
+
+`python -m nanotoolrl.tasks --export FILE` writes tasks for other trainers.
 """
 
+import argparse
 import random
+import sys
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 
-from nanotoolrl.env import Call, Task, Turn, call_tool, replay
-from nanotoolrl.tools import API_CLASSES, method_names, owner_of, schema
+from nanotoolrl.bfcl import NAME as BFCL
+from nanotoolrl.bfcl import load_bfcl
+from nanotoolrl.chat import FORMATS
+from nanotoolrl.env import Call, Task, Turn, call_tool, export, mutations, replay
+from nanotoolrl.tools import API_CLASSES, method_names, owner_of
 
 TASK_DIR = Path(__file__).resolve().parent.parent / "data" / "tasks"
 SPLITS = ("train", "test", "foreign", "ood")
+TASK_NAMES = f"{', '.join(SPLITS)}, {BFCL}[:CATEGORY][:train|:test] or a JSONL file"
 SMALL, LARGE = 4, 45  # records per kind in an ordinary and in a long_context world
 MAX_TURN_CALLS = 5
 LISTING = ("list_files", "find_tickets", "list_events", "find_books", "find_songs", "find_doctors")
@@ -860,31 +868,6 @@ def _twin(scenario: Scenario, state: dict, category: str, name: str) -> Task:
     return task
 
 
-def alter(call: Call, argument: str) -> Call:
-    """The call with one argument changed to another value of its type."""
-    kind, value = schema(call.name)["parameters"]["properties"][argument], call.arguments[argument]
-    if "enum" in kind:
-        value = kind["enum"][kind["enum"].index(value) - 1]
-    elif isinstance(value, bool):
-        value = not value
-    else:
-        value = value + 1 if isinstance(value, int) else value + "s"
-    return replace(call, arguments=call.arguments | {argument: value})
-
-
-def mutations(task: Task) -> list[list[list[Call]]]:
-    """The ground truth with every one call dropped, and with every one argument altered."""
-    truth = [turn.calls for turn in task.turns]
-    changed = []
-    for i, turn in enumerate(truth):
-        for j, call in enumerate(turn):
-            variants = [[], *([alter(call, argument)] for argument in call.arguments)]
-            changed += [
-                [*truth[:i], [*turn[:j], *variant, *turn[j + 1 :]], *truth[i + 1 :]] for variant in variants
-            ]
-    return changed
-
-
 def _honest(task: Task) -> bool:
     return replay(task, [turn.calls for turn in task.turns]) == 1 and not any(
         replay(task, calls) for calls in mutations(task)
@@ -893,26 +876,27 @@ def _honest(task: Task) -> bool:
 
 # ---------------------------------------------------------------------------------------------------- similar
 def similar(
-    calls: list[Call], others: Sequence[Task], seed: str, count: int = 3
+    task: Task, calls: list[Call], others: Sequence[Task], seed: str, count: int = 3
 ) -> tuple[list[Task], Task | None]:
     """Scenarios to compare a turn with (Hao et al. 2026, §4, PRS): (similar ones, one that looks alike).
 
-    `calls` are the turn's ground truth. The similar ones are one-turn tasks whose solution takes the same
-    tools in the same order, in other worlds and with other values; the one that looks alike touches the same
-    classes and takes other tools. They are made from the train pool's goals; where none of these fits, they
-    are turns of `others` (tasks the run trains on), and there may be fewer of them. All of them replay to
-    reward 1. A pure function of its arguments.
+    `calls` are the ground truth of a turn of `task`. The similar ones are one-turn tasks whose solution takes
+    the same tools in the same order, in other worlds and with other values; the one that looks alike touches
+    the same classes and takes other tools. They are made from the train pool's goals; where none of these
+    fits, they are turns of `others` (tasks the run trains on), and there may be fewer of them. All of them
+    replay to reward 1. A pure function of its arguments.
     """
     rng = random.Random(seed)
     goals = [goal for goal in GOALS if goal.pool() == "train"]
-    fitting = [goal for goal in goals if _occurs(_tools(goal), [call.name for call in calls])]
+    ours = {task.owner(call.name) for call in calls} <= API_CLASSES.keys()
+    fitting = [goal for goal in goals if ours and _occurs(_tools(goal), [call.name for call in calls])]
     if not fitting:
-        return _borrowed(calls, others, rng, count)
+        return _borrowed(task, calls, others, rng, count)
     goal = max(fitting, key=lambda goal: len(_tools(goal)))
     fresh = [_fresh(goal, f"similar-{k}", f"similar/{seed}/{k}") for k in range(count)]
     rivals = [other for other in goals if other.apis() & goal.apis() and _tools(other) != _tools(goal)]
     rivals = rng.sample(rivals, len(rivals))
-    rival = max(rivals, key=lambda other: _closeness(_tools(other), _tools(goal)), default=None)
+    rival = max(rivals, key=lambda other: _closeness(owner_of, _tools(other), _tools(goal)), default=None)
     return [task for task in fresh if task], rival and _fresh(rival, "alike", f"alike/{seed}")
 
 
@@ -925,9 +909,11 @@ def _occurs(part: list[str], whole: list[str]) -> bool:
     return any(whole[i : i + len(part)] == part for i in range(len(whole) - len(part) + 1))
 
 
-def _closeness(tools: list[str], wanted: list[str]) -> tuple[int, bool, int]:
+def _closeness(
+    owner: Callable[[str], str | None], tools: list[str], wanted: list[str]
+) -> tuple[int, bool, int]:
     """Sorts tool sequences by shared tools, then same classes, then similar length."""
-    same_classes = set(map(owner_of, tools)) == set(map(owner_of, wanted))
+    same_classes = set(map(owner, tools)) == set(map(owner, wanted))
     return len(set(tools) & set(wanted)), same_classes, -abs(len(tools) - len(wanted))
 
 
@@ -948,21 +934,22 @@ def _fresh(goal: Goal, name: str, seed: str) -> Task | None:
 
 
 def _borrowed(
-    calls: list[Call], others: Sequence[Task], rng: Random, count: int
+    task: Task, calls: list[Call], others: Sequence[Task], rng: Random, count: int
 ) -> tuple[list[Task], Task | None]:
     """`similar` from the turns of other tasks: the same tools, best in the same order; then the closest."""
-    wanted, seen = [call.name for call in calls], {str(calls)}
+    wanted, seen, owner = [call.name for call in calls], {str(calls)}, task.owner
+    classes = set(map(owner, wanted))
     same, rivals = [], []
-    for task in rng.sample(others, len(others)):
-        for i, turn in enumerate(task.turns):
+    for other in rng.sample(others, len(others)):
+        for i, turn in enumerate(other.turns):
             tools = [call.name for call in turn.calls]
-            if str(turn.calls) in seen or not set(map(owner_of, tools)) & set(map(owner_of, wanted)):
+            if str(turn.calls) in seen or not set(map(other.owner, tools)) & classes:
                 continue
             seen.add(str(turn.calls))  # twins share their turns
             if set(tools) == set(wanted):
-                same.append((tools != wanted, task, i))
+                same.append((tools != wanted, other, i))
             else:
-                rivals.append((_closeness(tools, wanted), task, i))
+                rivals.append((_closeness(owner, tools, wanted), other, i))
     same.sort(key=lambda row: row[0])
     rival = max(rivals, key=lambda row: row[0], default=None)
     return [_alone(task, i) for _, task, i in same[:count]], rival and _alone(*rival[1:])
@@ -977,14 +964,10 @@ def wish(task: Task, i: int) -> str:
 def _alone(task: Task, i: int) -> Task:
     """Turn i of a task, with its whole wish, as a task of its own; the task itself if the world before the
     turn cannot be made anew or the turn does not replay in it."""
-    turn = replace(task.turns[i], user=wish(task, i))
-    world = task.expected[i - 1][0] if i else task.new_world()
-    state = {name: dict(vars(api)) for name, api in world.items()}
-    tools = [*task.tools, *(tool for turn in task.turns[:i] for tool in turn.offers)]
-    alone = Task(f"{task.id}/{i}", task.category, state, tools, [turn])
     try:
-        return alone if replay(alone, [turn.calls]) == 1 else task
-    except TypeError:  # a class whose attributes are not its parameters
+        alone = task.alone(i, wish(task, i))
+        return alone if replay(alone, [turn.calls for turn in alone.turns]) == 1 else task
+    except TypeError:
         return task
 
 
@@ -998,15 +981,25 @@ def make_split(split: str) -> list[Task]:
     return [family[category] for family in families for category in wanted]
 
 
-def load_tasks(name_or_path: str) -> list[Task]:
-    """Tasks of a committed split (`train`, `test`, `foreign`, `ood`) or of a JSONL file.
+def is_bfcl(name: str) -> bool:
+    """Whether a name of tasks is one of the benchmark's."""
+    return name.partition(":")[0] == BFCL
+
+
+def load_tasks(name_or_path: str, official: bool = False) -> list[Task]:
+    """Tasks of a committed split (`train`, `test`, `foreign`, `ood`), of the BFCL benchmark
+    (`bfcl[:category][:train|:test]`; official: under its own rules, see `BfclTask`) or of a JSONL file.
 
     Raises FileNotFoundError with the path and the known names, ValueError with file and line for a malformed
     line.
     """
+    if is_bfcl(name_or_path):
+        return load_bfcl(name_or_path, official)
+    if official:
+        raise ValueError(f"--bfcl-official says nothing about {name_or_path}")
     path = TASK_DIR / f"{name_or_path}.jsonl" if name_or_path in SPLITS else Path(name_or_path)
     if not path.is_file():
-        raise FileNotFoundError(f"no task file {path}; give one of {', '.join(SPLITS)} or a JSONL file")
+        raise FileNotFoundError(f"no task file {path}; give one of {TASK_NAMES}")
     tasks = []
     for number, line in enumerate(path.read_text(encoding="utf-8").split("\n"), 1):
         if line.strip():
@@ -1042,3 +1035,25 @@ def in_epochs(tasks: Sequence[Task], seed: str, places: range) -> list[Task]:
 def save_tasks(tasks: list[Task], path: Path) -> None:
     """Write tasks as JSONL; `load_tasks(path)` gives them back."""
     path.write_text("".join(task.to_json() + "\n" for task in tasks), encoding="utf-8")
+
+
+def main(argv: list[str] | None = None) -> int:
+    """The command: 0, or 2 when refused."""
+    about = "Write tasks as JSONL rows that other trainers read (verl, TRL)."
+    parser = argparse.ArgumentParser(prog="python -m nanotoolrl.tasks", description=about)
+    parser.add_argument("--export", metavar="FILE", required=True, help="where to")
+    parser.add_argument("--tasks", default="train", help=f"{TASK_NAMES} (default: train)")
+    parser.add_argument(
+        "--format", default="hermes", choices=tuple(FORMATS), help="syntax of calls (default: hermes)"
+    )
+    args = parser.parse_args(argv)
+    try:
+        print(export(load_tasks(args.tasks), Path(args.export), args.format))
+    except (OSError, ValueError) as error:
+        print(f"tasks: {error}", file=sys.stderr)
+        return 2
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

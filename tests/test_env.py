@@ -12,8 +12,19 @@ from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 
 from nanotoolrl.chat import FORMATS, MAX_CHARS, Call, parse_calls, render_calls
-from nanotoolrl.env import MAX_CALLS, MAX_INT, MAX_MESSAGES, Episode, Task, Turn, call_tool, oracle, replay
-from nanotoolrl.tasks import SPLITS, load_tasks, mutations
+from nanotoolrl.env import (
+    MAX_CALLS,
+    MAX_INT,
+    MAX_MESSAGES,
+    Episode,
+    Task,
+    Turn,
+    call_tool,
+    mutations,
+    oracle,
+    replay,
+)
+from nanotoolrl.tasks import SPLITS, load_tasks
 from nanotoolrl.tools import API, API_CLASSES, method_names, owner_of, schema
 
 ALL_TASKS = {split: load_tasks(split) for split in SPLITS}
@@ -578,7 +589,7 @@ def test_two_episodes_of_a_task_share_no_state():
         first.step(text)
     assert second.world == task.new_world()
     assert second.tools == ["set_light"]
-    assert second._seen == {} and second.turn_verdicts == []
+    assert second._seen == [] and second.turn_verdicts == []
     for text in (say(LIGHT), "!", say(DELETE_A), "!"):
         second.step(text)
     assert second.reward == 1

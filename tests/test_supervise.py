@@ -12,11 +12,11 @@ import pytest
 from nanotoolrl import judge as judging
 from nanotoolrl import supervise
 from nanotoolrl.chat import FORMATS, Call, message_state, parse_calls, render_calls
-from nanotoolrl.env import Episode, Task, Turn, replay
+from nanotoolrl.env import Episode, Task, Turn, mutations, replay
 from nanotoolrl.judge import Judge
 from nanotoolrl.sampler import Trajectory
 from nanotoolrl.supervise import ADVICE, MISTAKES, Review, TurnReview, reflections, review
-from nanotoolrl.tasks import _honest, load_tasks, mutations, similar, subset, wish
+from nanotoolrl.tasks import _honest, load_tasks, similar, subset, wish
 from nanotoolrl.tools import API_CLASSES, owner_of
 
 OTHER_FORMAT = {"hermes": "python", "python": "xml", "xml": "hermes"}
@@ -278,6 +278,9 @@ def test_mutated_ground_truth_is_always_explained(chat, train):
 
 
 # ---------------------------------------------------------------------------------------------------- similar
+ANY = load_tasks("train")[0]  # of our own world
+
+
 def test_similar_scenarios_are_fresh_honest_and_of_the_train_pool(train):
     seen = set()
     for task in subset(train, 80):
@@ -285,7 +288,7 @@ def test_similar_scenarios_are_fresh_honest_and_of_the_train_pool(train):
             if not turn.calls:
                 continue
             tools = [call.name for call in turn.calls]
-            same, other = similar(turn.calls, [], f"{task.id}/{i}")
+            same, other = similar(ANY, turn.calls, [], f"{task.id}/{i}")
             assert len(same) == 3
             sequences = [[call.name for call in fresh.turns[0].calls] for fresh in same]
             assert sequences[0] == sequences[1] == sequences[2]
@@ -306,15 +309,17 @@ def test_similar_scenarios_are_fresh_honest_and_of_the_train_pool(train):
 def test_similar_takes_the_longest_goal_and_shares_tools_with_the_other(train):
     calls = [Call("find_phone", {"person": "Mara"}), Call("send_message", {"phone": "1", "text": "x"})]
     inbox = Call("read_inbox", {"person": "Otto"})
-    same, other = similar([inbox, *calls], [], "s")
+    same, other = similar(ANY, [inbox, *calls], [], "s")
     assert [call.name for call in same[0].turns[0].calls] == ["read_inbox", "find_phone", "send_message"]
     assert {call.name for call in other.turns[0].calls} & {"read_inbox", "find_phone", "send_message"}
-    assert similar([inbox], train, "s", count=5)[0][4].turns[0].calls[0].name == "read_inbox"
+    assert similar(ANY, [inbox], train, "s", count=5)[0][4].turns[0].calls[0].name == "read_inbox"
 
 
 def test_similar_is_a_pure_function_of_its_arguments(train):
     calls = next(turn.calls for turn in train[5].turns if turn.calls)
-    assert similar(calls, train, "a") == similar(calls, train, "a") != similar(calls, train, "b")
+    assert (
+        similar(ANY, calls, train, "a") == similar(ANY, calls, train, "a") != similar(ANY, calls, train, "b")
+    )
 
 
 def test_without_a_goal_similar_borrows_turns_of_other_tasks():
@@ -323,8 +328,8 @@ def test_without_a_goal_similar_borrows_turns_of_other_tasks():
     sizes = Counter()
     for task in subset(foreign, 30):
         for turn in task.turns:
-            same, other = similar(turn.calls, foreign, task.id)
-            assert (same, other) == similar(turn.calls, foreign, task.id)
+            same, other = similar(ANY, turn.calls, foreign, task.id)
+            assert (same, other) == similar(ANY, turn.calls, foreign, task.id)
             sizes[len(same)] += bool(turn.calls)
             for found in [*same, *filter(None, [other])]:
                 assert replay(found, [turn.calls for turn in found.turns]) == 1
@@ -332,14 +337,14 @@ def test_without_a_goal_similar_borrows_turns_of_other_tasks():
             tools = [{call.name for call in found.turns[0].calls} for found in same]
             assert all(names == {call.name for call in turn.calls} for names in tools)
     assert sizes[3] > 10 and set(sizes) <= {0, 1, 2, 3}
-    assert similar(foreign[0].turns[0].calls, [], "s") == ([], None)
-    assert similar([], foreign, "s") == ([], None)
+    assert similar(ANY, foreign[0].turns[0].calls, [], "s") == ([], None)
+    assert similar(ANY, [], foreign, "s") == ([], None)
 
 
 def test_a_borrowed_turn_that_cannot_stand_alone_brings_its_task(monkeypatch):
     foreign = load_tasks("foreign")
     monkeypatch.setattr("nanotoolrl.tasks.replay", lambda task, calls: 0.0)
-    same, other = similar(foreign[0].turns[0].calls, foreign, "s")
+    same, other = similar(ANY, foreign[0].turns[0].calls, foreign, "s")
     assert other in foreign and all(task in foreign for task in same)
 
 
@@ -429,7 +434,7 @@ def test_the_calls_of_a_target_are_the_verified_ones(chat, train, format, monkey
 
 def test_an_error_in_a_turn_to_ask_takes_the_calls_that_follow(chat, train, monkeypatch):
     asked = []
-    monkeypatch.setattr(supervise, "similar", lambda calls, *args: asked.append(calls) or ([], None))
+    monkeypatch.setattr(supervise, "similar", lambda task, calls, *args: asked.append(calls) or ([], None))
     task = make_task()
     row = play(chat, task, [find, close(50), "Done."], cut="and and")
     pairs, _ = reflections(task, row, chat, train, 4096)

@@ -5,8 +5,8 @@ from collections import Counter
 
 import pytest
 
-from nanotoolrl.env import CATEGORIES, oracle
-from nanotoolrl.tasks import GOALS, SPLITS, generate, load_tasks, make_split, save_tasks
+from nanotoolrl.env import CATEGORIES, Call, Episode, oracle, replay
+from nanotoolrl.tasks import GOALS, SPLITS, generate, load_tasks, main, make_split, save_tasks
 from nanotoolrl.tools import API_CLASSES, owner_of
 
 
@@ -126,6 +126,29 @@ def test_bad_files_are_named(tmp_path, splits):
     path.write_text("")
     with pytest.raises(ValueError, match="no task"):
         load_tasks(str(path))
+
+
+def test_export(tmp_path, splits, capsys):
+    """Every row stands by itself, and has the same columns of the same types."""
+    path = tmp_path / "rows.jsonl"
+    assert main(["--export", str(path), "--tasks", "foreign", "--format", "xml"]) == 0
+    assert f"{len(splits['foreign'])} tasks in" in capsys.readouterr().out
+    rows = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+    for row, task in zip(rows, splits["foreign"], strict=True):
+        assert row["prompt"] == Episode(task, "xml").prompt()[0]
+        truth = json.loads(row["reward_model"]["ground_truth"])
+        assert replay(task, [[Call(**call) for call in turn] for turn in truth]) == 1
+        assert json.loads(row["extra_info"]["state"]) == task.state
+        assert [turn["user"] for turn in json.loads(row["extra_info"]["turns"])] == [
+            turn.user for turn in task.turns
+        ]
+    assert len({(*row, *row["extra_info"]) for row in rows}) == 1
+
+
+@pytest.mark.parametrize("flags", [["--tasks", "nothing"], ["--export", "/no/such/place"]])
+def test_export_is_refused_by_name(flags, tmp_path, capsys):
+    assert main(["--export", str(tmp_path / "rows.jsonl"), *flags]) == 2
+    assert flags[1] in capsys.readouterr().err
 
 
 def test_every_tool_is_used_by_a_goal():
