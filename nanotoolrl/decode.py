@@ -51,7 +51,9 @@ class Cache:
             return
         self.size = max(size, self.size)
         self.capacity = max(self.capacity, -(-capacity // CAPACITY_STEP) * CAPACITY_STEP)
-        self.layers = [[self._grown(old) for old in layer] for layer in self.layers]
+        for layer in self.layers:
+            for k, old in enumerate(layer):  # one by one: twice as much at a time is not there
+                layer[k] = self._grown(old)
 
     def _grown(self, old: Tensor) -> Tensor:
         new = old.new_zeros(self.size, old.shape[1], self.capacity, old.shape[3])

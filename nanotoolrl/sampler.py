@@ -12,6 +12,7 @@ from dataclasses import dataclass, field, replace
 
 import torch
 
+from nanotoolrl import distributed
 from nanotoolrl.chat import FORMATS, Chat, message_state
 from nanotoolrl.decode import FREE, Decoder
 from nanotoolrl.env import Episode, Task, Verdict, oracle
@@ -163,17 +164,21 @@ class Sampler:
         noise; give every call of a run its own. force_prefix: write the canonical prefix of a call (unmasked)
         at the start of every message for which the turn's ground truth still has calls. forced: per episode,
         the tokens it shall sample, as long as they last: a replay, whose log-probs are still the policy's.
+        Under torchrun each process plays its share of the episodes and all get all trajectories.
         Raises ValueError if a prompt leaves no room in the context.
         """
-        queue = []
-        wanted = forced or [()] * len(episodes)
-        for i, (episode, hint) in enumerate(zip(episodes, hints or [""] * len(episodes), strict=True)):
-            queue.append(self._new_row(episode, hint, (stream << 32) + i, force_prefix, wanted[i]))
-        queue.reverse()
+        hints, wanted = hints or [""] * len(episodes), forced or [()] * len(episodes)
+        if not len(episodes) == len(hints) == len(wanted):
+            raise ValueError("there must be as many hints and forced rows as episodes")
+        mine = distributed.share(len(episodes))
+        queue = [
+            self._new_row(episodes[i], hints[i], (stream << 32) + i, force_prefix, wanted[i])
+            for i in reversed(mine)
+        ]
         rows: list[_Row | None] = []
         live: list[_Row] = []
         done = {}
-        self.decoder.open(min(self.slots, len(queue)), self.context)
+        self.decoder.open(min(self.slots, max(1, len(queue))), self.context)
         while queue or live:
             free = [i for i, row in enumerate(rows) if row is None]
             room = min(self.slots - len(live), len(queue))
@@ -196,7 +201,7 @@ class Sampler:
                     done[rows[i].stream] = self._finish(rows[i])
                     rows[i] = None
             live = [row for row in rows if row is not None]
-        return [done[(stream << 32) + i] for i in range(len(episodes))]
+        return distributed.gathered([done[(stream << 32) + i] for i in mine])
 
     def _new_row(
         self, episode: Episode, hint: str, stream: int, force_prefix: bool, forced: Sequence[int]

@@ -17,6 +17,7 @@ from functools import partial
 import torch
 from torch import Tensor
 
+from nanotoolrl import distributed
 from nanotoolrl.chat import FORMATS
 from nanotoolrl.env import Task
 from nanotoolrl.judge import AT_ONCE, Judge
@@ -32,6 +33,7 @@ from nanotoolrl.updates import (
     burst,
     clipped_objective,
     collect,
+    copied,
     demonstrations,
     failed_tasks,
     policy_update,
@@ -51,7 +53,8 @@ class Scheme:
     """A row of the table: the step function and what `--list` says about it.
 
     neutral: the strengths, and the values at which the scheme is plain GRPO. defaults: settings that differ
-    from the config's own. schedules: what `--schedule` may be, the default first.
+    from the config's own. schedules: what `--schedule` may be, the default first. memory: parts of the memory
+    plan that it needs whatever the settings.
     """
 
     name: str
@@ -62,6 +65,7 @@ class Scheme:
     neutral: Mapping[str, float]
     defaults: Mapping[str, object]
     schedules: tuple[str, ...]
+    memory: tuple[str, ...]
 
 
 SCHEMES: dict[str, Scheme] = {}
@@ -74,13 +78,14 @@ def scheme(
     neutral: Mapping[str, float] | None = None,
     defaults: Mapping[str, object] | None = None,
     schedules: Sequence[str] = (),
+    memory: Sequence[str] = (),
     name: str = "",
 ) -> Callable:
     """Register a step function under its own name, or under `name`."""
 
     def register(step: Callable[[Run, list[Task]], Step]) -> Callable[[Run, list[Task]], Step]:
         key = name or step.__name__
-        rest = (tuple(settings), neutral or {}, defaults or {}, tuple(schedules))
+        rest = (tuple(settings), neutral or {}, defaults or {}, tuple(schedules), tuple(memory))
         SCHEMES[key] = Scheme(key, step, about, source, *rest)
         return step
 
@@ -180,6 +185,7 @@ def guard(run: Run, tasks: list[Task]) -> Step:
     "ours; the test beside guard",
     ("guard_kl",),
     {"guard_kl": 0.0},
+    memory=["reference"],
     name="guard-kl",
 )
 def guard_kl(run: Run, tasks: list[Task]) -> Step:
@@ -339,10 +345,13 @@ def reflections_on_failures(run: Run, tasks: list[Task], trajectories: list[Traj
 
     def reflect(i: int) -> tuple[list[Trajectory], bool]:
         row = next(row for row in trajectories[i * group : (i + 1) * group] if row.reward == 0)
-        return reflections(tasks[i], row, run.policy.chat, run.tasks, config.context, judge)
+        return reflections(tasks[i], row, run.policy.chat, run.tasks, run.sampler.context, judge)
 
-    with ThreadPoolExecutor(AT_ONCE if judge else 1) as threads:
-        made = list(threads.map(reflect, collected_failures(run, trajectories)))
+    def reflect_on_all() -> list[tuple[list[Trajectory], bool]]:
+        with ThreadPoolExecutor(AT_ONCE if judge else 1) as threads:
+            return list(threads.map(reflect, collected_failures(run, trajectories)))
+
+    made = distributed.from_first(reflect_on_all)  # a judge may not say the same twice
     counts = {"reflections": sum(len(pairs) for pairs, _ in made)}
     counts |= {"judge_fallbacks": sum(fallen for _, fallen in made)} if judge else {}
     return examples + [row for pairs, _ in made for row in pairs], metrics | counts
@@ -439,6 +448,7 @@ def sft(run: Run, tasks: list[Task]) -> Step:
     ("sft_source", "sft_epochs", "sft_lr", "sft_batch"),
     {"sft_epochs": 0},
     defaults={"sft_epochs": 3},
+    memory=["burst optimiser"],
 )
 def sft_rl(run: Run, tasks: list[Task]) -> Step:
     """Like grpo, but from an SFT checkpoint: before the first step, `sft_epochs` passes over the source.
@@ -449,7 +459,7 @@ def sft_rl(run: Run, tasks: list[Task]) -> Step:
     if run.step == 1:
         notes = burst(run, demonstrations(run, run.source))
         if run.config.kl > 0:
-            run.state["reference"] = snapshot(run)["model"]
+            run.state["reference"] = copied(run.policy.model.state_dict())
     step = grpo(run, tasks)
     return replace(step, metrics=step.metrics | notes)
 
@@ -527,6 +537,7 @@ def selfrepair(run: Run, tasks: list[Task]) -> Step:
     "ours",
     ("round_steps", *BURST_SETTINGS, "ets_any"),
     defaults={"schedule": "none"},
+    memory=["burst optimiser"],
 )
 def bursts(run: Run, tasks: list[Task]) -> Step:
     """The bursts of ets and nothing else: rollouts find the failed tasks, no policy update is made. It tells
@@ -584,6 +595,7 @@ def chord(run: Run, tasks: list[Task]) -> Step:
     "ours",
     ("sentinel_limit", "probe_every", *BURST_SETTINGS, "ets_any"),
     {"sentinel_limit": 0.0},
+    memory=["burst optimiser"],
 )
 def sentinel(run: Run, tasks: list[Task]) -> Step:
     """Like grpo, but watches the probes: when the spurious probability of a control token has grown

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
+from nanotoolrl import distributed
 from nanotoolrl.chat import control_tokens
 from nanotoolrl.env import Episode, Task
 from nanotoolrl.logprob import token_logprob
@@ -134,7 +135,7 @@ def failed_tasks(trajectories: list[Trajectory], group: int, enough: Callable = 
 def demonstrations(run: Run, tasks: Sequence[Task]) -> list[Trajectory]:
     """Ground-truth conversations of the tasks; those that do not fit the context are left out."""
     rows = [demonstration(run.policy.chat, task, run.config.format) for task in tasks]
-    return [row for row in rows if len(row.tokens) <= run.config.context]
+    return [row for row in rows if len(row.tokens) <= run.sampler.context]
 
 
 def source_examples(run: Run) -> list[Trajectory]:
@@ -159,6 +160,7 @@ class Tokens:
     old: Tensor
     advantages: Tensor
     row: Tensor
+    shared: int = 0  # first tokens that all rows have in common and that pass through the model once
 
     @cached_property
     def control(self) -> Tensor:
@@ -169,7 +171,8 @@ class Tokens:
     def reference(self) -> Tensor:
         """Log-probs [N] under the reference."""
         with torch.no_grad():
-            return self.run.reference.logprobs(self.ids, self.mask, self.run.config.temperature)[0]
+            how = {"temperature": self.run.config.temperature, "shared": self.shared}
+            return self.run.reference.logprobs(self.ids, self.mask, **how)[0]
 
     def of(self, source: str) -> Tensor:
         """[N], True on the tokens of rows from `source`."""
@@ -215,14 +218,16 @@ def policy_update(
     """
     config, tally = run.config, Tally()
     every_row = every_row or config.kl > 0 or config.entropy > 0
-    used = [i for i in range(len(trajectories)) if every_row or scores[i] != 0]
-    old = {i: old_logprobs(run, trajectories[i]) for i in used}
     by_token, groups = config.loss_agg == "token", len(trajectories) // config.group
-    for update in range(config.updates):
-        first, end = (groups * k // config.updates * config.group for k in (update, update + 1))
-        share = trajectories[first:end]
+    ends = [groups * k // config.updates * config.group for k in range(config.updates + 1)]
+    used = [
+        [i for i in range(*span) if every_row or scores[i] != 0] for span in itertools.pairwise(ends)
+    ]  # rows of each update
+    used = [[rows[k] for k in distributed.share(len(rows))] for rows in used]
+    old = {i: old_logprobs(run, trajectories[i]) for rows in used for i in rows}
+    for update, mine in enumerate(used):
+        share = trajectories[ends[update] : ends[update + 1]]
         total = sum(row.sampled_tokens for row in share) if by_token else len(share)
-        mine = [i for i in used if first <= i < end]
         loss_sum = 0.0
         for part in batches(run, [trajectories[i] for i in mine]):
             batch = [mine[k] for k in part]
@@ -237,6 +242,7 @@ def policy_update(
             loss_sum += loss.item()
         if supervised and supervised.coefficient > 0:
             tally.supervise(run, supervised, update)
+        loss_sum = distributed.total(loss_sum)
         tally.losses.append(loss_sum)
         tally.norms.append(optimizer_step(run, loss_sum, run.optimizer, config.lr * warm_up(run)))
     return tally.metrics()
@@ -269,7 +275,7 @@ def token_losses(
     missing = torch.tensor([values is None for values in old], device=logprobs.device)[index]
     before = torch.where(missing, logprobs.detach(), logprobs.new_tensor(before))
     weights = scores.to(logprobs)[index]
-    tokens = Tokens(run, rows, ids, mask, hidden.detach(), logprobs, before, weights, index)
+    tokens = Tokens(run, rows, ids, mask, hidden.detach(), logprobs, before, weights, index, shared)
     loss, clipped = objective(run, tokens)
     if config.kl > 0:
         loss = loss + config.kl * kl_k3(logprobs, tokens.reference)
@@ -324,22 +330,24 @@ class Tally:
         if draw:
             self.sft_losses.append(sft_backward(run, draw, supervised.coefficient, supervised.weight))
             self.sft_tokens += sum(row.sampled_tokens for row in draw)
-            self.tokens += sum(len(row.tokens) for row in draw)
-            self.forward_tokens += sum(len(row.tokens) for row in draw)
+            mine = sum(len(draw[i].tokens) for i in distributed.share(len(draw)))
+            self.tokens += mine
+            self.forward_tokens += mine
 
     def metrics(self) -> dict[str, float]:
         """Columns of metrics.csv; nan where there is nothing to average."""
+        found = distributed.gathered([] if self.gradients is None else [self.gradients.cpu()])
         columns = {
             "loss": _mean(self.losses),
-            "entropy": _mean(self.entropies),
+            "entropy": _mean(distributed.gathered(self.entropies)),
             "grad_norm": _mean([norm for norm in self.norms if norm is not None]),
-            "clip_fraction": _mean(self.clipped),
-            "train_tok_s": self.tokens / (time.perf_counter() - self.started),
-            "forward_tokens": self.forward_tokens,
-            "logprob_gap": max(self.gaps, default=math.nan),
+            "clip_fraction": _mean(distributed.gathered(self.clipped)),
+            "train_tok_s": distributed.total(self.tokens) / (time.perf_counter() - self.started),
+            "forward_tokens": distributed.total(self.forward_tokens),
+            "logprob_gap": max(distributed.gathered(self.gaps), default=math.nan),
         }
         sft = {"sft_loss": _mean(self.sft_losses), "sft_tokens": self.sft_tokens}
-        gradients = self.gradients.tolist() if self.gradients is not None else None
+        gradients = torch.stack(found).sum(0).tolist() if found else None
         columns |= {"logit_gradient": gradients, "probe_seconds": self.probe_seconds}
         return columns | (sft if self.sft_losses else {})
 
@@ -355,11 +363,13 @@ def new_optimizer(masters: Masters, lr: float, weight_decay: float) -> torch.opt
 
 
 def optimizer_step(run: Run, loss: float, optimizer: torch.optim.Optimizer, lr: float) -> float | None:
-    """Clip the gradient and step; returns its norm, or None, without a step, if anything is not finite.
+    """Sum the gradients of all processes, clip and step; returns the norm, or None, without a step, if
+    anything is not finite.
 
     Counts what it skips; a run that is stuck stays so, whatever follows within the step. An overflow that a
     smaller scale of the loss can cure does not count towards being stuck.
     """
+    distributed.sum_gradients(run.masters.tensors)
     norm = torch.nn.utils.clip_grad_norm_(run.masters.tensors, run.config.grad_clip).item()
     finite = math.isfinite(loss) and math.isfinite(norm)
     if finite:
@@ -441,14 +451,15 @@ def sft_backward(
     a message -> the message), in one forward each.
     """
     total = sum(row.sampled_tokens for row in examples)
+    mine = [examples[i] for i in distributed.share(len(examples))]
     loss_sum = 0.0
-    for part in micro_batches([len(row.tokens) for row in examples], run.config.tokens_at_once):
-        rows = [(examples[i].tokens, examples[i].loss_mask) for i in part]
+    for part in micro_batches([len(row.tokens) for row in mine], run.config.tokens_at_once):
+        rows = [(mine[i].tokens, mine[i].loss_mask) for i in part]
         logprobs = run.policy.logprobs(*pad(rows, run.policy.device))[0]  # [N]
         loss = -(weight(logprobs.detach().exp()) * logprobs).sum() / total
         (coefficient * run.masters.scale * loss).backward()
         loss_sum += loss.item()
-    return loss_sum
+    return distributed.total(loss_sum)
 
 
 def sft_update(run: Run, examples: Sequence[Trajectory]) -> dict[str, float]:
@@ -510,9 +521,21 @@ def pool(run: Run) -> list[Trajectory]:
 
 # -------------------------------------------------------------------------------------------------- snapshots
 def snapshot(run: Run) -> dict:
-    """Copies of weights and optimiser state, to be put back by `roll_back`."""
+    """Copies of weights and optimiser state, to be put back by `roll_back`; in main memory, where there is
+    more room than on a GPU."""
     parts = {"model": run.policy.model, "optimizer": run.optimizer}
-    return copy.deepcopy({k: v.state_dict() for k, v in parts.items()} | {"masters": run.masters.state()})
+    return copied({k: v.state_dict() for k, v in parts.items()} | {"masters": run.masters.state()})
+
+
+def copied(value: object) -> object:
+    """A copy of a nested state, its tensors in main memory."""
+    if isinstance(value, Tensor):
+        return value.detach().to("cpu", copy=True)
+    if isinstance(value, dict):
+        return {key: copied(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return type(value)(copied(item) for item in value)
+    return value
 
 
 def roll_back(run: Run, saved: dict) -> None:
