@@ -20,6 +20,7 @@ import sys
 import textwrap
 import threading
 import time
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from zipfile import BadZipFile
@@ -28,18 +29,20 @@ import torch
 import transformers
 from tqdm import tqdm
 
-from nanotoolrl import logprob
+from nanotoolrl import distributed, logprob
+from nanotoolrl.bfcl import NAME as BFCL
 from nanotoolrl.chat import FORMATS, MESSAGE_STATES, UNHEALTHY_STATES, readable
 from nanotoolrl.env import MAX_MESSAGES, Task
-from nanotoolrl.evaluate import Scores, evaluate, fits, table
+from nanotoolrl.evaluate import LONG_CONTEXT, Scores, evaluate, fits, table
 from nanotoolrl.judge import Judge
 from nanotoolrl.logprob import BACKENDS
 from nanotoolrl.masters import Masters
+from nanotoolrl.memory import available, describe, plan
 from nanotoolrl.model import BUILT_IN, DTYPES, ModelError, Policy, load
 from nanotoolrl.probes import ProbeSet, advantage_mass, displacement_own, survival
 from nanotoolrl.sampler import Sampler, Trajectory
 from nanotoolrl.schemes import SCHEDULES, SCHEMES
-from nanotoolrl.tasks import SPLITS, in_epochs, load_tasks, subset
+from nanotoolrl.tasks import TASK_NAMES, in_epochs, is_bfcl, load_tasks, subset
 from nanotoolrl.updates import Run, Step, new_optimizer, trained_reward
 
 METRICS = [
@@ -52,6 +55,7 @@ METRICS = [
     *"sft_loss sft_tokens chord_mu rollbacks".split(),
     *"skipped_updates skipped_tasks forward_tokens sample_seconds seconds".split(),
 ]
+MOST_NAMED = 3  # of the tasks that are skipped
 STATE_JUMP = 0.2  # a share of an unhealthy message state this far above the first step's raises the alarm
 SPURIOUS_JUMP = 10  # so does this growth of a control token's spurious probability
 
@@ -69,10 +73,15 @@ class Config:
     scheme: str = setting("hint", "trainer variant; see --list", tuple(SCHEMES))
     schedule: str = setting("", "when an SFT signal is trained (default: the scheme's own)", ("", *SCHEDULES))
     preset: str = setting(
-        "nano", "named set of settings, overridden by flags", ("nano", "smoke", "collapse", "paper")
+        "nano",
+        "named set of settings, overridden by flags",
+        ("nano", "smoke", "collapse", "paper", "qwen0.5b", "qwen1.5b", "qwen3-1.7b"),
     )
     model: str = setting(BUILT_IN, "checkpoint directory, hub name, or nano, the built-in model")
-    tasks: str = setting("train", f"training tasks: {', '.join(SPLITS)} or a JSONL file")
+    tasks: str = setting("train", f"training tasks: {TASK_NAMES}; of bfcl the train half unless named")
+    bfcl_official: bool = setting(
+        False, "bfcl: hidden tools can be called, no cap on messages but the benchmark's"
+    )
     min_turns: int = setting(1, "train on those of them with at least so many user turns")
     format: str = setting("hermes", "syntax of tool calls", tuple(FORMATS))
     steps: int = setting(20, "RL steps")
@@ -87,7 +96,7 @@ class Config:
     max_messages: int = setting(
         20, "assistant messages per episode (published: 30); no ground truth has more than 14"
     )
-    context: int = setting(2048, "tokens per episode")
+    context: int = setting(2048, "tokens per episode, at most the model's own (with --tasks bfcl: 8192)")
     strict_empty_turn: bool = setting(
         False, "fail a task that calls a tool in a turn whose ground truth is empty"
     )
@@ -149,7 +158,9 @@ class Config:
         10.0, "sentinel: growth of a spurious probability that rolls back; 0: never"
     )
     # looking
-    eval_tasks: str = setting("test", "tasks of the evaluation before and after training")
+    eval_tasks: str = setting(
+        "test", "tasks of the evaluation before and after training (with --tasks bfcl: bfcl:test)"
+    )
     eval_count: int = setting(400, "a fixed sample of so many of them; 0: no evaluation")
     eval_every: int = setting(10, "steps between evaluations on a part of that sample; 0: none")
     eval_part: int = setting(50, "tasks in that part")
@@ -159,6 +170,7 @@ class Config:
     rollout_groups: int = setting(2, "groups per step written to rollouts.jsonl")
     # running
     tokens_at_once: int = setting(4096, "tokens per training micro-batch, padding included")
+    checkpointing: bool = setting(False, "compute layers again in the backward pass: slower, less memory")
     share_prompt: bool = setting(False, "train a group's rows as one sequence that holds their prompt once")
     dtype: str = setting("auto", "of the weights; auto: fp32 on a CPU, bf16 or fp16 on a GPU", tuple(DTYPES))
     logprob: str = setting("auto", "log-prob implementation; auto: Triton on a GPU, else tiles", BACKENDS)
@@ -167,6 +179,34 @@ class Config:
     threads: int = setting(0, "CPU threads; 0: all cores")
 
 
+# Hao et al. 2026, published code; where it is silent, ours.
+PAPER = {
+    "steps": 300,
+    "prompts": 60,
+    "updates": 3,
+    "lr": 1e-6,
+    "warmup": 10,
+    "kl": 1e-4,
+    "context": LONG_CONTEXT,
+    "max_new_tokens": 1024,
+    "max_messages": MAX_MESSAGES,
+    "sft_lr": 1e-5,
+    "sft_batch": 20,  # conversations; published: 128 pairs of a message and all before it
+    "sft_tokens": 0,
+    "chord_steps": 300,
+    "sft_window": 10,
+    "round_steps": 50,
+}
+# The paper's experiment: its benchmark, and what lets it run on one GPU.
+QWEN = PAPER | {
+    "tasks": "bfcl",
+    "checkpointing": True,
+    "slots": 32,
+    "tokens_at_once": 16384,
+    "eval_every": 50,
+    "show_every": 25,
+    "probe_every": 10,
+}
 PRESETS: dict[str, dict] = {
     "nano": {},
     "smoke": {
@@ -194,23 +234,10 @@ PRESETS: dict[str, dict] = {
         "eval_every": 25,
         "show_every": 25,
     },
-    "paper": {
-        "steps": 300,
-        "prompts": 60,
-        "updates": 3,
-        "lr": 1e-6,
-        "warmup": 10,
-        "kl": 1e-4,
-        "context": 8192,
-        "max_new_tokens": 1024,
-        "max_messages": MAX_MESSAGES,
-        "sft_lr": 1e-5,
-        "sft_batch": 20,  # conversations; published: 128 pairs of a message and all before it
-        "sft_tokens": 0,
-        "chord_steps": 300,
-        "sft_window": 10,
-        "round_steps": 50,
-    },
+    "paper": PAPER,
+    "qwen0.5b": QWEN | {"model": "Qwen/Qwen2.5-0.5B-Instruct"},
+    "qwen1.5b": QWEN | {"model": "Qwen/Qwen2.5-1.5B-Instruct"},
+    "qwen3-1.7b": QWEN | {"model": "Qwen/Qwen3-1.7B"},
 }
 
 
@@ -272,7 +299,12 @@ def parse(argv: list[str] | None) -> tuple[Config, set[str], bool]:
             stored = vars(RunDirectory(given["out"]).stored())
     scheme = SCHEMES[(stored | given).get("scheme", Config.scheme)]
     own = {"schedule": scheme.schedules[0] if scheme.schedules else ""} | scheme.defaults
-    config = Config(**(PRESETS[given.get("preset", "nano")] | own | stored | given))
+    settings = PRESETS[given.get("preset", "nano")] | own | stored | given
+    if is_bfcl(settings.get("tasks", "")):
+        settings = {"context": LONG_CONTEXT, "eval_tasks": f"{BFCL}:test"} | settings
+        if not settings["tasks"].endswith((":train", ":test")):
+            settings["tasks"] += ":train"
+    config = Config(**settings)
     name = [config.scheme, config.schedule, config.preset, f"s{config.seed}"]
     config.out = config.out or "runs/" + "-".join(filter(None, name))
     try:
@@ -342,7 +374,7 @@ def scheme_table() -> str:
 # ------------------------------------------------------------------------------------------ the run directory
 class RunDirectory:
     """config.json, metrics.csv, probes.jsonl, rollouts.jsonl, checkpoint.pt, result.json and model/ of one
-    run."""
+    run. Of several processes only the first writes."""
 
     def __init__(self, path: str) -> None:
         self.path = Path(path)
@@ -414,7 +446,7 @@ class RunDirectory:
                 f"{self.path} has no checkpoint.pt: it ended before its first save; remove it and start anew"
             )
         try:
-            saved = torch.load(self.checkpoint, weights_only=True)
+            saved = torch.load(self.checkpoint, map_location="cpu", weights_only=True)
             names = ("step", "model", "optimizer", "masters", "state", "torch_rng", "before")
             return {name: saved[name] for name in names}
         except (*UNREADABLE, ValueError, KeyError, TypeError) as error:
@@ -425,6 +457,8 @@ class RunDirectory:
 
     def save(self, run: Run, before: Scores | None) -> None:
         """Write the checkpoint atomically: a reader sees the old one or the new one."""
+        if not distributed.first():
+            return
         state = {
             "step": run.step,
             "model": run.policy.model.state_dict(),
@@ -440,11 +474,15 @@ class RunDirectory:
 
     def log_probes(self, details: dict) -> None:
         """One line of probes.jsonl."""
+        if not distributed.first():
+            return
         with self.probes.open("a") as file:
             file.write(json.dumps(rounded(details)) + "\n")
 
     def log(self, config: Config, run: Run, row: dict, details: dict, step: Step) -> None:
         """One metrics row, one line of details, and the first `rollout_groups` groups of the step."""
+        if not distributed.first():
+            return
         with self.metrics.open("a", newline="") as file:
             csv.writer(file, lineterminator="\n").writerow([text(row.get(name)) for name in METRICS])
         self.log_probes(details)
@@ -511,20 +549,25 @@ def git_revision() -> str:
 # ---------------------------------------------------------------------------------------------------- one run
 def setup(config: Config) -> tuple[Run, list[Task], int]:
     """(run, evaluation tasks, number of training tasks that do not fit the context)."""
-    torch.set_num_threads(config.threads or os.cpu_count() or 1)
+    torch.set_num_threads(config.threads or max(1, (os.cpu_count() or 1) // distributed.neighbours()))
     torch.manual_seed(config.seed)
     try:
         logprob.use(config.logprob)
         policy = load(config.model, dtype=DTYPES[config.dtype])
-        tasks, held = load_tasks(config.tasks), load_tasks(config.eval_tasks) if config.eval_count else []
+        tasks = load_tasks(config.tasks, config.bfcl_official)
+        official = config.bfcl_official and is_bfcl(config.eval_tasks)
+        held = load_tasks(config.eval_tasks, official) if config.eval_count else []
     except (ModelError, FileNotFoundError, ValueError) as error:
         raise Refused(str(error)) from None
     tasks = [task for task in tasks if len(task.turns) >= config.min_turns]
     held = subset(held, config.eval_count)
     room = min(config.context, policy.context) - config.max_new_tokens
     fitting = [fits(policy, task, config.format, room, hinted=True) for task in tasks]
-    for task in [task for task, ok in zip(tasks, fitting, strict=True) if not ok]:
-        print(f"skipped: task {task.id}, with its hint or its ground truth, is longer than {room} tokens")
+    skipped = [task.id for task, ok in zip(tasks, fitting, strict=True) if not ok]
+    for name in skipped[:MOST_NAMED]:
+        print(f"skipped: task {name}, with its hint or its ground truth, is longer than {room} tokens")
+    if len(skipped) > MOST_NAMED:
+        print(f"skipped: {len(skipped) - MOST_NAMED} more such tasks")
     tasks = [task for task, ok in zip(tasks, fitting, strict=True) if ok]
     chosen, held = held, [task for task in held if fits(policy, task, config.format, room)]
     if len(held) < len(chosen):
@@ -532,6 +575,10 @@ def setup(config: Config) -> tuple[Run, list[Task], int]:
     if len(tasks) < config.prompts:
         there_are = f"{len(tasks)} tasks with --min-turns {config.min_turns} fit into the context"
         raise Refused(f"{there_are}, fewer than --prompts {config.prompts}")
+    if config.checkpointing:
+        policy.checkpoint_layers()
+    needed = SCHEMES[config.scheme].memory
+    print(describe(plan(policy.model, config, needed), available(policy.device), needed))
     masters = Masters(policy.model)
     optimizer = new_optimizer(masters, config.lr, config.weight_decay)
     sampler = Sampler(policy, config.max_new_tokens, config.context, config.slots, config.seed)
@@ -576,7 +623,7 @@ def anatomy(run: Run, step: Step, probes: ProbeSet) -> tuple[dict[str, float], d
         pushes = zip(probes.control, *step.metrics["logit_gradient"], strict=True)
         details["logit_gradient"] = {token: dict(zip(names, push)) for token, *push in pushes}
     if run.step % run.config.probe_every == 0:
-        measured = probes.measure(run.policy)
+        measured = distributed.from_first(lambda: probes.measure(run.policy))  # a scheme may act on it
         columns = dict(measured.columns)
         columns["displacement_own"] = displacement_own(run.policy, step.trajectories, run.config.temperature)
         details["tokens"] = measured.tokens
@@ -616,23 +663,18 @@ def train(config: Config, resume: bool, given: set[str]) -> int:
         config, saved = directory.reopen(config, given)
     run, held, left_out = setup(config)
     if saved is None:
-        directory.create(config)
+        distributed.from_first(lambda: directory.create(config))
         directory.save(run, None)
     else:
         restore(run, saved, directory)
-        directory.rewind(config, run.step)
+        distributed.from_first(lambda: directory.rewind(config, run.step))
     updates = f"{config.updates} update{'s' if config.updates > 1 else ''}"
     print(
         f"{config.scheme}{', ' + config.schedule if config.schedule else ''}: {config.prompts} prompts x "
         f"{config.group} rollouts = {config.prompts * config.group} trajectories, {updates}; "
         f"{config.steps} steps on {len(run.tasks)} tasks; {directory.path}"
     )
-    start = load(config.model, dtype=DTYPES[config.dtype])
-    probes = ProbeSet(start, subset(run.tasks, config.probe_tasks), config.format)
-    if not directory.probes.stat().st_size:
-        measured = probes.measure(start)
-        nll = {name: measured.columns[name] for name in ("nll_control", "nll_content")}
-        directory.log_probes({"step": 0} | nll | {"tokens": measured.tokens})
+    probes = probes_of_start(run, directory)
     if saved and saved["before"]:
         before = Scores(**saved["before"])
     else:
@@ -661,14 +703,28 @@ def train(config: Config, resume: bool, given: set[str]) -> int:
             bar.update()
             if config.show_every and run.step % config.show_every == 0 and step.trajectories:
                 tqdm.write(show(run.policy, step.trajectories[-1], run.step))
-            code = 1 if run.stuck else 130 if stop.asked else 0
+            code = 1 if run.stuck else 130 if distributed.total(stop.asked) else 0
             if run.step % config.save_every == 0 or run.step == config.steps or code:
                 directory.save(run, before)
     if code:
-        print(WHY_STOPPED[code], f"Step {run.step} is saved in {directory.path}.", file=sys.stderr)
+        distributed.wait()
+        if distributed.first():
+            print(WHY_STOPPED[code], f"Step {run.step} is saved in {directory.path}.", file=sys.stderr)
     else:
         finish(run, directory, held, before)
     return code
+
+
+def probes_of_start(run: Run, directory: RunDirectory) -> ProbeSet:
+    """What the policy is compared with: the model the run began from, on the probe tasks."""
+    config = run.config
+    start = load(config.model, dtype=DTYPES[config.dtype]) if run.step else run.policy
+    probes = ProbeSet(start, subset(run.tasks, config.probe_tasks), config.format)
+    if distributed.from_first(lambda: directory.probes.stat().st_size == 0):
+        measured = probes.measure(start)
+        nll = {name: measured.columns[name] for name in ("nll_control", "nll_content")}
+        directory.log_probes({"step": 0} | nll | {"tokens": measured.tokens})
+    return probes
 
 
 def score_tasks(run: Run, held: list[Task], when: str) -> Scores | None:
@@ -681,21 +737,23 @@ def score_tasks(run: Run, held: list[Task], when: str) -> Scores | None:
 
 def greedy(run: Run, tasks: list[Task]) -> Scores:
     """Scores of the policy as it is, in the run's format."""
-    names = ("max_messages", "strict_empty_turn", "max_new_tokens", "context", "slots")
-    settings = {name: getattr(run.config, name) for name in names}
-    return evaluate(run.policy, tasks, run.config.format, **settings)
+    names = ("format", "max_messages", "strict_empty_turn")
+    return evaluate(run.sampler, tasks, **{name: getattr(run.config, name) for name in names})
 
 
 def finish(run: Run, directory: RunDirectory, held: list[Task], before: Scores | None) -> None:
     """Save the model, evaluate, and print the closing table."""
-    run.policy.save(directory.model)
+    if distributed.first():
+        run.policy.save(directory.model)
     after = score_tasks(run, held, "after")
     if before and after:
         scores = {"before": before, "after": after}
         print(table(scores))
-        write_atomically(
-            directory.result, json.dumps({k: dataclasses.asdict(v) for k, v in scores.items()}, indent=1)
-        )
+        if distributed.first():
+            result = {name: dataclasses.asdict(one) for name, one in scores.items()}
+            write_atomically(directory.result, json.dumps(result, indent=1))
+    if run.policy.device.type == "cuda":
+        print(f"peak memory: {torch.cuda.max_memory_allocated() / 2**30:.2f} GiB")
     print(
         f"model: {directory.model}; metrics: {directory.metrics}\n"
         f"look: python sample.py --model {directory.model}"
@@ -724,6 +782,21 @@ def show(policy: Policy, trajectory: Trajectory, step: int) -> str:
     return f"{head}\n{body}\n---"
 
 
+@contextlib.contextmanager
+def talking_once() -> Iterator[None]:
+    """Of several processes, only the first says what it does; all say what goes wrong."""
+    if distributed.first():
+        yield
+        return
+    with open(os.devnull, "w") as nowhere, contextlib.redirect_stdout(nowhere):
+        before = tqdm.__init__
+        tqdm.__init__ = lambda bar, *args, **settings: before(bar, *args, **settings | {"disable": True})
+        try:
+            yield
+        finally:
+            tqdm.__init__ = before
+
+
 class StopSignal:
     """While it is open, Ctrl-C asks the loop to save after the current step; a second one stops at once."""
 
@@ -741,16 +814,22 @@ class StopSignal:
         if self.asked:
             raise KeyboardInterrupt
         self.asked = True
-        print("\nfinishing this step, then saving; Ctrl-C again stops at once", file=sys.stderr)
+        if distributed.first():
+            print("\nfinishing this step, then saving; Ctrl-C again stops at once", file=sys.stderr)
 
 
 def main(argv: list[str] | None = None) -> int:
     """The command: returns 0 when done, 1 when training broke, 2 when refused, 130 after Ctrl-C."""
     config, given, resume = parse(argv)
     try:
-        return train(config, resume, given)
-    except Refused as error:
-        print(f"train.py: {error}", file=sys.stderr)
+        distributed.start()
+        with talking_once():
+            code = train(config, resume, given)
+        distributed.stop()
+        return code
+    except (Refused, distributed.TooManyProcesses) as error:
+        if distributed.first():
+            print(f"train.py: {error}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
         saved = RunDirectory(config.out).checkpoint.is_file()

@@ -25,11 +25,12 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from nanotoolrl.chat import FORMATS, Call, Chat, message_state, render_calls, signature  # noqa: E402
-from nanotoolrl.env import Episode, Task, call_tool, oracle  # noqa: E402
+from nanotoolrl.env import Episode, Task, alter, call_tool, oracle  # noqa: E402
 from nanotoolrl.evaluate import evaluate  # noqa: E402
 from nanotoolrl.model import Policy, load, pad  # noqa: E402
+from nanotoolrl.sampler import Sampler  # noqa: E402
 from nanotoolrl.supervise import hint_text  # noqa: E402
-from nanotoolrl.tasks import alter, generate, load_tasks, subset  # noqa: E402
+from nanotoolrl.tasks import generate, load_tasks, subset  # noqa: E402
 from nanotoolrl.updates import micro_batches  # noqa: E402
 
 VOCABULARY = 1536
@@ -157,7 +158,7 @@ def wrong_call(rng: random.Random, call: Call, episode: Episode) -> Call | None:
     elif call.arguments and kind == 1:
         wrong = Call(call.name, dict(rng.sample(list(call.arguments.items()), len(call.arguments) - 1)))
     elif call.arguments:
-        wrong = alter(call, rng.choice(list(call.arguments)))
+        wrong = alter(episode.task, call, rng.choice(list(call.arguments)))
     else:
         return None
     result = call_tool(copy.deepcopy(episode.world), wrong)
@@ -316,10 +317,8 @@ def learning_rate(step: int) -> float:
 
 def success(policy: Policy, tasks: list[Task]) -> dict[str, float]:
     """Greedy success per format."""
-    return {
-        format: evaluate(policy, tasks, format, context=2048, max_messages=MESSAGES).success
-        for format in FORMATS
-    }
+    sampler = Sampler(policy, context=2048)
+    return {format: evaluate(sampler, tasks, format, max_messages=MESSAGES).success for format in FORMATS}
 
 
 def ready(scores: dict[str, float], slack: float = 0.0) -> bool:

@@ -1,4 +1,5 @@
 """Every performance row, beside its peers, in one run: `python -m nanotoolrl.bench kernel|sampler|step`.
+`python -m nanotoolrl.bench memory` is arithmetic: which settings fit real models into which GPUs.
 
 Each builds its workload, checks every result before its speed is looked at, runs the peers that are installed
 in turns, and prints medians with their spread, peak memory, error, and the share of a limit that is measured
@@ -33,14 +34,18 @@ from transformers import (
     AutoModelForCausalLM,
     DynamicCache,
     GenerationConfig,
+    LlamaConfig,
     LogitsProcessorList,
     Qwen2Config,
+    Qwen3Config,
 )
 
+import train
 from nanotoolrl.decode import Decoder
 from nanotoolrl.env import Episode, Task
 from nanotoolrl.logprob import token_logprob
 from nanotoolrl.masters import Masters
+from nanotoolrl.memory import plan
 from nanotoolrl.model import BUILT_IN, ModelError, Policy, load, pad
 from nanotoolrl.replay import Replay, messages_of
 from nanotoolrl.sampler import Sampler, Trajectory
@@ -48,6 +53,15 @@ from nanotoolrl.tasks import load_tasks
 from nanotoolrl.updates import Run, advantages, new_optimizer, policy_update, rollout
 
 MODEL_VOCABULARY = 151_936  # of Qwen2.5
+SHAPE = ("hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads")
+SHAPE += ("num_key_value_heads", "head_dim", "vocab_size")
+REAL_MODELS = {  # architecture, SHAPE
+    "Qwen2.5-0.5B": (Qwen2Config, 896, 4864, 24, 14, 2, 64, MODEL_VOCABULARY),
+    "Qwen2.5-1.5B": (Qwen2Config, 1536, 8960, 28, 12, 2, 128, MODEL_VOCABULARY),
+    "Qwen3-0.6B": (Qwen3Config, 1024, 3072, 28, 16, 8, 128, MODEL_VOCABULARY),
+    "Qwen3-1.7B": (Qwen3Config, 2048, 6144, 28, 16, 8, 128, MODEL_VOCABULARY),
+    "Llama-3.2-1B": (LlamaConfig, 2048, 8192, 16, 32, 8, 64, 128_256),
+}
 OURS = "nanotoolrl"
 
 
@@ -300,14 +314,12 @@ def seeded_policy(device: torch.device, small: bool) -> Policy:
     """A model of seeded random weights with the built-in tokenizer: 5 M parameters on a CPU, the shapes of
     Qwen2.5-0.5B on a GPU. Its embeddings are large, so that its distribution is peaked."""
     tokenizer = load(BUILT_IN, device="cpu").tokenizer
-    names = ("hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads")
-    names += ("num_key_value_heads", "vocab_size")
-    sizes = (256, 768, 6, 8, 4, len(tokenizer))
+    sizes = (256, 768, 6, 8, 4, 32, len(tokenizer))
     if small:
-        sizes = (64, 64, 2, 8, 4, len(tokenizer))
+        sizes = (64, 64, 2, 8, 4, 8, len(tokenizer))
     elif device.type == "cuda":
-        sizes = (896, 4864, 24, 14, 2, MODEL_VOCABULARY)
-    config = Qwen2Config(**dict(zip(names, sizes)), tie_word_embeddings=True, max_position_embeddings=8192)
+        sizes = REAL_MODELS["Qwen2.5-0.5B"][1:]
+    config = Qwen2Config(**dict(zip(SHAPE, sizes)), tie_word_embeddings=True, max_position_embeddings=8192)
     dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
     torch.manual_seed(0)
     model = AutoModelForCausalLM.from_config(config, dtype=dtype, attn_implementation="sdpa")
@@ -615,6 +627,44 @@ def check_parity(policy: Policy, tasks: list[Task], group: int = 4, temperature:
     return Parity(len(gap), size.quantile(0.99).item(), size.max().item(), outside, itself)
 
 
+# ----------------------------------------------------------------------------------------------------- memory
+GPUS = (24, 40, 80)  # GiB
+TAKEN = 0.9  # share of a GPU that a plan may take; the rest is for the allocator and the CUDA context
+# What is added to a preset until it fits: what costs time before what changes the method.
+LADDER = (
+    "",
+    "--slots 16",
+    "--slots 8",
+    "--slots 8 --tokens-at-once 8192",
+    "--slots 4 --tokens-at-once 8192",
+    "--slots 4 --tokens-at-once 8192 --kl 0",
+)
+
+
+def memory_table() -> str:
+    """Markdown: the flags with which the Qwen presets' settings fit a model into a GPU, by `memory.plan`."""
+    lines = ["| model | schedule | " + " | ".join(f"{size} GiB" for size in GPUS) + " |"]
+    lines.append("|---" * (2 + len(GPUS)) + "|")
+    for name, (architecture, *sizes) in REAL_MODELS.items():
+        shape = dict(zip(SHAPE, sizes)) | {"tie_word_embeddings": True, "max_position_embeddings": 32_768}
+        with torch.device("meta"):  # shapes only
+            model = AutoModelForCausalLM.from_config(architecture(**shape), dtype=torch.bfloat16)
+        for schedule, scheme in (("sync", "hint"), ("interleaved", "ets")):
+            fitting = [fitting_flags(model, scheme, TAKEN * size * 2**30) for size in GPUS]
+            lines.append(f"| {name} | {schedule} | {' | '.join(fitting)} |")
+    return "\n".join(lines)
+
+
+def fitting_flags(model: torch.nn.Module, scheme: str, room: float) -> str:
+    """What a table says of a model and that many bytes: flags to add, and the plan's sum."""
+    for flags in LADDER:
+        command = ["--preset", "qwen0.5b", "--scheme", scheme, *flags.split()]
+        total = sum(plan(model, train.parse(command)[0]).values())
+        if total <= room:
+            return f"{f'`{flags}`' if flags else 'as it is'}, {total / 2**30:.0f} GiB"
+    return "does not fit"
+
+
 # ----------------------------------------------------------------------------------------------------- report
 def machine(device: torch.device) -> dict[str, str]:
     """What a result was measured on."""
@@ -675,7 +725,7 @@ def markdown(result: dict) -> str:
 def main(argv: list[str] | None = None) -> int:
     """The command: returns 0, 1 if a result is wrong, 2 if it cannot run."""
     parser = argparse.ArgumentParser(prog="nanotoolrl.bench", description=__doc__.split("\n\n")[0])
-    parser.add_argument("what", choices=("kernel", "sampler", "step"))
+    parser.add_argument("what", choices=("kernel", "sampler", "step", "memory"))
     parser.add_argument(
         "--repeats", type=int, help="timed runs of every arm (default: 5 on a CPU, 20 on a GPU)"
     )
@@ -686,6 +736,9 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--small", action="store_true", help="tiny shapes, to see that it runs")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write the result down")
     args = parser.parse_args(argv)
+    if args.what == "memory":
+        print(memory_table())
+        return 0
     device = torch.device(args.device)
     torch.set_num_threads(args.threads)
     repeats = args.repeats or (20 if device.type == "cuda" else 5)

@@ -23,8 +23,9 @@ from nanotoolrl.model import BUILT_IN, ModelError, Policy, load
 from nanotoolrl.probes import ProbeSet
 from nanotoolrl.sampler import Sampler, demonstration
 from nanotoolrl.supervise import hint_text
-from nanotoolrl.tasks import SPLITS, load_tasks, subset
+from nanotoolrl.tasks import TASK_NAMES, is_bfcl, load_tasks, subset
 
+LONG_CONTEXT = 8192  # tokens per episode of the benchmark, as published
 PROBE_TASKS = 32  # training tasks whose ground truth the doctor probes
 
 
@@ -58,19 +59,17 @@ def wilson(solved: float, n: int) -> tuple[float, float, float]:
 
 
 def evaluate(
-    policy: Policy,
+    sampler: Sampler,
     tasks: Sequence[Task],
     format: str = "hermes",
     temperature: float = 0.0,
     hints: Sequence[str] | None = None,
-    seed: int = 0,
     max_messages: int = MAX_MESSAGES,
     strict_empty_turn: bool = False,
     samples: int = 1,
     force_prefix: bool = False,
-    **sampler: object,
 ) -> Scores:
-    """Play every task (greedily by default) and score it. `sampler` passes settings to `Sampler`.
+    """Play every task (greedily by default) and score it.
 
     samples: rollouts of each task; its reward is their mean, so that intervals are over tasks. force_prefix:
     the canonical prefix of a call is written wherever one should come: is the skill there, behind a broken
@@ -79,10 +78,9 @@ def evaluate(
     started = time.perf_counter()
     order = sorted(range(len(tasks)), key=lambda i: len(str(tasks[i].state)))
     order = [i for i in order for _ in range(samples)]
-    player = Sampler(policy, seed=seed, **sampler)
     hints = [hints[i] for i in order] if hints else None
     episodes = [Episode(tasks[i], format, max_messages, strict_empty_turn) for i in order]
-    trajectories = player.rollout(episodes, hints, temperature, force_prefix=force_prefix)
+    trajectories = sampler.rollout(episodes, hints, temperature, force_prefix=force_prefix)
     scores = Scores()
     for i in range(0, len(trajectories), samples):
         reward = sum(row.reward for row in trajectories[i : i + samples]) / samples
@@ -103,6 +101,18 @@ def table(columns: dict[str, Scores]) -> str:
         for scores in columns.values():
             cells.append(_cell(scores.of(name)))
         lines.append(f"{name:<14}" + "".join(f" {cell:>23}" for cell in cells))
+    return "\n".join(lines)
+
+
+def paper_table(columns: dict[str, Scores]) -> str:
+    """Success in % in the layout of Hao et al. 2026, Table 1: a row per evaluation, a column per category and
+    the mean over tasks, with its interval (in the whole test half, that of the categories)."""
+    names = [c for c in CATEGORIES if any(c in scores.rewards for scores in columns.values())]
+    lines = [f"{'success %':<14}" + "".join(f"{name:>14}" for name in names) + f"{'avg':>26}"]
+    for title, scores in columns.items():
+        shares = [scores.of(name)[0] for name in names]
+        cells = "".join(f"{100 * share:>14.1f}" for share in shares)
+        lines.append(f"{title:<14}{cells}{_cell(scores.of('all')):>26}")
     return "\n".join(lines)
 
 
@@ -140,24 +150,25 @@ def fits(policy: Policy, task: Task, format: str, room: int, hinted: bool = Fals
 
 
 def checkup(
-    policy: Policy, name: str, tasks: Sequence[Task], format: str, probes: ProbeSet, **how
+    sampler: Sampler, name: str, tasks: Sequence[Task], format: str, probes: ProbeSet, max_messages: int
 ) -> Checkup:
     """What the doctor needs to know of a model: greedy success on `tasks` in every format and with the prefix
-    forced, message states, probes. `how` passes settings to `evaluate`."""
+    forced, message states, probes."""
     ways = {one: (one, False) for one in (format, *(f for f in FORMATS if f != format))}
     ways[FORCED] = (format, True)
     played = {
-        way: evaluate(policy, tasks, one, force_prefix=forced, **how)
+        way: evaluate(sampler, tasks, one, max_messages=max_messages, force_prefix=forced)
         for way, (one, forced) in tqdm(ways.items(), f"playing {name}", unit="evaluation")
     }
     success = {way: scores.of("all") for way, scores in played.items()}
-    return Checkup(name, format, success, played[format].states, probes.measure(policy).tokens)
+    return Checkup(name, format, success, played[format].states, probes.measure(sampler.policy).tokens)
 
 
 # ------------------------------------------------------------------------------------------------ the command
 # Which flags count in which kind of evaluation; others are refused, not ignored.
 FLAGS = {
-    "score": "model tasks format count temperature samples hint force_prefix seed context max_messages",
+    "score": "model tasks bfcl_official format count temperature samples hint force_prefix seed context "
+    "max_messages",
     "grid": "model format count temperature samples hint force_prefix seed context max_messages",
     "doctor": "model tasks format count compare context max_messages",
     "transcripts": "format",
@@ -175,7 +186,12 @@ def main(argv: list[str] | None = None) -> int:
         default=BUILT_IN,
         help="checkpoint directory, hub name, or nano, the built-in model (default)",
     )
-    add("--tasks", default="test", help=f"{', '.join(SPLITS)} or a JSONL file (default: test)")
+    add("--tasks", default="test", help=f"{TASK_NAMES} (default: test)")
+    add(
+        "--bfcl-official",
+        action="store_true",
+        help="bfcl: hidden tools can be called, no cap on messages but the benchmark's",
+    )
     add(
         "--format",
         choices=tuple(FORMATS),
@@ -188,7 +204,7 @@ def main(argv: list[str] | None = None) -> int:
     add("--hint", action="store_true", help="put each task's hint into the system prompt")
     add("--force-prefix", action="store_true", help="write the start of a call wherever one should come")
     add("--seed", type=int, default=0, help="of the sampling noise (default: 0)")
-    add("--context", type=int, default=2048, help="tokens per episode (default: 2048)")
+    add("--context", type=int, help="tokens per episode (default: 2048, of bfcl 8192), at most the model's")
     add("--max-messages", type=int, default=20, help="assistant messages per episode (default: 20)")
     add("--json", metavar="FILE", help="write the numbers there, too")
     kind = parser.add_mutually_exclusive_group()
@@ -227,19 +243,26 @@ def main(argv: list[str] | None = None) -> int:
     return 0
 
 
-def chosen_tasks(name: str, count: int) -> list[Task]:
+def chosen_tasks(name: str, count: int, official: bool = False) -> list[Task]:
     """The tasks of a set, or a fixed sample of `count` of them."""
-    tasks = load_tasks(name)
+    tasks = load_tasks(name, official)
     return subset(tasks, count) if count else tasks
+
+
+def context_of(args: argparse.Namespace) -> int:
+    """Tokens per episode, as asked for or fit for the tasks."""
+    return args.context or (LONG_CONTEXT if is_bfcl(args.tasks) else 2048)
 
 
 def score(args: argparse.Namespace) -> tuple[str, dict]:
     """Success by category in each format, and message states."""
-    policy, tasks = load(args.model), chosen_tasks(args.tasks, args.count)
+    tasks = chosen_tasks(args.tasks, args.count, args.bfcl_official)
+    policy = load(args.model)
     formats = [args.format] if args.format else FORMATS
     columns = {format: play(policy, tasks, format, args) for format in formats}
     scores = {format: dataclasses.asdict(one) for format, one in columns.items()}
-    return f"{table(columns)}\n{states_table(columns)}", {"scores": scores}
+    shown = paper_table(columns) if is_bfcl(args.tasks) else table(columns)
+    return f"{shown}\n{states_table(columns)}", {"scores": scores}
 
 
 def score_grid(args: argparse.Namespace) -> tuple[str, dict]:
@@ -255,12 +278,25 @@ def score_grid(args: argparse.Namespace) -> tuple[str, dict]:
 
 
 def play(policy: Policy, tasks: Sequence[Task], format: str, args: argparse.Namespace) -> Scores:
-    """Evaluate as the flags say, and say on stderr that it is done."""
-    hints = [hint_text(task, format) for task in tasks] if args.hint else None
-    how = (args.temperature, hints, args.seed, args.max_messages)
-    more = {"samples": args.samples, "force_prefix": args.force_prefix, "context": args.context}
-    scores = evaluate(policy, tasks, format, *how, **more)
+    """Evaluate as the flags say, and say on stderr that it is done. A task whose prompt is too long fails."""
+    context = context_of(args)
+    room = min(context, policy.context) - 1
+    texts = [hint_text(task, format) if args.hint else "" for task in tasks]
+    fitting = [
+        len(policy.chat.prompt_ids(*Episode(task, format).prompt(), format, hint)) <= room
+        for task, hint in zip(tasks, texts, strict=True)
+    ]
+    hints = [hint for hint, ok in zip(texts, fitting) if ok] if args.hint else None
+    how = {"max_messages": args.max_messages, "samples": args.samples, "force_prefix": args.force_prefix}
+    sampler = Sampler(policy, context=context, seed=args.seed)
+    played = [task for task, ok in zip(tasks, fitting) if ok]
+    scores = evaluate(sampler, played, format, args.temperature, hints, **how)
+    for task in [task for task, ok in zip(tasks, fitting) if not ok]:
+        scores.rewards.setdefault(task.category, []).append(0.0)
     print(f"{format}: {len(tasks)} tasks in {scores.seconds:.0f} s", file=sys.stderr)
+    if not all(fitting):
+        left_out = fitting.count(False)
+        print(f"{format}: {left_out} of them failed: a prompt of more than {room} tokens", file=sys.stderr)
     return scores
 
 
@@ -272,10 +308,10 @@ def doctor(args: argparse.Namespace) -> tuple[str, dict]:
     trained = args.format or of_run(args.model, "format") or "hermes"
     policies = [load(name) for name in [args.model, *filter(None, [before])]]
     probes = ProbeSet(policies[-1], probe_tasks, trained)
-    how = {"max_messages": args.max_messages, "context": args.context}
+    samplers = [Sampler(policy, context=context_of(args)) for policy in policies]
     found = [
-        checkup(policy, name, tasks, trained, probes, **how)
-        for policy, name in zip(policies, [args.model, before])
+        checkup(sampler, name, tasks, trained, probes, args.max_messages)
+        for sampler, name in zip(samplers, [args.model, before])
     ]
     model, reference = found[0], found[1] if before else None
     numbers = {"verdict": verdict(model, reference), "model": dataclasses.asdict(model)}

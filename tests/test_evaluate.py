@@ -9,6 +9,7 @@ import torch
 from nanotoolrl.chat import control_tokens
 from nanotoolrl.evaluate import Scores, evaluate, fits, grid, main, states_table, table, wilson
 from nanotoolrl.model import NANO, load
+from nanotoolrl.sampler import Sampler
 from nanotoolrl.supervise import hint_text
 from nanotoolrl.tasks import load_tasks, subset
 
@@ -43,8 +44,8 @@ def test_table_by_hand():
 
 def test_evaluation_does_not_depend_on_slots_or_order(policy):
     tasks = [task for task in subset(load_tasks("test"), 12) if task.category != "long_context"]
-    one = evaluate(policy, tasks, slots=12, max_messages=4)
-    other = evaluate(policy, tasks[::-1], slots=5, max_messages=4)
+    one = evaluate(Sampler(policy, slots=12), tasks, max_messages=4)
+    other = evaluate(Sampler(policy, slots=5), tasks[::-1], max_messages=4)
     assert {k: sorted(v) for k, v in one.rewards.items()} == {k: sorted(v) for k, v in other.rewards.items()}
     assert one.states == other.states
 
@@ -60,19 +61,21 @@ FEW = "--count 4 --max-messages 4".split()
 def test_samples_are_averaged_over_each_task(policy):
     """Two rollouts of each task, at a temperature at which they differ; intervals are over tasks."""
     tasks = [task for task in subset(load_tasks("test"), 30) if len(task.turns) == 1][:8]
-    scores = evaluate(policy, tasks, temperature=1.0, samples=3, max_messages=6)
+    scores = evaluate(Sampler(policy), tasks, temperature=1.0, samples=3, max_messages=6)
     rewards = sum(scores.rewards.values(), [])
     assert len(rewards) == scores.of("all")[3] == len(tasks)
     assert {round(3 * reward, 6) for reward in rewards} <= {0, 1, 2, 3}
     assert any(reward not in (0.0, 1.0) for reward in rewards)
-    once = evaluate(policy, tasks, temperature=1.0, max_messages=6)
+    once = evaluate(Sampler(policy), tasks, temperature=1.0, max_messages=6)
     assert sum(scores.states.values()) > 2 * sum(once.states.values())
 
 
 def test_a_forced_prefix_repairs_a_model_that_lost_only_that(broken):
     """The same weights but for one direction of the head: unforced nothing calls, forced much of it does."""
     tasks = [task for task in load_tasks("test") if len(task.turns) == 1][:12]
-    free, forced = (evaluate(broken, tasks, force_prefix=flag, max_messages=8) for flag in (False, True))
+    free, forced = (
+        evaluate(Sampler(broken), tasks, force_prefix=flag, max_messages=8) for flag in (False, True)
+    )
     assert free.success == 0 and "call" not in free.states
     assert forced.success > 0 and forced.states["call"] > 0
 

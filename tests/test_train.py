@@ -3,6 +3,7 @@
 import csv
 import json
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -11,7 +12,9 @@ from pathlib import Path
 
 import pytest
 import torch
+from stand_ins import MODELS, policy_like
 
+import sample
 import train
 from nanotoolrl import logprob, schemes
 from nanotoolrl.chat import control_tokens
@@ -391,9 +394,11 @@ def test_three_bad_updates_in_a_row_stop_with_the_last_good_state(tmp_path, monk
 def test_long_prompts_are_named_skipped_and_counted(tmp_path, capsys):
     out = tmp_path / "run"
     assert run("--context", 500, "--steps", 1, out=out) == 0
-    skipped = capsys.readouterr().out.count("skipped: task train-")
-    assert 20 < skipped < 280
-    assert rows(out)[0]["skipped_tasks"] == str(skipped)
+    said = capsys.readouterr().out
+    assert said.count("skipped: task train-") == train.MOST_NAMED
+    more = int(re.search(r"skipped: (\d+) more such tasks", said)[1])
+    assert 20 < more < 280
+    assert rows(out)[0]["skipped_tasks"] == str(train.MOST_NAMED + more)
 
 
 def test_out_of_memory_names_two_settings(tmp_path, monkeypatch, capsys):
@@ -433,6 +438,44 @@ def test_list_and_help_show_everything(capsys):
         assert name in printed
     for name in train.Config.__dataclass_fields__:
         assert "--" + name.replace("_", "-") in printed
+
+
+@pytest.mark.parametrize("name", ["qwen0.5b", "qwen1.5b", "qwen3-1.7b"])
+def test_presets_of_real_models_are_the_papers(name):
+    config = train.parse(["--preset", name])[0]
+    assert (config.tasks, config.eval_tasks, config.context) == ("bfcl:train", "bfcl:test", 8192)
+    assert (config.steps, config.prompts, config.group, config.updates) == (300, 60, 8, 3)
+    assert (config.lr, config.kl, config.max_new_tokens, config.max_messages) == (1e-6, 1e-4, 1024, 30)
+    assert config.checkpointing and config.model.startswith("Qwen/Qwen")
+    others = train.parse(["--preset", name, "--tasks", "train", "--context", "4096"])[0]
+    assert (others.tasks, others.eval_tasks, others.context) == ("train", "test", 4096)
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_the_layout_of_a_real_model_trains(name, few, tmp_path, capsys):
+    """From a directory, layers computed again, and back: what is saved loads and is sampled from."""
+    policy_like(name).save(tmp_path / "model")
+    flags = ["--scheme", "ets", "--schedule", "sync", "--steps", 1, "--max-new-tokens", 32]
+    flags += ["--tasks", few, "--model", tmp_path / "model", "--checkpointing", "--context", 4096]
+    assert run(*flags, out=tmp_path / "run") == 0
+    assert "memory plan: weights" in capsys.readouterr().out
+    assert float(rows(tmp_path / "run")[0]["sft_loss"]) > 0
+    start, end = (load(tmp_path / one).model.state_dict() for one in ("model", "run/model"))
+    assert any(not torch.equal(start[name], end[name]) for name in start)
+    assert sample.main(["--model", str(tmp_path / "run" / "model"), "--tasks", str(few)]) == 0
+
+
+def test_bfcl_trains(tmp_path, capsys):
+    """`--preset smoke --tasks bfcl` with the built-in model, smaller: it fails every task, and is helped."""
+    pytest.importorskip("bfcl_eval", reason="pip install --no-deps bfcl-eval mpmath")
+    flags = ["--scheme", "ets", "--schedule", "sync", "--tasks", "bfcl", "--steps", 1, "--max-messages", 2]
+    assert run(*flags, "--eval-count", 4, out=tmp_path / "run") == 0
+    said = capsys.readouterr().out
+    assert re.search(r"skipped: \d+ more such tasks", said) and "after" in said
+    (row,) = rows(tmp_path / "run")
+    assert float(row["success"]) == 0 and int(row["failed_tasks"]) == 2 and int(row["sft_tokens"]) > 0
+    config = json.loads((tmp_path / "run" / "config.json").read_text())
+    assert (config["tasks"], config["eval_tasks"], config["context"]) == ("bfcl:train", "bfcl:test", 8192)
 
 
 def test_no_network_is_needed():

@@ -1,0 +1,86 @@
+"""What a run needs of the device's memory, by arithmetic, before it is taken."""
+
+import os
+from collections.abc import Collection
+
+import torch
+from transformers import PreTrainedModel
+
+from nanotoolrl import distributed
+from nanotoolrl.logprob import SLAB_BYTES
+
+# What to lower where a part is too large.
+ADVICE = {
+    "KV cache": "--slots or --context",
+    "activations": "--tokens-at-once down to --context, or --checkpointing",
+    "reference": "--kl 0",
+    "burst optimiser": "--schedule sync",
+}
+
+
+def plan(model: PreTrainedModel, config: object, needed: Collection[str] = ()) -> dict[str, float]:
+    """Bytes by part, of a run of a model with train.py's config; `needed`: parts that its scheme always has.
+
+    fp32 masters and gradients, AdamW's two moments (twice while a burst of SFT has its own), a reference for
+    KL terms, the KV cache of all slots at full length, the activations of one micro-batch, and what the head
+    takes: logits of the rows that are sampled, one slab of the log-prob kernel, the head's gradient, and the
+    probes' copy of it. An estimate: the allocator's own needs, a few percent, come on top.
+    """
+    shape, head = model.config, model.get_output_embeddings().weight
+    parameters = sum(p.numel() for p in model.parameters())
+    size = head.element_size()  # of a weight
+    V, D = head.shape
+    heads, layers = shape.num_attention_heads, shape.num_hidden_layers
+    head_dim = getattr(shape, "head_dim", None) or shape.hidden_size // heads
+    cached = 2 * shape.num_key_value_heads * head_dim  # numbers of a position in a layer's cache
+    context = min(config.context, shape.max_position_embeddings)
+    rows = config.prompts * config.group
+    slots = min(config.slots, -(-max(rows, config.eval_count) // distributed.world()))
+    T = min(max(config.tokens_at_once, context), rows * context)  # tokens of a micro-batch, at least a row
+    # Kept for the backward pass, by token: a norm's input in fp32, its output before and after the scale; of
+    # a layer also query, key, value and what attention gives, and four tensors of the MLP.
+    norm = 4 / size + 2
+    layer = 2 * norm * D + 2 * heads * head_dim + cached + 4 * shape.intermediate_size
+    if any(name.endswith("q_norm") for name, _ in model.named_modules()):  # Qwen3
+        layer += (norm - 1) * (heads * head_dim + cached / 2)
+    if config.share_prompt:  # a dense mask, keys and values for every head
+        layer += T + 2 * heads * head_dim
+    kept = layers * layer
+    if config.checkpointing:
+        kept = layers * D + layer
+    kept += norm * D
+    reference = config.kl > 0 or "reference" in needed
+    bursts = config.schedule == "interleaved" or "burst optimiser" in needed
+    parts = {
+        "weights": parameters * size,
+        "masters": parameters * 4 if size < 4 else 0,
+        "gradients": parameters * 4,
+        "optimiser": parameters * 8,
+        "burst optimiser": parameters * 8 * bursts,
+        "reference": parameters * size * reference,
+        "KV cache": slots * context * layers * cached * size,
+        "activations": T * kept * size,
+        "head": 2 * slots * V * 4 + SLAB_BYTES + 2 * V * D * size,
+    }
+    return {name: float(count) for name, count in parts.items() if count}
+
+
+def describe(parts: dict[str, float], there: float, needed: Collection[str] = ()) -> str:
+    """One line: every part, the sum, what the device has (bytes); a second one if that is not enough: what to
+    lower, largest first, but for the parts that are `needed`."""
+    total = sum(parts.values())
+    unit, digits, name_of_unit = (2**30, 1, "GiB") if total >= 2**30 else (2**20, 0, "MiB")
+    words = " + ".join(f"{name} {count / unit:.{digits}f}" for name, count in parts.items())
+    line = f"memory plan: {words} = {total / unit:.{digits}f} of {there / unit:.0f} {name_of_unit}"
+    if total <= there:
+        return line
+    large = sorted((parts.keys() & ADVICE.keys()) - set(needed), key=parts.get, reverse=True)
+    lower = "; ".join(f"{ADVICE[name]} ({name})" for name in large)
+    return f"{line}\nthis will hardly fit; lower {lower}"
+
+
+def available(device: torch.device) -> float:
+    """Bytes of memory that the device has for a process."""
+    if device.type == "cuda":
+        return float(torch.cuda.get_device_properties(device).total_memory)
+    return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") / distributed.neighbours()

@@ -1,0 +1,141 @@
+"""The memory plan: by hand, beside what autograd keeps, and beside what gradient checkpointing saves."""
+
+from collections.abc import Callable
+from dataclasses import replace
+
+import pytest
+import torch
+from stand_ins import MODELS, policy_like
+from transformers import AutoModelForCausalLM, Qwen2Config
+
+import train
+from nanotoolrl import bench
+from nanotoolrl.memory import available, describe, plan
+from nanotoolrl.model import Policy
+from nanotoolrl.schemes import SCHEMES
+
+GIB = 2**30
+
+
+@pytest.fixture(scope="module")
+def qwen():
+    """Qwen2.5-0.5B in bf16, without its weights."""
+    shape = dict(zip(bench.SHAPE, bench.REAL_MODELS["Qwen2.5-0.5B"][1:]))
+    config = Qwen2Config(**shape, tie_word_embeddings=True, max_position_embeddings=32_768)
+    with torch.device("meta"):
+        return AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16)
+
+
+def config_of(*flags):
+    return train.parse(["--preset", "qwen0.5b", *flags])[0]
+
+
+def test_plan_by_hand(qwen):
+    """494,032,768 parameters; 24 layers x 2 key/value heads x 64 x 2 numbers x 2 bytes a cached token."""
+    parts = plan(qwen, config_of("--scheme", "hint"))
+    parameters = 494_032_768
+    assert parts["weights"] == parts["reference"] == 2 * parameters
+    assert parts["masters"] == parts["gradients"] == 4 * parameters
+    assert parts["optimiser"] == 8 * parameters and "burst optimiser" not in parts
+    assert parts["KV cache"] == 32 * 8192 * 24 * 2 * 64 * 2 * 2
+    layer = 2 * 4 * 896 + 2 * 14 * 64 + 2 * 2 * 64 + 4 * 4864
+    assert parts["activations"] == 16384 * (24 * 896 + layer + 4 * 896) * 2  # layers are computed again
+    assert sum(parts.values()) / GIB == pytest.approx(14.51, abs=0.01)
+
+
+@pytest.mark.parametrize(
+    "flags, part, factor",
+    [
+        (["--kl", "0"], "reference", 0),
+        (["--slots", "16"], "KV cache", 1 / 2),
+        (["--slots", "9999"], "KV cache", 480 / 32),  # no more than the rollouts of a step
+        (["--context", "4096"], "KV cache", 1 / 2),
+        (["--context", "99999"], "KV cache", 4),  # no longer than the model's own
+        (["--tokens-at-once", "8192"], "activations", 1 / 2),
+        (["--tokens-at-once", "2048"], "activations", 1 / 2),  # no less than one row
+        (["--slots", "1"], "activations", 1),
+    ],
+)
+def test_what_a_setting_changes(flags, part, factor, qwen):
+    before, after = (plan(qwen, config_of("--scheme", "hint", *more)) for more in ([], flags))
+    assert after.get(part, 0) == factor * before[part]
+
+
+def test_bursts_have_an_optimiser_and_fp32_weights_no_masters(qwen):
+    for scheme in ("ets", "sft_rl", "sentinel", "bursts"):
+        parts = plan(qwen, config_of("--scheme", scheme), SCHEMES[scheme].memory)
+        assert parts["burst optimiser"] == parts["optimiser"]
+    parts = plan(qwen, config_of("--scheme", "guard-kl", "--kl", "0"), SCHEMES["guard-kl"].memory)
+    assert parts["reference"] == parts["weights"] and "burst optimiser" not in parts
+    assert "masters" not in plan(qwen.to(torch.float32), config_of())
+
+
+def kept_bytes(policy: Policy, forward: Callable[[], torch.Tensor]) -> int:
+    """Memory that `forward` keeps for the backward pass, weights left out."""
+    weights = {weight.untyped_storage().data_ptr() for weight in policy.model.parameters()}
+    kept = {}
+
+    def note(tensor):
+        storage = tensor.untyped_storage()
+        if storage.data_ptr() not in weights:
+            kept[storage.data_ptr()] = tensor  # alive, so that no address is used twice
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor):
+        hidden = forward()
+    assert hidden.requires_grad
+    return sum(tensor.untyped_storage().nbytes() for tensor in kept.values())
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("name", MODELS)
+def test_activations_are_what_autograd_keeps(name, dtype):
+    policy, ids = policy_like(name), torch.randint(100, (8, 64))
+    policy.model.to(dtype)
+    config = replace(config_of(), tokens_at_once=ids.numel(), context=64, checkpointing=False)
+    whole = kept_bytes(policy, lambda: policy.hidden(ids))
+    assert plan(policy.model, config)["activations"] == pytest.approx(whole, rel=0.05)
+    policy.checkpoint_layers()
+    inputs = kept_bytes(policy, lambda: policy.hidden(ids))
+    assert inputs < whole / 5
+    less = plan(policy.model, replace(config, checkpointing=True))["activations"]
+    layers = policy.model.config.num_hidden_layers
+    assert less == pytest.approx(inputs + whole / layers, rel=0.05)  # one layer at a time is computed again
+
+
+def test_a_shared_prompt_keeps_a_dense_mask():
+    """One sequence of all rows: the mask of every layer, and keys and values of every head."""
+    policy = policy_like("qwen2.5")
+    policy.model.to(torch.bfloat16)
+    ids = torch.randint(100, (1, 512)).repeat(2, 1)
+    mask = torch.ones_like(ids, dtype=torch.bool)
+    mask[:, :256] = False
+    kept = kept_bytes(policy, lambda: policy.trained_hidden(ids, mask, 256))  # 256 + 2 * 256 tokens
+    config = replace(config_of(), context=768, tokens_at_once=768, checkpointing=False, share_prompt=True)
+    assert plan(policy.model, config)["activations"] == pytest.approx(kept, rel=0.15)
+
+
+def test_describe():
+    parts = {"weights": 1.0 * GIB, "KV cache": 3.0 * GIB, "reference": 0.5 * GIB}
+    assert describe(parts, 8 * GIB) == (
+        "memory plan: weights 1.0 + KV cache 3.0 + reference 0.5 = 4.5 of 8 GiB"
+    )
+    small = {"weights": 3.0 * 2**20, "head": 0.6 * 2**20}
+    assert describe(small, 8 * GIB) == "memory plan: weights 3 + head 1 = 4 of 8192 MiB"
+    line, advice = describe(parts, 4 * GIB).splitlines()
+    assert line.endswith("= 4.5 of 4 GiB")
+    assert advice == "this will hardly fit; lower --slots or --context (KV cache); --kl 0 (reference)"
+    assert describe(parts, 4 * GIB, ["reference"]).endswith("lower --slots or --context (KV cache)")
+
+
+def test_available():
+    assert GIB < available(torch.device("cpu")) < 2**50
+
+
+def test_every_fitting_line_fits():
+    """Each cell of the README's table is the first rung of the ladder that fits."""
+    rows = [row.strip("| ").split(" | ") for row in bench.memory_table().splitlines()]
+    assert len(rows) == 2 + 2 * len(bench.REAL_MODELS)
+    for row in rows[2:]:
+        for cell, size in zip(row[2:], bench.GPUS, strict=True):
+            assert cell == "does not fit" or float(cell.split(", ")[1].split()[0]) <= bench.TAKEN * size + 0.5
