@@ -85,6 +85,10 @@ def test_the_speed_tables_are_made_from_the_committed_results():
     assert str(bench.Parity(**parity)) in README
 
 
+def test_the_memory_table_is_made_by_its_command():
+    assert bench.memory_table() in README
+
+
 def test_the_sampled_table_is_made_from_the_committed_results():
     start = json.loads((RESULTS / "base" / "sampled.json").read_text())
     ends = [stored(seed, "sampled.json") for seed in range(3)]
@@ -159,7 +163,7 @@ def test_the_model_card_is_made_from_the_committed_scores():
 
 
 def test_every_metric_is_explained():
-    columns = re.findall(r"`(\w+\*?)`", README.split("## Metrics")[1].split("## A real model")[0])
+    columns = re.findall(r"`(\w+\*?)`", README.split("## Metrics")[1].split("## Speed")[0])
     explained = {
         name
         for name in train.METRICS
@@ -172,8 +176,18 @@ def test_files_and_flags_named_in_the_readme_exist():
     for name in re.findall(r"`((?:nanotoolrl|data|tests)/[\w./]+|\w+\.py)`", README):
         assert any((ROOT / place / name).exists() for place in ("", "nanotoolrl", "data")), name
     known = {"--" + name.replace("_", "-") for name in train.Config.__dataclass_fields__}
-    known |= {"--no-adv-std", "--resume", "--list", "--chat", "--oracle", "--task", "--index-url"}
-    for name in ("evaluate", "report", "study", "bench"):
+    known |= {
+        "--no-adv-std",
+        "--resume",
+        "--list",
+        "--chat",
+        "--oracle",
+        "--task",
+        "--index-url",
+        "--no-deps",
+    }
+    known |= {"--nproc", "--shutdown-timeout"}  # the first with _per_node
+    for name in ("evaluate", "report", "study", "bench", "bfcl", "tasks"):
         known |= set(re.findall(r'"(--[a-z-]+)"', (ROOT / "nanotoolrl" / f"{name}.py").read_text()))
     assert set(re.findall(r"--[a-z][a-z-]+", README)) <= known
 
