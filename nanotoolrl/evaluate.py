@@ -232,13 +232,14 @@ def main(argv: list[str] | None = None) -> int:
             raise ValueError("--samples above 1 needs a --temperature: greedy rollouts are all the same")
         if args.json and not Path(args.json).resolve().parent.is_dir():
             raise FileNotFoundError(f"no directory for --json {args.json}")
+        args.context = args.context or (LONG_CONTEXT if is_bfcl(args.tasks) else 2048)
         text, numbers = COMMANDS[kind](args)
     except (ModelError, OSError, ValueError) as error:
         print(f"evaluate: {error}", file=sys.stderr)
         return 2
     print(text)
     if args.json:
-        arguments = {"kind": kind} | arguments
+        arguments = {"kind": kind} | {name: getattr(args, name) for name in arguments}
         Path(args.json).write_text(json.dumps({"arguments": arguments} | numbers))
     return 0
 
@@ -247,11 +248,6 @@ def chosen_tasks(name: str, count: int, official: bool = False) -> list[Task]:
     """The tasks of a set, or a fixed sample of `count` of them."""
     tasks = load_tasks(name, official)
     return subset(tasks, count) if count else tasks
-
-
-def context_of(args: argparse.Namespace) -> int:
-    """Tokens per episode, as asked for or fit for the tasks."""
-    return args.context or (LONG_CONTEXT if is_bfcl(args.tasks) else 2048)
 
 
 def score(args: argparse.Namespace) -> tuple[str, dict]:
@@ -279,8 +275,8 @@ def score_grid(args: argparse.Namespace) -> tuple[str, dict]:
 
 def play(policy: Policy, tasks: Sequence[Task], format: str, args: argparse.Namespace) -> Scores:
     """Evaluate as the flags say, and say on stderr that it is done. A task whose prompt is too long fails."""
-    context = context_of(args)
-    room = min(context, policy.context) - 1
+    sampler = Sampler(policy, context=args.context, seed=args.seed)
+    room = sampler.context - 1
     texts = [hint_text(task, format) if args.hint else "" for task in tasks]
     fitting = [
         len(policy.chat.prompt_ids(*Episode(task, format).prompt(), format, hint)) <= room
@@ -288,7 +284,6 @@ def play(policy: Policy, tasks: Sequence[Task], format: str, args: argparse.Name
     ]
     hints = [hint for hint, ok in zip(texts, fitting) if ok] if args.hint else None
     how = {"max_messages": args.max_messages, "samples": args.samples, "force_prefix": args.force_prefix}
-    sampler = Sampler(policy, context=context, seed=args.seed)
     played = [task for task, ok in zip(tasks, fitting) if ok]
     scores = evaluate(sampler, played, format, args.temperature, hints, **how)
     for task in [task for task, ok in zip(tasks, fitting) if not ok]:
@@ -308,7 +303,7 @@ def doctor(args: argparse.Namespace) -> tuple[str, dict]:
     trained = args.format or of_run(args.model, "format") or "hermes"
     policies = [load(name) for name in [args.model, *filter(None, [before])]]
     probes = ProbeSet(policies[-1], probe_tasks, trained)
-    samplers = [Sampler(policy, context=context_of(args)) for policy in policies]
+    samplers = [Sampler(policy, context=args.context) for policy in policies]
     found = [
         checkup(sampler, name, tasks, trained, probes, args.max_messages)
         for sampler, name in zip(samplers, [args.model, before])
