@@ -175,8 +175,8 @@ FLAGS = {
 }
 
 
-def main(argv: list[str] | None = None) -> int:
-    """The command; returns 0, or 2 when refused."""
+def command_line() -> argparse.ArgumentParser:
+    """The flags, and their help."""
     parser = argparse.ArgumentParser(
         prog="python -m nanotoolrl.evaluate", description="Score a model on tasks.", allow_abbrev=False
     )
@@ -218,6 +218,12 @@ def main(argv: list[str] | None = None) -> int:
         metavar="DIR",
         help="--doctor: the model before training (default: that of its run, if any)",
     )
+    return parser
+
+
+def main(argv: list[str] | None = None) -> int:
+    """The command; returns 0, or 2 when refused."""
+    parser = command_line()
     args = parser.parse_args(argv)
     kind = next((name for name in COMMANDS if getattr(args, name, None)), "score")
     arguments = {name: value for name, value in vars(args).items() if name in FLAGS[kind].split()}
