@@ -41,7 +41,7 @@ from transformers import (
 )
 
 import train
-from nanotoolrl.decode import Decoder
+from nanotoolrl.decode import Decoder, cache_argument
 from nanotoolrl.env import Episode, Task
 from nanotoolrl.logprob import token_logprob
 from nanotoolrl.masters import Masters
@@ -390,10 +390,10 @@ def decode_row(policy: Policy, B: int, length: int, repeats: int, steps: int = 6
     ids = torch.randint(top, (B, length + steps), generator=generator)
     decoder = Decoder(policy, seed=0, fast=device.type == "cuda")
     decoder.open(B, length + steps)
-    theirs = DynamicCache()
+    theirs, name = DynamicCache(), cache_argument(model.model)
     for part in torch.arange(B).split(16):
         decoder.feed(part.tolist(), [0] * len(part), ids[part, : length - 1].tolist())
-    model.model(ids[:, : length - 1].to(device), past_key_values=theirs)
+    model.model(ids[:, : length - 1].to(device), **{name: theirs})
     logprobs: dict[str, list] = {}
 
     def ours() -> None:
@@ -406,7 +406,7 @@ def decode_row(policy: Policy, B: int, length: int, repeats: int, steps: int = 6
     def plain() -> None:
         logprobs[eager], on_device = [], ids.to(device)
         for t in range(length, length + steps):
-            logits = model(on_device[:, t - 1, None], past_key_values=theirs).logits[:, 0].float()
+            logits = model(on_device[:, t - 1, None], **{name: theirs}).logits[:, 0].float()
             logp = logits.log_softmax(-1)
             logp.exp().multinomial(1).tolist()  # a sampler must see the token
             logprobs[eager].append(logp.gather(1, on_device[:, t, None])[:, 0].tolist())

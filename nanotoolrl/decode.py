@@ -6,6 +6,7 @@ embedding to the sampled token and whether it stops, and tokens are read back ev
 optimiser updates weights in place, so graphs outlive training steps.
 """
 
+import inspect
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 
@@ -60,8 +61,13 @@ class Cache:
         new[: old.shape[0], :, : old.shape[2]] = old
         return new
 
-    def update(self, key: Tensor, value: Tensor, layer: int, *_: object) -> tuple[Tensor, Tensor]:
-        """Write [rows, heads, T, head_dim] and return everything the rows may attend to."""
+    def update(
+        self, key: Tensor, value: Tensor, layer: int, *_: object, **__: object
+    ) -> tuple[Tensor, Tensor]:
+        """Write [rows, heads, T, head_dim] and return everything the rows may attend to.
+
+        Further arguments differ between releases of transformers, and mean nothing here.
+        """
         if layer == len(self.layers):
             shape = (self.size, key.shape[1], self.capacity, key.shape[3])
             self.layers.append([key.new_zeros(shape), value.new_zeros(shape)])
@@ -81,6 +87,12 @@ class Cache:
                 store[targets, :, :width] = store[source, :, :width].clone()
 
 
+def cache_argument(model: Callable) -> str:
+    """What the forward of a transformers model calls its cache: its name changed in 5.24."""
+    forward = getattr(model, "forward", model)
+    return "cache" if "cache" in inspect.signature(forward).parameters else "past_key_values"
+
+
 class Decoder:
     """Feeds tokens to a policy and samples what follows. `seed` is of the noise; `fast`: the GPU's way."""
 
@@ -90,6 +102,7 @@ class Decoder:
         self.window = WINDOW if fast else 1
         self.stop_ids = torch.tensor(policy.chat.stop_ids, device=policy.device)
         self.cache, self.attention = Cache(), decode_attention
+        self.cache_argument = cache_argument(policy.model.model)
         if fast:
             from nanotoolrl import kernels  # needs Triton
 
@@ -191,8 +204,8 @@ class Decoder:
             input_ids=ids,
             position_ids=positions,
             attention_mask=mask,
-            past_key_values=self.cache,
             use_cache=True,
+            **{self.cache_argument: self.cache},
             **extra,
         ).last_hidden_state
 

@@ -2,15 +2,17 @@
 
 import os
 
-import pytest
 import torch
-from hypothesis import settings
 
-from nanotoolrl.model import NANO, Policy, load
+if not torch.cuda.is_available():
+    os.environ["TRITON_INTERPRET"] = "1"  # before anything imports Triton: its kernels run on the CPU
+
+import pytest  # noqa: E402
+from hypothesis import settings  # noqa: E402
+
+from nanotoolrl.model import NANO, Policy, load  # noqa: E402
 
 torch.set_num_threads(2)
-if not torch.cuda.is_available():
-    os.environ["TRITON_INTERPRET"] = "1"  # before Triton is imported: its kernels run on the CPU
 settings.register_profile("untimed", deadline=None)  # a busy machine is no failure
 settings.load_profile("untimed")
 

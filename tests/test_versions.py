@@ -1,0 +1,44 @@
+"""What is installed: every import is a requirement, and a whole run says nothing about what will break."""
+
+import ast
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent.parent
+OURS = {"nanotoolrl", "train", "sample"} | {path.stem for path in (ROOT / "tests").glob("*.py")}
+PEERS = {"bfcl_eval", "mpmath", "trl", "liger_kernel", "cut_cross_entropy"}  # only if they are there
+PEERS |= {"datasets"}  # comes with trl
+
+
+def imported(path):
+    """Names of the packages that a file imports."""
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        if isinstance(node, ast.Import):
+            yield from (alias.name.partition(".")[0] for alias in node.names)
+        elif isinstance(node, ast.ImportFrom) and not node.level:
+            yield node.module.partition(".")[0]
+
+
+def required():
+    lines = (ROOT / "requirements.txt").read_text(encoding="utf-8").splitlines()
+    return {re.match(r"\w+", line).group() for line in lines}
+
+
+def test_what_is_imported_is_required_and_the_other_way_round():
+    files = [*ROOT.glob("*.py"), *(ROOT / "nanotoolrl").rglob("*.py"), *(ROOT / "data").glob("*.py")]
+    known = OURS | PEERS | sys.stdlib_module_names
+    product = {name for path in files for name in imported(path)} - known
+    tests = {name for path in (ROOT / "tests").glob("*.py") for name in imported(path)} - known
+    assert product <= required()
+    assert tests <= required() | {"pytest", "hypothesis"}
+    assert required() <= product | tests
+
+
+def test_a_whole_run_warns_of_nothing(tmp_path):
+    """As typed: transformers and torch say on stderr what their next releases will refuse."""
+    command = f"train.py --preset smoke --steps 1 --eval-count 4 --out {tmp_path / 'run'}"
+    done = subprocess.run([sys.executable, *command.split()], cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert "warning" not in (done.stdout + done.stderr).lower()
