@@ -4,10 +4,15 @@ import argparse
 import sys
 from dataclasses import replace
 
+import nanotoolrl  # noqa: F401  (before torch)
+
+# isort: split
 import torch
 
 from nanotoolrl.chat import FORMATS, readable, signature
+from nanotoolrl.cli import command, cpu_threads, number
 from nanotoolrl.env import Episode, Task, Turn, oracle
+from nanotoolrl.evaluate import Limits, add_limits, chosen_limits, rules, sampler_of
 from nanotoolrl.model import BUILT_IN, ModelError, load
 from nanotoolrl.sampler import Sampler, Trajectory
 from nanotoolrl.tasks import TASK_NAMES, load_tasks
@@ -15,16 +20,16 @@ from nanotoolrl.tasks import TASK_NAMES, load_tasks
 CHAT_TURNS = 50
 
 
-def play(sampler: Sampler, task: Task, args: argparse.Namespace, color: bool) -> Trajectory:
+def play(sampler: Sampler, task: Task, args: argparse.Namespace, limits: Limits, color: bool) -> Trajectory:
     """Play one task and print the conversation with a verdict per turn."""
-    episode = Episode(task, args.format)
+    episode = Episode(task, args.format, **rules(limits))
     row = sampler.rollout([episode], temperature=args.temperature, force_prefix=args.force_prefix)[0]
     print(f"task {task.id}: {len(task.turns)} turns, {len(task.tools)} tools shown, format {args.format}")
     print(readable(sampler.chat.decode(row.tokens), color))
     print("message states:", ", ".join(row.states))
-    for number, verdict in enumerate(row.verdicts, 1):
+    for turn, verdict in enumerate(row.verdicts, 1):
         word = paint("pass", 32, color) if verdict.passed else paint("FAIL", 31, color)
-        print(f"turn {number}: {word} {verdict.reason}".rstrip())
+        print(f"turn {turn}: {word} {verdict.reason}".rstrip())
     print(f"reward {row.reward:.0f}")
     return row
 
@@ -85,32 +90,33 @@ def paint(text: str, code: int, color: bool) -> str:
     return f"\x1b[{code}m{text}\x1b[0m" if color else text
 
 
+@command
 def main(argv: list[str] | None = None) -> int:
     """The command; returns 0, or 2 when refused."""
     parser = argparse.ArgumentParser(description=__doc__, allow_abbrev=False)
     parser.add_argument(
         "--model",
         default=BUILT_IN,
-        help="checkpoint directory, hub name, or nano, the built-in model (default)",
+        help="checkpoint or run directory, hub name, or nano, the built-in model (default)",
     )
     parser.add_argument("--tasks", default="test", help=f"{TASK_NAMES} (default: test)")
     parser.add_argument("--task", default="", help="id of the task (default: the first)")
     parser.add_argument(
         "--format", default="hermes", choices=tuple(FORMATS), help="syntax of calls (default: hermes)"
     )
-    parser.add_argument("--temperature", type=float, default=0.0, help="0 is greedy (default: 0)")
-    parser.add_argument("--seed", type=int, default=0, help="of the noise (default: 0)")
+    heat, seed = number(float, least=0, most=100), number(int, least=0, most=2**63 - 1)
+    parser.add_argument("--temperature", type=heat, default=0.0, help="0 is greedy (default: 0)")
+    parser.add_argument("--seed", type=seed, default=0, help="of the noise (default: 0)")
+    add_limits(parser)
     parser.add_argument(
         "--force-prefix", action="store_true", help="start every message that should call with the tag"
     )
     parser.add_argument("--oracle", action="store_true", help="print the ground-truth conversation instead")
     parser.add_argument("--chat", action="store_true", help="talk to the model on the task's world")
     args = parser.parse_args(argv)
-    torch.set_num_threads(2)
+    torch.set_num_threads(cpu_threads())
     color = sys.stdout.isatty()
     try:
-        if args.temperature < 0:
-            raise ValueError("--temperature must not be negative")
         tasks = {task.id: task for task in load_tasks(args.tasks)}
         if args.task and args.task not in tasks:
             raise ValueError(
@@ -122,9 +128,10 @@ def main(argv: list[str] | None = None) -> int:
                 lines = [message["content"], *map(signature, message.get("tools", ()))]
                 show(message["role"], "\n".join(lines), color)
             return 0
-        sampler = Sampler(load(args.model), seed=args.seed)
-        talk(sampler, task, args) if args.chat else play(sampler, task, args, color)
-    except (ModelError, FileNotFoundError, ValueError) as error:
+        limits = chosen_limits(args)
+        sampler = sampler_of(load(args.model), limits, args.seed)
+        talk(sampler, task, args) if args.chat else play(sampler, task, args, limits, color)
+    except (ModelError, OSError, ValueError) as error:
         print(f"sample.py: {error}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:

@@ -18,11 +18,14 @@ import sys
 import time
 from pathlib import Path
 
-import torch
-from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
-from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
-
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+import nanotoolrl  # noqa: E402, F401  (before torch)
+
+# isort: split
+import torch  # noqa: E402
+from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, trainers  # noqa: E402
+from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast  # noqa: E402
 
 from nanotoolrl.chat import FORMATS, Call, Chat, message_state, render_calls, signature  # noqa: E402
 from nanotoolrl.env import Episode, Task, alter, call_tool, oracle  # noqa: E402
@@ -336,15 +339,16 @@ class Making:
         self.step, self.minutes, self.weights = -WARM_UP_STEPS, 0.0, dict.fromkeys(FORMATS, 1.0)
         out.mkdir(parents=True, exist_ok=True)
         if (out / "base.pt").exists():
-            saved = torch.load(out / "base.pt", weights_only=False)
+            saved = torch.load(out / "base.pt", weights_only=True)
             self.policy = load(out, device="cpu")
             self.optimizers = new_optimizers(self.policy)
             self.policy.model.load_state_dict(saved["model"])
             for optimizer, state in zip(self.optimizers, saved["optimizers"]):
                 optimizer.load_state_dict(state)
             self.step, self.minutes, self.weights = saved["step"], saved["minutes"], saved["weights"]
-            lines = self.log.read_text().splitlines(keepends=True)
-            self.log.write_text("".join(line for line in lines if json.loads(line)["step"] <= self.step))
+            lines = self.log.read_text(encoding="utf-8").splitlines(keepends=True)
+            kept = "".join(line for line in lines if json.loads(line)["step"] <= self.step)
+            self.log.write_text(kept, encoding="utf-8")
         else:
             self.policy = new_policy(seed)
             self.optimizers = new_optimizers(self.policy)
@@ -410,7 +414,7 @@ def main() -> None:
         if making.step >= args.eval_from and making.step % args.eval_every == 0:
             row |= making.score(test)
         print(json.dumps(row), flush=True)
-        with making.log.open("a") as lines:
+        with making.log.open("a", encoding="utf-8") as lines:
             lines.write(json.dumps(row) + "\n")
         if making.step % 100 == 0 or "quick" in row:
             making.save()

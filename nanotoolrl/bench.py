@@ -1,5 +1,6 @@
 """Every performance row, beside its peers, in one run: `python -m nanotoolrl.bench kernel|sampler|step`.
-`python -m nanotoolrl.bench memory` is arithmetic: which settings fit real models into which GPUs.
+`busy` times a whole run beside other work; `memory` is arithmetic: which settings fit real models into which
+GPUs.
 
 Each builds its workload, checks every result before its speed is looked at, runs the peers that are installed
 in turns, and prints medians with their spread, peak memory, error, and the share of a limit that is measured
@@ -19,7 +20,9 @@ import json
 import os
 import platform
 import statistics
+import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -40,9 +43,11 @@ from transformers import (
     Qwen3Config,
 )
 
-import train
+from nanotoolrl.cli import MOST_THREADS, available_cores, command, cpu_threads, number
+from nanotoolrl.config import parse
 from nanotoolrl.decode import Decoder, cache_argument
 from nanotoolrl.env import Episode, Task
+from nanotoolrl.files import finite
 from nanotoolrl.logprob import token_logprob
 from nanotoolrl.masters import Masters
 from nanotoolrl.memory import plan
@@ -63,6 +68,7 @@ REAL_MODELS = {  # architecture, SHAPE
     "Llama-3.2-1B": (LlamaConfig, 2048, 8192, 16, 32, 8, 64, 128_256),
 }
 OURS = "nanotoolrl"
+ROOT = Path(__file__).resolve().parent.parent
 
 
 @dataclass
@@ -102,10 +108,16 @@ class Row:
 
 
 # ----------------------------------------------------------------------------------------------- measurements
-def timed(row: Row, runs: dict[str, Callable[[], object]], repeats: int, device: torch.device) -> None:
+def timed(
+    row: Row,
+    runs: dict[str, Callable[[], object]],
+    repeats: int,
+    device: torch.device,
+    warm_up: bool = True,
+) -> None:
     """Time every arm in turns, after one warm-up each. A run that returns a float has timed itself."""
     arms = {arm.name: arm for arm in row.arms}
-    for turn in tqdm(range(repeats + 1), row.name, unit="turn", leave=False, disable=None):
+    for turn in tqdm(range(1 - warm_up, repeats + 1), row.name, unit="turn", leave=False, disable=None):
         for name, run in runs.items():
             gc.collect()
             _synchronize(device)
@@ -140,9 +152,13 @@ def peak_memory(arm: Arm, device: torch.device, returned: int) -> Iterator[None]
         return
 
     def read(key: str) -> int:
-        return next(int(line.split()[1]) for line in status.read_text().splitlines() if line.startswith(key))
+        return next(
+            int(line.split()[1])
+            for line in status.read_text(encoding="utf-8").splitlines()
+            if line.startswith(key)
+        )
 
-    clear.write_text("5")  # the high-water mark starts anew
+    clear.write_text("5", encoding="utf-8")  # the high-water mark starts anew
     before = read("VmRSS")
     yield
     arm.peak_mb = (read("VmHWM") - before) / 2**10 - returned / 2**20
@@ -582,6 +598,27 @@ def new_run(config: object, device: torch.device) -> Run:
     return Run(config, policy, sampler, optimizer, step=1, masters=masters)
 
 
+# ------------------------------------------------------------------------------------------------------- busy
+def busy(device: torch.device, repeats: int, small: bool) -> list[Row]:
+    """The default run as a command, alone and beside other work: one busy process for every core."""
+    flags = "--preset smoke" if small else "--scheme hint"
+    cores = available_cores()
+    row = Row(f"python train.py {flags}", [Arm(OURS), Arm(f"beside {cores} busy processes")])
+
+    def run(busy_processes: int = 0) -> None:
+        loops = [subprocess.Popen([sys.executable, "-c", "while True: pass"]) for _ in range(busy_processes)]
+        try:
+            with tempfile.TemporaryDirectory() as folder:
+                command = [sys.executable, "train.py", *flags.split(), "--out", f"{folder}/run"]
+                subprocess.run(command, cwd=ROOT, check=True, capture_output=True)
+        finally:
+            for loop in loops:
+                loop.kill()
+
+    timed(row, {row.arms[0].name: run, row.arms[1].name: lambda: run(cores)}, repeats, device, warm_up=False)
+    return [row]
+
+
 # ----------------------------------------------------------------------------------------------------- parity
 @dataclass
 class Parity:
@@ -659,7 +696,7 @@ def fitting_flags(model: torch.nn.Module, scheme: str, room: float) -> str:
     """What a table says of a model and that many bytes: flags to add, and the plan's sum."""
     for flags in LADDER:
         command = ["--preset", "qwen0.5b", "--scheme", scheme, *flags.split()]
-        total = sum(plan(model, train.parse(command)[0]).values())
+        total = sum(plan(model, parse(command)[0]).values())
         if total <= room:
             return f"{f'`{flags}`' if flags else 'as it is'}, {total / 2**30:.0f} GiB"
     return "does not fit"
@@ -670,7 +707,11 @@ def machine(device: torch.device) -> dict[str, str]:
     """What a result was measured on."""
     cpu = platform.processor() or platform.machine()
     if Path("/proc/cpuinfo").exists():
-        names = [line for line in Path("/proc/cpuinfo").read_text().splitlines() if "model name" in line]
+        names = [
+            line
+            for line in Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
+            if "model name" in line
+        ]
         cpu = names[0].split(":")[1].strip() if names else cpu
     facts = {"cpu": cpu, "cores": str(os.cpu_count()), "threads": str(torch.get_num_threads())}
     if device.type == "cuda":
@@ -722,15 +763,19 @@ def markdown(result: dict) -> str:
     return "\n".join(lines)
 
 
+@command
 def main(argv: list[str] | None = None) -> int:
     """The command: returns 0, 1 if a result is wrong, 2 if it cannot run."""
     parser = argparse.ArgumentParser(prog="nanotoolrl.bench", description=__doc__.split("\n\n")[0])
-    parser.add_argument("what", choices=("kernel", "sampler", "step", "memory"))
+    parser.add_argument("what", choices=("kernel", "sampler", "step", "busy", "memory"))
     parser.add_argument(
-        "--repeats", type=int, help="timed runs of every arm (default: 5 on a CPU, 20 on a GPU)"
+        "--repeats",
+        type=number(int, above=0),
+        help="timed runs of every arm (default: 5 on a CPU, 20 on a GPU, 1 of busy)",
     )
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
-    parser.add_argument("--threads", type=int, default=os.cpu_count(), help="CPU threads")
+    threads = number(int, above=0, most=MOST_THREADS)
+    parser.add_argument("--threads", type=threads, default=cpu_threads(), help="CPU threads")
     parser.add_argument("--model", default=BUILT_IN, help="of step (default: %(default)s)")
     parser.add_argument("--parity", action="store_true", help="step: only compare sampler and trainer")
     parser.add_argument("--small", action="store_true", help="tiny shapes, to see that it runs")
@@ -741,7 +786,7 @@ def main(argv: list[str] | None = None) -> int:
         return 0
     device = torch.device(args.device)
     torch.set_num_threads(args.threads)
-    repeats = args.repeats or (20 if device.type == "cuda" else 5)
+    repeats = args.repeats or (1 if args.what == "busy" else 20 if device.type == "cuda" else 5)
     try:
         if args.parity:
             policy = load(args.model, device=args.device)
@@ -750,7 +795,7 @@ def main(argv: list[str] | None = None) -> int:
             good, body = not parity.wrong(policy.model.dtype), {"parity": asdict(parity)}
         else:
             extra = {"model": args.model} if args.what == "step" else {}
-            rows = {"kernel": kernel, "sampler": sampler, "step": step}[args.what](
+            rows = {"kernel": kernel, "sampler": sampler, "step": step, "busy": busy}[args.what](
                 device, repeats, args.small, **extra
             )
             print(table(rows))
@@ -762,9 +807,10 @@ def main(argv: list[str] | None = None) -> int:
     if args.json:
         args.json.parent.mkdir(parents=True, exist_ok=True)
         given = [x for x in argv or sys.argv[1:] if x not in ("--json", str(args.json))]
-        command = "python -m nanotoolrl.bench " + " ".join(given)
+        line = "python -m nanotoolrl.bench " + " ".join(given)
         args.json.write_text(
-            json.dumps({"command": command, "machine": machine(device)} | body, indent=1) + "\n"
+            json.dumps(finite({"command": line, "machine": machine(device)} | body), indent=1) + "\n",
+            encoding="utf-8",
         )
     if not good:
         print("bench: a result is wrong, see above", file=sys.stderr)

@@ -26,6 +26,8 @@ import itertools
 import json
 import random
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from functools import cache
 from pathlib import Path
@@ -33,6 +35,7 @@ from pathlib import Path
 from tqdm import tqdm
 
 from nanotoolrl.chat import FORMATS, Call
+from nanotoolrl.cli import command
 from nanotoolrl.env import CATEGORIES, FAILED, Task, Turn, export, mutations, replay
 
 NAME = "bfcl"
@@ -95,14 +98,15 @@ class BfclTask(Task):
             _refuse_what_takes_too_long(call, world[owner])
             # Some classes keep, and later change, what they get, be it a default.
             arguments = copy.deepcopy(_defaults(owner, call.name) | call.arguments)
+            # As the benchmark does, numbers are written in the precision that the call leaves behind.
             with decimal.localcontext(decimal.Context()), digits:
                 result = getattr(world[owner], call.name)(**arguments)
-            if isinstance(result, dict):
-                try:
-                    return json.dumps(result)
-                except TypeError:  # numbers of the math classes
-                    return str(result)
-            return str(result)
+                if isinstance(result, dict):
+                    try:
+                        return json.dumps(result)
+                    except TypeError:  # numbers of the math classes
+                        return str(result)
+                return str(result)
         except Exception as error:  # whatever a class of the package raises is an observation
             return f"{FAILED[1]}{error}"
 
@@ -260,22 +264,42 @@ def load_bfcl(name: str, official: bool = False) -> list[Task]:
 _played = itertools.count()  # names of instances in the package's module globals
 
 
+@contextmanager
+def _name_of_instances(utilities: dict[str, object]) -> Iterator[str]:
+    """A name under which the package keeps its instances, in the globals of a module; they are deleted
+    afterwards. What they share and changed (see above) stays as it is."""
+    name = f"nanotoolrl_{next(_played)}"
+    try:
+        yield name
+    finally:
+        for instance in [key for key in utilities if key.startswith(name + "_")]:
+            del utilities[instance]
+
+
+def official_observations(task: BfclTask) -> list[list[str]]:
+    """What the package's own executor answers to the ground truth, by turn."""
+    utilities = importlib.import_module(f"{PACKAGE}.multi_turn_utils")
+    how = {"long_context": task.category == "long_context"}
+    with _name_of_instances(vars(utilities)) as name:
+        return [
+            utilities.execute_multi_turn_func_call(
+                [_text(call) for call in turn.calls], task.state, task.classes, name, "", **how
+            )[0]
+            for turn in task.turns
+        ]
+
+
 def official_verdict(task: BfclTask, calls: list[list[Call]], truth: list[list[Call]]) -> bool:
     """What the package's own checker, with its own executor, says of calls by turn.
 
-    It evaluates their text: never give it what a model wrote. Its instances are deleted afterwards; what they
-    share and changed (see above) stays as it is.
+    It evaluates their text: never give it what a model wrote.
     """
     checker = importlib.import_module(f"{PACKAGE}.multi_turn_checker")
-    globals_ = vars(importlib.import_module(f"{PACKAGE}.multi_turn_utils"))
-    name = f"nanotoolrl_{next(_played)}"
+    utilities = importlib.import_module(f"{PACKAGE}.multi_turn_utils")
     texts, right = ([[_text(call) for call in turn] for turn in turns] for turns in (calls, truth))
     entry = {"id": task.id, "initial_config": task.state, "involved_classes": task.classes}
-    try:
+    with _name_of_instances(vars(utilities)) as name:
         return checker.multi_turn_checker([[turn] for turn in texts], right, entry, "", name)["valid"]
-    finally:
-        for instance in [key for key in globals_ if key.startswith(name + "_")]:
-            del globals_[instance]
 
 
 def _text(call: Call) -> str:
@@ -283,9 +307,13 @@ def _text(call: Call) -> str:
 
 
 def differences(task: BfclTask) -> tuple[int, list[str]]:
-    """(number of plays, those whose reward is not what the package says): the ground truth in every format,
-    and with every one call dropped and every one argument changed."""
+    """(number of plays, what differs from the package). Compared are rewards, of the ground truth in every
+    format and with every one call dropped and every one argument changed; and what the ground-truth calls are
+    answered, before and after the package's executor has run in this process."""
     truth = [turn.calls for turn in task.turns]
+    early = [results for _, results in task.expected]
+    theirs = official_observations(task)
+    late = [results for _, results in replace(task).expected]
     plays = [(format, truth, True) for format in FORMATS]
     changed = [*mutations(task), truth]
     plays += [("hermes", calls, official_verdict(task, calls, truth)) for calls in changed]
@@ -294,6 +322,9 @@ def differences(task: BfclTask) -> tuple[int, list[str]]:
         for format, calls, verdict in plays
         if replay(task, calls, format) != verdict
     ]
+    for when, ours in (("before", early), ("after", late)):
+        if ours != theirs:
+            wrong.append(f"{task.id}: observations {when} the package's: ours {ours}, the package's {theirs}")
     return len(plays), wrong
 
 
@@ -301,6 +332,7 @@ def _text_of(calls: list[list[Call]]) -> str:
     return " | ".join(", ".join(map(_text, turn)) for turn in calls)
 
 
+@command
 def main(argv: list[str] | None = None) -> int:
     """The command: 0, 1 if a verdict differs, 2 when refused."""
     parser = argparse.ArgumentParser(prog="python -m nanotoolrl.bfcl", description=__doc__.split("\n")[0])
@@ -321,7 +353,7 @@ def main(argv: list[str] | None = None) -> int:
     for task in tqdm(tasks, "playing", unit="task", disable=None):
         count, different = differences(task)
         plays, wrong = plays + count, wrong + different
-    print("\n".join([*wrong[:20], f"{len(tasks)} tasks, {plays} plays, {len(wrong)} verdicts differ"]))
+    print("\n".join([*wrong[:20], f"{len(tasks)} tasks, {plays} plays, {len(wrong)} differences"]))
     return 1 if wrong else 0
 
 

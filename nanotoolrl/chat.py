@@ -11,7 +11,7 @@ import itertools
 import json
 import re
 import warnings
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from dataclasses import dataclass
 
 from jinja2 import TemplateError
@@ -38,17 +38,20 @@ class BadCall:
     salvaged: bool = False
 
 
+Tag = tuple[int, int, int]  # start, end, and +1 if it opens a block of calls, -1 if it closes one
+Block = tuple[int, int, list[Call | BadCall]]  # start, end, what it calls
+
+
 @dataclass(frozen=True)
 class CallFormat:
-    """A syntax for tool calls. All formats are read with the same leniency: every block from `opener` to
-    `closer` is tried, text around blocks is ignored, and a message without `closer` holds no call (Hao et al.
-    2026, published environment)."""
+    """A syntax for tool calls. All formats are read with the same leniency: every block from an opening tag
+    to the next closing one is tried, text around blocks is ignored, and a message without a closing tag holds
+    no call (Hao et al. 2026, published environment). In hermes and xml a tag counts inside a string as well,
+    as published; which brackets are tags in python, `_python_tags` says."""
 
     prefix: str  # the canonical start of a message that calls
-    begin: re.Pattern  # what a message that tries to call begins with
     opener: re.Pattern
-    closer: re.Pattern
-    block: re.Pattern
+    find_tags: Callable[[str], list[Tag]]  # all of them, in order
     tags: tuple[str, ...]  # control tokens of the format, where the tokenizer has them
     instruction: str
     render: Callable[[list[Call]], str]
@@ -64,82 +67,106 @@ def render_calls(calls: list[Call], format: str) -> str:
     return FORMATS[format].render(calls)
 
 
+_THOUGHTS = re.compile(r"(?:\s*<think>.*?(?:</think>|\Z))*+", re.DOTALL)
+
+
+def spoken(text: str) -> str:
+    """A message without the thoughts it begins with: `<think>` blocks, blanks between them. A thought that
+    does not end is all there is. A block further on is text like any other.
+
+    Example: `spoken("<think>Hm.</think>Done.")` is `Done.`
+    """
+    return text[_THOUGHTS.match(text).end() :]
+
+
 def parse_calls(text: str, format: str) -> list[Call | BadCall]:
     """Every call a message makes, in order; an empty list means that the message ends the turn.
 
-    Unreadable blocks are BadCall, so is a closing tag without a block. Never raises, whatever the text.
+    Unreadable blocks are BadCall, so is a closing tag without a block. What is not `spoken` makes no call.
+    Never raises, whatever the text.
     """
-    form = FORMATS[format]
-    closers = list(form.closer.finditer(text))
-    if not closers:
+    form, text = FORMATS[format], spoken(text)
+    tags = form.find_tags(text)
+    if all(step > 0 for _, _, step in tags):
         return []
     if len(text) > MAX_CHARS:
         return [BadCall(f"the message is longer than {MAX_CHARS} characters")]
-    calls = []
-    for match in form.block.finditer(text, 0, closers[-1].end()):
-        try:
-            calls += form.read(match.group(1))
-        except (ValueError, RecursionError, MemoryError) as error:
-            calls.append(BadCall(str(error) or "nested too deeply", _salvageable(form, match.group(1))))
-    salvaged = _salvageable(form, text)
-    if calls or not (salvaged or _tagged(form, text)):
-        return calls
-    return [BadCall("there is a closing tag but no call", salvaged)]
+    calls = [call for _, _, calls in _blocks(form, text, tags) for call in calls]
+    return calls or [BadCall("there is a closing tag but no call")]
 
 
 def message_state(text: str, format: str, overlong: bool = False) -> str:
-    """The first of MESSAGE_STATES that fits an assistant message (without its stop token).
+    """The first of MESSAGE_STATES that fits what is `spoken` in an assistant message (no stop token).
 
-    overlong: the message was cut at the token limit. empty: nothing. bare: a tag and nothing to call.
-    malformed: a tag with an unreadable body, or unbalanced tags. polluted: a readable call with other text
-    around or inside it. call: only readable calls. foreign: a call in another syntax than `format`. reply:
-    text.
+    overlong: the message was cut at the token limit. empty: nothing (but thoughts). bare: a tag and nothing
+    to call. malformed: a tag with an unreadable body, or unbalanced tags. polluted: a readable call with
+    other text around or inside it. call: only readable calls. foreign: a call in another syntax than
+    `format`. reply: text.
     """
-    form = FORMATS[format]
+    form, text = FORMATS[format], spoken(text)
     if overlong:
         return "overlong"
     if not text.strip():
         return "empty"
-    calls, tagged = parse_calls(text, format), _tagged(form, text)
-    if tagged and not re.search(r"\w", form.opener.sub("", form.closer.sub("", text))):
-        return "bare"
-    if calls or tagged:
-        bad = [call for call in calls if isinstance(call, BadCall)]
-        if not calls or not _balanced(form, text) or any(not call.salvaged for call in bad):
+    if tags := form.find_tags(text):
+        if not re.search(r"\w", _outside(text, tags)):
+            return "bare"
+        blocks = _blocks(form, text, tags) if len(text) <= MAX_CHARS else []
+        bad = [call for _, _, calls in blocks for call in calls if isinstance(call, BadCall)]
+        if not blocks or any(not call.salvaged for call in bad) or not _balanced(tags, blocks):
             return "malformed"
-        return "polluted" if bad or form.block.sub("", text).strip() else "call"
+        return "polluted" if bad or _outside(text, blocks).strip() else "call"
     others = (parse_calls(text, other) for other in FORMATS if other != format)
     if any(isinstance(call, Call) for found in others for call in found):
         return "foreign"
-    return "foreign" if _salvage_json(text) or _reads(FORMATS["python"], text.strip()) else "reply"
+    return "foreign" if _salvage_json(text) or _succeeds(_read_python, text.strip()) else "reply"
 
 
-def _tagged(form: CallFormat, text: str) -> bool:
-    """Whether a message holds a tag of the format. Only in python can the closing one stand in a sentence."""
-    closed = form.closer.search(text) if form.prefix != "[" else None
-    return bool(form.opener.search(text) or form.begin.match(text) or closed)
+def _blocks(form: CallFormat, text: str, tags: list[Tag]) -> list[Block]:
+    """Every block, read: from an opening tag to the next closing one."""
+    blocks, opened = [], None
+    for start, end, step in tags:
+        if step > 0:
+            opened = opened or (start, end)
+        elif opened:
+            blocks.append((opened[0], end, _read(form, text[opened[1] : start])))
+            opened = None
+    return blocks
 
 
-def _reads(form: CallFormat, body: str) -> bool:
-    """Whether a body is calls and nothing else."""
+def _read(form: CallFormat, body: str) -> list[Call | BadCall]:
+    """The calls of a block, or one BadCall."""
     try:
-        return len(body) <= MAX_CHARS and bool(form.read(body))
-    except (ValueError, RecursionError, MemoryError):
-        return False
+        return form.read(body)
+    except ValueError as error:
+        return [BadCall(str(error), _succeeds(form.salvage, body))]
+    except (RecursionError, MemoryError):
+        return [BadCall("nested too deeply")]
 
 
-def _balanced(form: CallFormat, text: str) -> bool:
+def _outside(text: str, parts: list[Tag] | list[Block]) -> str:
+    """The text without some parts."""
+    starts = [*(start for start, _, _ in parts), len(text)]
+    ends = [0, *(end for _, end, _ in parts)]
+    return "".join(text[end:start] for end, start in zip(ends, starts, strict=True))
+
+
+def _balanced(tags: list[Tag], blocks: list[Block]) -> bool:
     """Whether, outside readable blocks, every tag that opens closes later, and the other way round."""
-    text = form.block.sub(lambda match: "" if _reads(form, match[1]) else match[0], text)
-    steps = [(m.start(), 1) for m in form.opener.finditer(text)]
-    steps += [(m.start(), -1) for m in form.closer.finditer(text)]
-    depths = list(itertools.accumulate(step for _, step in sorted(steps)))
-    return not depths or (min(depths) >= 0 and depths[-1] == 0)
+    readable = {start: end for start, end, calls in blocks if isinstance(calls[0], Call)}
+    depth = block_end = 0
+    for start, _, step in tags:
+        block_end = readable.get(start, block_end)
+        depth += step if start >= block_end else 0
+        if depth < 0:
+            return False
+    return depth == 0
 
 
-def _salvageable(form: CallFormat, body: str) -> bool:
+def _succeeds(read: Callable[[str], object], body: str) -> bool:
+    """Whether `read` finds something in a body."""
     try:
-        return form.salvage(body)
+        return len(body) <= MAX_CHARS and bool(read(body))
     except (ValueError, RecursionError, MemoryError):
         return False
 
@@ -153,7 +180,8 @@ def _loads(text: str) -> object:
     try:
         value = json.loads(text, parse_constant=_refuse)
     except json.JSONDecodeError as error:
-        raise ValueError(f"bad JSON: {error.msg} at character {error.pos}") from None
+        fault = error.msg.removesuffix(" at")
+        raise ValueError(f"bad JSON: {fault} at character {error.pos}") from None
     return _clean(value)
 
 
@@ -184,11 +212,24 @@ def escaped_json(value: object) -> str:
 
 
 def _call_of(value: object) -> Call:
+    """The call that a JSON object makes; raises ValueError. Llama's `parameters` are arguments, OpenAI's
+    `null` and `""` are none. Any other key is refused, `id` and `type` of OpenAI's logs as well: what is not
+    read must not pass for a call without arguments."""
     if not isinstance(value, dict) or not isinstance(value.get("name"), str):
         raise ValueError('a call is a JSON object with "name" and "arguments"')
-    arguments = value.get("arguments", {})
+    unknown = [key for key in value if key not in ("name", "arguments", "parameters")]
+    if unknown:
+        other = json.dumps(unknown[0][:40], ensure_ascii=False)
+        raise ValueError(f'a call has "name" and "arguments", not {other}')
+    if len(value) > 2:
+        raise ValueError('a call has "arguments" or "parameters", not both')
+    key = "parameters" if "parameters" in value else "arguments"
+    arguments = value.get(key)
+    if arguments is None or arguments == "":
+        return Call(value["name"], {})
     if not isinstance(arguments, dict):
-        raise ValueError('"arguments" must be a JSON object')
+        hint = ", not a string" if isinstance(arguments, str) else ""
+        raise ValueError(f'"{key}" must be a JSON object{hint}')
     return Call(value["name"], arguments)
 
 
@@ -201,19 +242,19 @@ def _read_hermes(body: str) -> list[Call]:
     return [_call_of(_loads(body))]
 
 
-_JSON_CALL = re.compile(r'\{\s*"(?:name|arguments|parameters)"')
+_JSON_CALL = re.compile(r'\{\s*+"(?:name|arguments|parameters)"')
 
 
 def _salvage_json(text: str) -> bool:
-    """Whether a JSON object that names a call and its arguments stands somewhere in the text."""
-    decoder = json.JSONDecoder(parse_constant=_refuse)
-    for match in itertools.islice(_JSON_CALL.finditer(text[:MAX_CHARS]), 20):
+    """Whether a JSON call stands somewhere in the text. One of a name alone may be any object."""
+    text, decoder = text[:MAX_CHARS], json.JSONDecoder(parse_constant=_refuse)
+    for match in itertools.islice(_JSON_CALL.finditer(text), 20):
         try:
             value, _ = decoder.raw_decode(text, match.start())
+            _call_of(_clean(value))
         except (ValueError, RecursionError):
             continue
-        arguments = value.get("arguments", value.get("parameters"))
-        if isinstance(value.get("name"), str) and isinstance(arguments, dict):
+        if len(value) == 2:
             return True
     return False
 
@@ -257,9 +298,72 @@ def _read_python(body: str) -> list[Call]:
     return calls
 
 
-def _salvage_python(body: str) -> bool:
-    match = re.search(r"[A-Za-z_]\w*\(.*\)", body, re.DOTALL)
-    return bool(match and _read_python(match.group()))
+_NAMED = re.compile(r"(?<!\w)(?:(?![A-Za-z_])\w)*+([A-Za-z_]\w*+\()")
+
+
+def _salvage_python(text: str) -> bool:
+    """Whether what goes from the first name with a parenthesis to the last parenthesis is calls."""
+    end = text.rfind(")") + 1
+    match = _NAMED.search(text, 0, end)
+    return bool(match and _read_python(text[match.start(1) : end]))
+
+
+_NAME = r"[A-Za-z_]\w*+"
+_WORDS = r'[^()\[\]{}="]*+'
+# `[items (two`: a blank before the parenthesis, and neither `parameter=` nor nothing in it.
+_ASIDE = rf"\[{_WORDS}(?<=\s)\((?!\s*+(?:\)|{_NAME}\s*+=(?!=)))"
+_OPENER = re.compile(rf"(?!{_ASIDE})\[(?=\s*+{_NAME}\s*+\()")
+_CLOSER = re.compile(r"\)\s*+\]")
+_OUTSIDE = re.compile(rf"{_OPENER.pattern}|{_ASIDE}[^\[\]]*+\]|{_CLOSER.pattern}")
+# No letter stands beside a literal: the quote of "don't", or one that misses its partner, begins none.
+_STRING = (
+    r"(?<!\w)(?i:[bfru]{0,2})"
+    r"""(?:('{3}|"{3})(?:\\.|(?!\1)[^\\])*+\1|(['"])(?:\\.|(?!\2)[^\\\n])*+\2)(?!\w)"""
+)
+# An escaped quote begins no string either: else each could be followed to the end of the message.
+_INSIDE = re.compile(rf"""{_STRING}|\\[\\'"]|{_CLOSER.pattern}|[\[\]]""", re.DOTALL)
+# A message that tries to call begins with `[` and no call, or a letter; `[Note] more` does not try.
+_BEGIN = re.compile(rf"\s*+(?!{_ASIDE}|\[\s*+\w{_WORDS}\]\s*+\S)\[\s*+(?:[A-Za-z_]|\]|\Z)")
+
+
+def _python_tags(text: str) -> list[Tag]:
+    """The brackets around lists of calls.
+
+    A list opens with `[name(`. With a blank before the parenthesis, `parameter=` or nothing must be in it:
+    `[items (two)]` is part of a sentence. A list closes with `)]`, outside strings, where no bracket inside
+    it is open. If that is nowhere, it closes with the next `)]`, as published, and so do those after it: else
+    each would be searched to the end of the message. A sentence may hold `)]`, too: in a message that opens
+    no list it counts if the message begins like one, or if a call stands before it.
+    """
+    tags, at, sound = [], 0, True
+    while found := _OUTSIDE.search(text, at):
+        at = found.end()
+        if found[0] == "[":
+            tags.append((found.start(), at, 1))
+            found = _list_end(text, at) if sound else None
+            if not found:
+                sound, found = False, _CLOSER.search(text, at)
+            if not found:
+                break
+            at = found.end()
+        if found[0][0] == ")":
+            tags.append((found.start() + 1, at, -1))
+    if any(step > 0 for _, _, step in tags):
+        return tags
+    if _BEGIN.match(text):
+        start = text.index("[")
+        return [(start, start + 1, 1), *tags]
+    return tags if _succeeds(_salvage_python, text) else []
+
+
+def _list_end(text: str, at: int) -> re.Match | None:
+    """The `)]` that closes a list which opens before `at`."""
+    depth = 1
+    for token in _INSIDE.finditer(text, at):
+        depth += (token[0] == "[") - (token[0][-1] == "]")
+        if token[0][0] == ")" and depth <= 0:
+            return token
+    return None
 
 
 def _render_xml(calls: list[Call]) -> str:
@@ -279,57 +383,51 @@ def _read_xml(body: str) -> list[Call]:
     name, closed, rest = body.partition(">")
     if not closed or not name.strip() or "<" in name:
         raise ValueError("a call begins with <function=name>")
-    if _PARAMETER.sub("", rest).strip():
+    rest, tag, after = rest.rpartition("</parameter>")  # the pattern finds an end for every parameter
+    if (_PARAMETER.sub("", rest + tag) + after).strip():
         raise ValueError("only <parameter=name>value</parameter> may stand in a call")
-    arguments = {match[1].strip(): _loads(match[2]) for match in _PARAMETER.finditer(rest)}
+    arguments = {match[1].strip(): _loads(match[2]) for match in _PARAMETER.finditer(rest + tag)}
     return [Call(_clean(name.strip()), _clean(arguments))]
 
 
 def _salvage_xml(body: str) -> bool:
     name, _, rest = body.partition(">")
-    parameters = "".join(match.group() for match in _PARAMETER.finditer(rest))
+    rest, tag, _ = rest.rpartition("</parameter>")
+    parameters = "".join(match.group() for match in _PARAMETER.finditer(rest + tag))
     return bool(parameters and _read_xml(f"{name}>{parameters}"))
 
 
-def _format(
-    prefix: str, begin: str, opener: str, closer: str, block: str, tags: Iterable[str], *rest: object
-) -> CallFormat:
-    compiled = (re.compile(pattern, re.DOTALL) for pattern in (begin, opener, closer, block))
-    return CallFormat(prefix, *compiled, tuple(tags), *rest)
+def _tag_finder(opener: str, closer: str) -> Callable[[str], list[Tag]]:
+    either = re.compile(f"{opener}|{closer}")
+    return lambda text: [(m.start(), m.end(), 1 if m[0] == opener else -1) for m in either.finditer(text)]
 
 
 FORMATS: dict[str, CallFormat] = {
-    "hermes": _format(
+    "hermes": CallFormat(
         "<tool_call>\n",
-        r"\s*<tool_call>",
-        r"<tool_call>",
-        r"</tool_call>",
-        r"<tool_call>(.*?)</tool_call>",
-        ["<tool_call>", "</tool_call>"],
+        re.compile("<tool_call>"),
+        _tag_finder("<tool_call>", "</tool_call>"),
+        ("<tool_call>", "</tool_call>"),
         'Call tools as <tool_call> {"name": ..., "arguments": ...} </tool_call>',
         _render_hermes,
         _read_hermes,
-        lambda body: _salvage_json(body[max(body.find("{"), 0) :]),
+        _salvage_json,
     ),
-    "python": _format(
+    "python": CallFormat(
         "[",
-        r"\s*\[\s*([A-Za-z_]|\]|$)",
-        r"\[(?=\s*[A-Za-z_]\w*\s*\()",
-        r"\)\s*\]",
-        r"\[(?=\s*[A-Za-z_]\w*\s*\()(.*?\))\s*\]",
-        [],
+        _OPENER,
+        _python_tags,
+        (),
         "Call tools as [name(parameter=value)]",
         _render_python,
         _read_python,
-        _salvage_python,
+        lambda body: False,  # nothing else has room in a list
     ),
-    "xml": _format(
+    "xml": CallFormat(
         "<function=",
-        r"\s*<function=",
-        r"<function=",
-        r"</function>",
-        r"<function=(.*?)</function>",
-        [],
+        re.compile("<function="),
+        _tag_finder("<function=", "</function>"),
+        (),
         "Call tools as <function=name> <parameter=name>value</parameter> </function>",
         _render_xml,
         _read_xml,
@@ -428,7 +526,8 @@ class Chat:
             known = " or ".join(f"{layout.begin} and {layout.end} ({layout.name})" for layout in LAYOUTS)
             raise ValueError(f"the tokenizer has no {known}: no other layout of conversations is supported")
         self.layout = layouts[0]
-        longest_first = sorted(self.control, key=len, reverse=True)
+        # One character cannot be pulled apart, and the tokenizer finds it by itself.
+        longest_first = sorted((name for name in self.control if len(name) > 1), key=len, reverse=True)
         self._split = re.compile("(" + "|".join(map(re.escape, longest_first)) + ")")
         self.end_id = self.control[self.layout.end]
         stops = {self.control[name] for name in self.layout.stops if name in self.control}

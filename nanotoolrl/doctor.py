@@ -5,21 +5,20 @@ collapsed can have lost its skill, or only the way to express it (Hao et al. 202
 and from what numbers.
 """
 
-import json
 import math
 from collections import Counter
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from nanotoolrl.chat import FORMATS, MESSAGE_STATES, UNHEALTHY_STATES, Call, message_state, render_calls
+from nanotoolrl.chat import FORMATS, MESSAGE_STATES, UNHEALTHY_STATES
 from nanotoolrl.probes import growth
+from nanotoolrl.transcripts import conversations
 
 BROKEN = 0.2  # share of unhealthy messages from which on the structure counts as broken
 COLLAPSED = 0.25  # of the reference's success
 INTACT = 0.5  # of the reference's success, in another format or with the prefix forced
-BROKEN_TEXT = ("bare", "malformed", "polluted", "foreign")  # beside structured calls
 FORCED = "forced prefix"
-EXCERPT = 60  # characters shown of a broken message
+EXCERPT = 56  # characters shown of a broken message
 
 Share = tuple[float, float, float, int]  # success, 95 % interval low and high, number of tasks
 
@@ -74,13 +73,18 @@ def _breakage(model: Checkup) -> str:
     """The commonest broken state, and the token that stands where the body of a call should begin."""
     worst = max(UNHEALTHY_STATES, key=lambda state: model.states.get(state, 0))
     said = f", most of them {worst}"
-    after = {token: values["after_prefix"] for token, values in model.tokens.items()}
-    due = max(model.tokens, key=lambda token: model.tokens[token]["due_after_prefix"])
-    likely = max(after, key=after.get)
-    if model.tokens[due]["due_after_prefix"] > 0.5 and likely != due:
+    known = {
+        token: row
+        for token, row in model.tokens.items()
+        if not math.isnan(row["after_prefix"] + row["due_after_prefix"])
+    }
+    due = max(known, key=lambda token: known[token]["due_after_prefix"], default=None)
+    likely = max(known, key=lambda token: known[token]["after_prefix"], default=None)
+    if known and known[due]["due_after_prefix"] > 0.5 and likely != due:
         prefix = FORMATS[model.format].prefix.strip()
         said += (
-            f": `{prefix}` is followed by `{likely}` (p {after[likely]:.2f}), not `{due}` ({after[due]:.2f})"
+            f": `{prefix}` is followed by `{printable(likely)}` (p {known[likely]['after_prefix']:.2f}), "
+            f"not `{printable(due)}` ({known[due]['after_prefix']:.2f})"
         )
     return said
 
@@ -98,31 +102,46 @@ def _shown(share: Share) -> str:
     return f"{100 * share[0]:.1f} % [{100 * share[1]:.1f}, {100 * share[2]:.1f}]"
 
 
+def printable(text: str) -> str:
+    """A text on one line, with escapes for what a terminal would obey or not show."""
+    return "".join(char if char.isprintable() else repr(char)[1:-1] for char in text)
+
+
 def page(model: Checkup, reference: Checkup | None) -> str:
-    """The whole page: verdict, success, message states, control tokens."""
+    """The whole page: the verdict, a sentence; success, message states and control tokens, tables that are 80
+    columns wide."""
     both = [model] + ([reference] if reference else [])
-    lines = [f"verdict: {verdict(model, reference)}", ""]
-    lines.append(f"{'success %':<24}" + "".join(f"{one.name[-26:]:>28}" for one in both))
+    heads = "".join(f"{printable(one.name)[-28:]:>30}" for one in both)
+    lines = [f"verdict: {verdict(model, reference)}", "", f"{'success %':<18}{heads}"]
     for name, share in model.success.items():
         shares = [one.success[name] for one in both]
         label = f"{name} (trained)" if name == model.format else name
-        lines.append(f"{label:<24}" + "".join(f"{_shown(share) + f' n={share[3]}':>28}" for share in shares))
-    lines += ["", f"{'messages %':<24}" + "".join(f"{one.name[-26:]:>28}" for one in both)]
+        lines.append(f"{label:<18}" + "".join(f"{_shown(share) + f' n={share[3]}':>30}" for share in shares))
+    lines += ["", f"{'messages %':<18}{heads}"]
     for state in MESSAGE_STATES:
         shares = [one.states.get(state, 0) / max(1, sum(one.states.values())) for one in both]
-        lines.append(f"{state:<24}" + "".join(f"{100 * share:>26.1f}" for share in shares))
+        lines.append(f"{state:<18}" + "".join(f"{100 * share:>30.1f}" for share in shares))
     names = ("required", "spurious", "growth", "start_call", "start_reply", "after_prefix")
     names = names if reference else [name for name in names if name != "growth"]
-    lines += ["", f"{'control token':<18}" + "".join(f"{name:>14}" for name in names)]
+    widths = {name: max(8, len(name) + 1) for name in names}
+    lines += ["", f"{'control token':<18}" + "".join(f"{name:>{widths[name]}}" for name in names)]
     for token, values in model.tokens.items():
         row = dict(values)
         if reference:
             row["growth"] = growth(values["spurious"], reference.tokens[token]["spurious"])
-        cells = ["-" if math.isnan(row[name]) else f"{row[name]:.3g}" for name in names]
-        lines.append(f"{token!r:<18}" + "".join(f"{cell:>14}" for cell in cells))
-    lines.append("probabilities: where it is next; where it is certainly wrong (and times the reference's);")
-    lines.append("at the start of a message that should call, that should answer; after the canonical prefix")
+        lines.append(f"{token!r:<18}" + "".join(f"{_cell(row[name]):>{widths[name]}}" for name in names))
+    lines.append("probabilities: where it is next; where it is certainly wrong; at the start of a")
+    lines.append("message that should call, that should answer; after the canonical prefix")
+    if reference:
+        lines.append("growth: where it is certainly wrong, in multiples of the reference's")
     return "\n".join(lines)
+
+
+def _cell(value: float) -> str:
+    """Three digits, two where the exponent takes their place; "-" for what was not measured."""
+    if math.isnan(value):
+        return "-"
+    return min(f"{value:.3g}", f"{value:.1e}", key=len)
 
 
 # --------------------------------------------------------------------------------------- logged conversations
@@ -138,79 +157,31 @@ class Transcripts:
 
 
 def read_transcripts(path: Path, format: str) -> Transcripts:
-    """Message states of anybody's logged conversations: JSONL, one conversation a line, a list of messages
-    with `role` and `content`, or an object with `messages`.
+    """Message states of anybody's logged conversations, in the ways that `nanotoolrl.transcripts` can read.
 
-    OpenAI-style `tool_calls` are read as calls of the format, unless the text beside them is broken itself;
-    `finish_reason` "length" as overlong. Raises ValueError, with the line, on what is no conversation, and
-    where no assistant speaks.
+    Structured calls are read as calls of the format, unless the text beside them is broken itself;
+    `finish_reason` "length" as overlong. Raises ValueError, with file and line, on what is no conversation,
+    and where no assistant speaks.
     """
     found = Transcripts()
-    with path.open(encoding="utf-8-sig", errors="replace") as file:
-        for number, line in enumerate(file, 1):
-            if not line.strip():
-                continue
-            messages = _messages(line, f"{path}, line {number}", format)
-            found.conversations += 1
-            said = [message for message in messages if message["role"] == "assistant"]
-            first = None
-            for i, message in enumerate(said):
-                text = message["content"]
-                state = message_state(text, format, overlong=message["overlong"])
-                found.states[state] += 1
-                if state in UNHEALTHY_STATES:
-                    found.breakages[state, " ".join(text.split())[:EXCERPT]] += 1
-                    first = i if first is None else first
-                    place = f"line {number}, assistant message {i + 1}: {state}: {text[:EXCERPT]!r}"
-                    found.first_broken = found.first_broken or place
-            if first is not None:
-                found.broken_at[first + 1] += 1
+    for place, said in conversations(path, format):
+        found.conversations += 1
+        broken = [(i, one) for i, one in enumerate(said, 1) if one.state in UNHEALTHY_STATES]
+        found.states.update(one.state for one in said)
+        found.breakages.update((one.state, " ".join(one.text.split())[:EXCERPT]) for _, one in broken)
+        for number, one in broken[:1]:
+            found.broken_at[number] += 1
+            what = f"{place}, assistant message {number}: {one.state}: {_excerpt(one.text)}"
+            found.first_broken = found.first_broken or what
     if not found.states:
         raise ValueError(f"{path} holds no message of role assistant")
     return found
 
 
-def _messages(line: str, place: str, format: str) -> list[dict]:
-    """The messages of one line: role, content as text, overlong."""
-    try:
-        value = json.loads(line)
-    except (ValueError, RecursionError) as error:
-        raise ValueError(f"{place}: {error}") from None
-    value = value.get("messages") if isinstance(value, dict) else value
-    if not isinstance(value, list) or not all(isinstance(m, dict) and "role" in m for m in value):
-        raise ValueError(f"{place}: expected a list of messages with role and content")
-    return [
-        {
-            "role": message["role"],
-            "content": _content(message, format),
-            "overlong": message.get("finish_reason") == "length",
-        }
-        for message in value
-    ]
-
-
-def _content(message: dict, format: str) -> str:
-    """Text of a message; structured calls are written in the format, unreadable ones as they stand."""
-    content = message.get("content") or ""
-    if isinstance(content, list):
-        content = "".join(str(part.get("text", "")) for part in content if isinstance(part, dict))
-    calls = message.get("tool_calls") or message.get("function_call")
-    calls = [calls] if isinstance(calls, dict) else calls
-    if not isinstance(calls, list) or not calls or message_state(str(content), format) in BROKEN_TEXT:
-        return str(content)
-    written = []
-    for call in calls:
-        call = call if isinstance(call, dict) else {}
-        function = call["function"] if isinstance(call.get("function"), dict) else call
-        name, arguments = function.get("name"), function.get("arguments", {})
-        try:
-            arguments = json.loads(arguments) if isinstance(arguments, str) else arguments
-            if not isinstance(name, str) or not isinstance(arguments, dict):
-                raise ValueError
-            written.append(render_calls([Call(name, arguments)], format))
-        except (ValueError, TypeError, RecursionError):
-            written.append(f"{FORMATS[format].prefix}{name} {function.get('arguments')}")
-    return "\n".join(written)
+def _excerpt(text: str) -> str:
+    """The beginning of a text, quoted, with what does not print as escapes."""
+    shown = repr(text[:EXCERPT])
+    return shown if len(shown) <= EXCERPT + 2 else shown[:EXCERPT] + "..."
 
 
 def transcripts_page(found: Transcripts, most: int = 8) -> str:
@@ -219,8 +190,9 @@ def transcripts_page(found: Transcripts, most: int = 8) -> str:
     broken = sum(found.states[state] for state in UNHEALTHY_STATES)
     word = "broken" if broken >= BROKEN * max(1, total) else "healthy"
     lines = [
-        f"verdict: structure is {word}: {broken} of {total} assistant messages in {found.conversations} "
-        f"conversations are broken ({broken / max(1, total):.1%})",
+        f"verdict: structure is {word}: {broken} of {_counted(total, 'assistant message')} in "
+        f"{_counted(found.conversations, 'conversation')} {'is' if broken == 1 else 'are'} broken "
+        f"({broken / max(1, total):.1%})",
         "",
         f"{'state':<12}{'messages':>10}{'%':>8}",
     ]
@@ -228,10 +200,17 @@ def transcripts_page(found: Transcripts, most: int = 8) -> str:
         share = 100 * found.states[state] / max(1, total)
         lines.append(f"{state:<12}{found.states[state]:>10}{share:>8.1f}")
     if broken:
-        lines += ["", f"first broken: {found.first_broken}", "", "first broken message of a conversation:"]
+        where, _, what = found.first_broken.partition(": ")
+        lines += ["", f"first broken: {where}", f"  {what}"]
+        lines += ["", "first broken message of a conversation:"]
         for place, count in sorted(found.broken_at.items())[:most]:
             lines.append(f"{count:>6} x message {place}")
         lines += ["", "most frequent:"]
         for (state, text), count in found.breakages.most_common(most):
-            lines.append(f"{count:>6} x {state}: {text!r}")
+            lines.append(f"{count:>6} x {state}: {_excerpt(text)}")
     return "\n".join(lines)
+
+
+def _counted(count: int, what: str) -> str:
+    """Example: "1 conversation", "2 conversations"."""
+    return f"{count} {what}" + "s" * (count != 1)

@@ -9,26 +9,31 @@ The rules that matter, collapse lives on some of them:
   truth reaches, and the results of the ground-truth calls must be contained (in any order, counted) in the
   results seen so far. The reward is 1 if every turn passes, else 0; the episode goes on after a failed turn.
 - Calls in a turn without ground-truth calls are not punished, unless `strict_empty_turn`.
-One rule is ours: a tool that the task hides cannot be called until a user message offers it.
+Ours are these rules: a tool that the task hides cannot be called until a user message offers it; and whatever
+a tool does, raise, hang, or give what is no JSON, is answered with an error the model can read.
 """
 
 import copy
 import json
 import math
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
 
 from nanotoolrl.chat import FORMATS, BadCall, Call, parse_calls, render_calls
+from nanotoolrl.signatures import wrong
+from nanotoolrl.taskfile import read_task, write_lines
+from nanotoolrl.timelimit import TimeLimit, TooLong
 from nanotoolrl.tools import API, API_CLASSES, ToolError, owner_of, schema
 
 MAX_MESSAGES = 30  # assistant messages per episode, as published
 MAX_CALLS = 16  # calls executed per message; the rest get one error
-MAX_INT = 2**53  # larger integers are refused: other JSON readers would round them
-TOOL_FAULTS = (ArithmeticError, AttributeError, LookupError, TypeError, ValueError)
+TOOL_SECONDS = 10.0  # that one call may take
+MAX_RESULT = 20_000  # characters of an observation; a longer one becomes an error
 FAILED = ('{"error": ', "Error during execution: ")  # so begins the answer to a failed call: ours, BFCL's
+JSON = json.JSONEncoder(ensure_ascii=False, allow_nan=False)
 CATEGORIES = ("base", "miss_func", "miss_param", "long_context")
 
 
@@ -67,24 +72,24 @@ class Task:
         return owner_of(tool)
 
     def schema(self, tool: str) -> dict:
-        """JSON schema of a tool. Raises KeyError for an unknown one."""
-        return schema(tool)
+        """JSON schema of a tool, the caller's own. Raises KeyError for an unknown one."""
+        return copy.deepcopy(schema(tool))
 
     def allows(self, tool: str, shown: list[str]) -> bool:
         """Whether a tool may be called where these are shown."""
         return tool in shown
 
     def execute(self, world: dict[str, object], call: Call) -> str:
-        """Make a call that is allowed; the observation. Never raises."""
-        return to_json(call_tool(world, call))
+        """Make a call that is allowed; the observation. What a tool raises is for `observe` to answer."""
+        return _carry_out(world, call)
 
     def fault(self, i: int, world: dict[str, object], seen: list[str], calls: int) -> str:
         """Why turn i, which has ground-truth calls, fails, or "". `world` is what the episode made of it,
         `seen` are all results so far, `calls` how many calls were made in this turn."""
         truth, results = self.expected[i]
-        wrong = [name for name in truth if truth[name] != world[name]]
-        if wrong:
-            return f"state of {', '.join(wrong)} differs from the ground truth"
+        different = [name for name in truth if _differ(truth[name], world[name])]
+        if different:
+            return f"state of {', '.join(different)} differs from the ground truth"
         unseen = Counter(results) - Counter(seen)
         return f"result {next(iter(unseen))[:80]} was never seen" if unseen else ""
 
@@ -99,10 +104,13 @@ class Task:
         Raises TypeError if the world cannot be made anew: a class whose attributes are not its parameters.
         """
         world = self.expected[i - 1][0] if i else self.new_world()
-        state = {name: dict(vars(api)) for name, api in world.items()}
-        alone = replace(self, id=f"{self.id}/{i}", state=state, tools=self.tools_before(i))
+        alone = replace(self, id=f"{self.id}/{i}", tools=self.tools_before(i))
         alone.turns = [replace(self.turns[i], user=user)]
-        alone.new_world()
+        try:
+            alone.state = {name: copy.deepcopy(vars(api)) for name, api in world.items()}
+            alone.new_world()
+        except Exception as error:  # a class of anybody's
+            raise TypeError(f"the world before turn {i} cannot be made anew: {error}") from None
         return alone
 
     def tools_before(self, i: int) -> list[str]:
@@ -114,7 +122,7 @@ class Task:
         """Per turn: the world after the ground truth, and the results of its calls."""
         world, turns = self.new_world(), []
         for turn in self.turns:
-            results = [self.execute(world, call) for call in turn.calls]
+            results = [observe(self.execute, world, call, TOOL_SECONDS) for call in turn.calls]
             turns.append((copy.deepcopy(world), results))
         return turns
 
@@ -124,29 +132,19 @@ class Task:
 
     @classmethod
     def from_json(cls, line: str) -> "Task":
-        """Read one line of a task file. Raises ValueError with what is wrong."""
+        """Read one line of a task file. Raises ValueError with what is wrong: a field (taskfile.py), or a
+        ground truth that does not earn reward 1."""
         try:
-            raw = json.loads(line)
-            turns = [Turn(**turn) for turn in raw.pop("turns")]
-            for turn in turns:
-                turn.calls = [Call(**call) for call in turn.calls]
-            task = cls(turns=turns, **raw)
-            offered = [tool for turn in turns for tool in turn.offers]
-            used = [call.name for turn in turns for call in turn.calls]
-            lost = [tool for tool in [*task.tools, *offered, *used] if owner_of(tool) not in task.state]
-            known = task.category in CATEGORIES
-        except (ValueError, KeyError, TypeError, AttributeError) as error:
-            raise ValueError(f"not a task: {type(error).__name__}: {error}") from None
-        if not known:
-            raise ValueError(f"unknown category {task.category!r}; known: {', '.join(CATEGORIES)}")
-        if lost:
-            raise ValueError(f"tool {lost[0]!r} has no API object in the task's state")
-        if not turns or not used:
-            raise ValueError("a task needs at least one turn and one ground-truth call")
-        try:
-            _ = task.expected  # replays the ground truth
-        except (TypeError, *TOOL_FAULTS) as error:
-            raise ValueError(f"the ground truth does not replay: {error}") from None
+            raw = read_task(line)
+        except ValueError as error:
+            raise ValueError(f"not a task: {error}") from None
+        if raw["category"] not in CATEGORIES:
+            raise ValueError(f"unknown category {raw['category']!r}; known: {', '.join(CATEGORIES)}")
+        turns = [
+            Turn(**turn | {"calls": [Call(**call) for call in turn["calls"]]}) for turn in raw.pop("turns")
+        ]
+        task = cls(turns=turns, **raw)
+        _check_truth(task)
         return task
 
 
@@ -158,20 +156,72 @@ class Verdict:
     reason: str = ""
 
 
-def to_json(result: object) -> str:
-    """An observation as the model reads it."""
-    return json.dumps(result, ensure_ascii=False)
+def to_json(value: object) -> str:
+    """A value as the model reads it. Raises what `json` raises for one that is no JSON, NaN included."""
+    return JSON.encode(value)
 
 
 def call_tool(world: dict[str, API], call: Call) -> object:
-    """Execute one call on the world and return its result; every failure is a result too: {"error": text}."""
+    """Execute one call on the world and return its result, which shares nothing with the world; every failure
+    is a result too: {"error": text}."""
+    return json.loads(observe(_carry_out, world, call, TOOL_SECONDS))
+
+
+def observe(
+    execute: Callable[[dict[str, object], Call], str],
+    world: dict[str, object],
+    call: Call,
+    seconds: float,
+) -> str:
+    """The observation of a call: what `Task.execute` makes of it within so many seconds (0: no limit), or an
+    error. What a tool did before it failed stays done.
+
+    A tool is anybody's code, so no list says what may come out of it: all but Ctrl-C is answered.
+    """
+    try:
+        with TimeLimit(seconds):
+            return execute(world, call)
+    except TooLong:
+        return _error(f"{call.name} took more than {seconds:g} s")
+    except KeyboardInterrupt:
+        raise
+    except BaseException as error:  # SystemExit, too: a tool must not end a training run
+        return _error(f"{call.name} failed: {type(error).__name__}")
+
+
+def _carry_out(world: dict[str, API], call: Call) -> str:
+    """Make a call; the observation. Raises whatever the tool raises, but for ToolError."""
     try:
         _check_arguments(schema(call.name)["parameters"], call.arguments)
-        return getattr(world[owner_of(call.name)], call.name)(**call.arguments)
+        tool = getattr(world[owner_of(call.name)], call.name)
+        result = tool(**copy.deepcopy(call.arguments))  # a tool may keep what it gets
     except ToolError as error:
-        return {"error": str(error)}
-    except TOOL_FAULTS as error:  # a bug in a tool class must not end a training run; the model sees its name
-        return {"error": f"{call.name} failed: {type(error).__name__}"}
+        return _error(str(error))
+    try:
+        text = to_json(result)
+        text.encode("utf-8")  # raises for half a surrogate pair
+        _check_keys(result)
+    except Exception as error:  # a result may be of anybody's class
+        return _error(f"{call.name} gave no JSON value: {str(error)[:200]}")
+    return text if len(text) <= MAX_RESULT else _error(f"{call.name} gave more than {MAX_RESULT} characters")
+
+
+def _check_keys(value: object) -> None:
+    """Raise TypeError for a key that is no text. `json.dumps` makes texts of numbers, even of two to the
+    same."""
+    if isinstance(value, dict) and not all(isinstance(key, str) for key in value):
+        raise TypeError("the keys of an object must be texts")
+    if isinstance(value, dict | list | tuple):
+        for item in value.values() if isinstance(value, dict) else value:
+            _check_keys(item)
+
+
+def _differ(one: object, other: object) -> bool:
+    """Whether two API objects differ; so do those that cannot be compared."""
+    try:
+        return bool(one != other)
+    except Exception:  # their fields may be of anybody's class
+        return True
 
 
 def _check_arguments(parameters: dict, arguments: dict) -> None:
@@ -184,29 +234,8 @@ def _check_arguments(parameters: dict, arguments: dict) -> None:
     if missing:
         raise ToolError(f"missing argument {', '.join(missing)}; {wanted}")
     for name, value in arguments.items():
-        _check_value(name, known[name], value)
-
-
-def _check_value(name: str, kind: dict, value: object) -> None:
-    types = {
-        "string": str,
-        "integer": int,
-        "number": (int, float),
-        "boolean": bool,
-        "array": list,
-        "object": dict,
-    }
-    right = isinstance(value, types[kind["type"]]) and (
-        kind["type"] == "boolean" or not isinstance(value, bool)
-    )
-    if not right:
-        raise ToolError(f"argument '{name}' must be of type {kind['type']}")
-    if isinstance(value, int) and abs(value) > MAX_INT:
-        raise ToolError(f"argument '{name}' is too large")
-    if "enum" in kind and value not in kind["enum"]:
-        raise ToolError(f"argument '{name}' must be one of {', '.join(kind['enum'])}")
-    for item in value if isinstance(value, list) else ():
-        _check_value(name, kind["items"], item)
+        if reason := wrong(known[name], value, f"argument '{name}'"):
+            raise ToolError(reason)
 
 
 class Episode:
@@ -222,12 +251,18 @@ class Episode:
         format: str = "hermes",
         max_messages: int = MAX_MESSAGES,
         strict_empty_turn: bool = False,
+        *,
+        tool_seconds: float = TOOL_SECONDS,
     ) -> None:
+        """tool_seconds: limit on one call (`TimeLimit` says what it does not cover), 0 for none. Raises
+        ValueError for an unknown format or a limit that is none."""
         if format not in FORMATS:
             raise ValueError(f"unknown format {format!r}; known: {', '.join(FORMATS)}")
+        if not 0 <= tool_seconds <= 86400:
+            raise ValueError(f"tool_seconds is {tool_seconds}; it must be from 0 (no limit) to 86400, a day")
         self.task, self.format, self.strict_empty_turn = task, format, strict_empty_turn
         self.max_messages, self.max_turn_messages = task.caps(max_messages)
-        self.world = task.new_world()
+        self.world, self.tool_seconds = task.new_world(), tool_seconds
         self.tools = [*task.tools, *task.turns[0].offers]
         self.turn, self.messages, self.done = 0, 0, False
         self.turn_verdicts: list[Verdict] = []
@@ -287,14 +322,17 @@ class Episode:
         self._calls += 1
         if not self.task.allows(call.name, self.tools):
             return _error(f"no tool '{call.name[:40]}'; there is {', '.join(self.tools)}")
-        self._seen.append(self.task.execute(self.world, call))
+        self._seen.append(observe(self.task.execute, self.world, call, self.tool_seconds))
         return self._seen[-1]
 
     def _check_turn(self) -> Verdict:
         if not self.task.turns[self.turn].calls:
             strict = self.strict_empty_turn and self._calls > 0
             return Verdict(not strict, "called a tool where it should ask" if strict else "")
-        fault = self.task.fault(self.turn, self.world, self._seen, self._calls)
+        try:
+            fault = self.task.fault(self.turn, self.world, self._seen, self._calls)
+        except Exception as error:  # a world of anybody's classes may refuse to be copied, say
+            fault = f"the world cannot be judged: {type(error).__name__}"
         return Verdict(not fault, fault)
 
     def _user_message(self) -> dict:
@@ -309,7 +347,9 @@ class Episode:
 
 
 def _error(text: str) -> str:
-    return to_json({"error": text})
+    """The observation of a failure; its text may be a tool's, of any length and content."""
+    text = text if len(text) <= MAX_RESULT else text[:MAX_RESULT] + "..."
+    return to_json({"error": text.encode("utf-8", "replace").decode()})
 
 
 def oracle(task: Task, format: str = "hermes") -> list[dict]:
@@ -329,36 +369,79 @@ def oracle(task: Task, format: str = "hermes") -> list[dict]:
 
 def replay(task: Task, calls: list[list[Call]], format: str = "hermes") -> float:
     """Reward of playing the given calls (one list per turn) instead of the ground truth."""
+    return _played(task, calls, format).reward
+
+
+def _played(task: Task, calls: list[list[Call]], format: str) -> Episode:
     episode = Episode(task, format)
     for parts in _packed(task, calls):
         for part in parts:
             episode.step(render_calls(part, format))
         episode.step("done")
-    return episode.reward
+    return episode
 
 
 def _packed(task: Task, calls: list[list[Call]]) -> list[list[list[Call]]]:
     """Per turn: its calls one by one, or in larger parts where the ground truth has too many for that."""
-    room = MAX_MESSAGES - len(task.turns) - 1
-    size = max(1, math.ceil(sum(len(turn.calls) for turn in task.turns) / room))
+    fitting = (size for size in range(1, MAX_CALLS) if _messages(task, size) <= MAX_MESSAGES)
+    size = next(fitting, MAX_CALLS)
     return [[turn[i : i + size] for i in range(0, len(turn), size)] for turn in calls]
 
 
+def _messages(task: Task, size: int) -> int:
+    """Assistant messages of the ground truth with so many calls a message."""
+    return sum(math.ceil(len(turn.calls) / size) + 1 for turn in task.turns)
+
+
+def _check_truth(task: Task) -> None:
+    """Raise ValueError unless the ground truth can be played, without an error, and earns reward 1."""
+    if _messages(task, MAX_CALLS) > MAX_MESSAGES:
+        raise ValueError(
+            f"its turns and their calls, {MAX_CALLS} a message, take more than the {MAX_MESSAGES} messages "
+            "of an episode"
+        )
+    try:
+        expected = task.expected
+    except Exception as error:  # from a class's `__init__`, or from copying an object of it
+        raise ValueError(f"the ground truth does not replay: {type(error).__name__}: {error}") from None
+    for i, (turn, (_, results)) in enumerate(zip(task.turns, expected)):
+        for j, (call, result) in enumerate(zip(turn.calls, results)):
+            if result.startswith(FAILED):
+                raise ValueError(f"turns[{i}].calls[{j}], {call.name}, is answered with {result[:300]}")
+    verdicts = _played(task, [turn.calls for turn in task.turns], "hermes").turn_verdicts
+    for i, verdict in enumerate(verdicts):
+        if not verdict.passed:
+            raise ValueError(f"the ground truth earns reward 0; turns[{i}] fails: {verdict.reason}")
+
+
 def alter(task: Task, call: Call, argument: str) -> Call:
-    """The call with one argument changed to another value of its type."""
-    kind, value = (
-        task.schema(call.name)["parameters"]["properties"].get(argument, {}),
-        call.arguments[argument],
-    )
+    """The call with one argument changed to another value of its type; of a choice of one there is none."""
+    kind = task.schema(call.name)["parameters"]["properties"].get(argument, {})
+    return replace(call, arguments=call.arguments | {argument: _another(kind, call.arguments[argument])})
+
+
+def _another(kind: dict, value: object) -> object:
+    if value is None:
+        return _example(kind)
     if "enum" in kind:
-        value = kind["enum"][kind["enum"].index(value) - 1]
-    elif isinstance(value, bool):
-        value = not value
-    elif isinstance(value, int | float):
-        value = value + 1
-    else:
-        value = value + "s" if isinstance(value, str) else type(value)()
-    return replace(call, arguments=call.arguments | {argument: value})
+        return kind["enum"][kind["enum"].index(value) - 1]
+    if isinstance(value, bool):
+        return not value
+    if isinstance(value, int | float):
+        return value + 1
+    if isinstance(value, str):
+        return value + "s"
+    if isinstance(value, list):
+        return [] if value else [_example(kind.get("items", {}))]
+    return {} if value else {"s": _example(kind.get("additionalProperties", {}))}
+
+
+def _example(kind: dict) -> object:
+    """Some value of a type."""
+    if "enum" in kind:
+        return kind["enum"][0]
+    examples = {"string": "s", "integer": 1, "number": 1, "boolean": True, "array": [], "object": {}}
+    return examples[kind.get("type", "string")]
 
 
 def mutations(task: Task) -> list[list[list[Call]]]:
@@ -392,5 +475,5 @@ def export(tasks: Sequence[Task], path: Path, format: str = "hermes") -> str:
         row = {"data_source": task.category, "prompt": messages, "ability": "multi-turn tool use"}
         row["reward_model"] = {"style": "rule", "ground_truth": to_json(truth)}
         lines.append(to_json(row | {"extra_info": info}))
-    path.write_text("\n".join(lines) + "\n", encoding="utf-8")
+    write_lines(path, lines)
     return f"{len(lines)} tasks in {path}"

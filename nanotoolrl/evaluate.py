@@ -6,6 +6,7 @@ lists the rest.
 
 import argparse
 import dataclasses
+import itertools
 import json
 import math
 import sys
@@ -14,19 +15,38 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
+import torch
 from tqdm import tqdm
 
-from nanotoolrl.chat import FORMATS, MESSAGE_STATES
+from nanotoolrl.chat import FORMATS, MESSAGE_STATES, Chat
+from nanotoolrl.cli import command, cpu_threads, number
 from nanotoolrl.doctor import FORCED, Checkup, page, read_transcripts, transcripts_page, verdict
-from nanotoolrl.env import CATEGORIES, MAX_MESSAGES, Episode, Task
+from nanotoolrl.env import CATEGORIES, MAX_MESSAGES, TOOL_SECONDS, Episode, Task
+from nanotoolrl.files import check_writable, finite
 from nanotoolrl.model import BUILT_IN, ModelError, Policy, load
 from nanotoolrl.probes import ProbeSet
 from nanotoolrl.sampler import Sampler, demonstration
 from nanotoolrl.supervise import hint_text
 from nanotoolrl.tasks import TASK_NAMES, is_bfcl, load_tasks, subset
 
-LONG_CONTEXT = 8192  # tokens per episode of the benchmark, as published
 PROBE_TASKS = 32  # training tasks whose ground truth the doctor probes
+MOST_NAMED = 3  # of the tasks that cannot be solved
+
+
+@dataclass(frozen=True)
+class Limits:
+    """What an episode may take: tokens of an assistant message, assistant messages, tokens in all, seconds of
+    one tool call; and whether a call fails a turn that has no ground-truth calls."""
+
+    max_new_tokens: int = 128
+    max_messages: int = 20
+    context: int = 2048
+    strict_empty_turn: bool = False
+    tool_seconds: float = TOOL_SECONDS
+
+
+OUR_LIMITS = Limits()  # of our own tasks; no ground truth has more than 14 messages
+BFCL_LIMITS = Limits(max_new_tokens=1024, max_messages=MAX_MESSAGES, context=8192)  # published
 
 
 @dataclass
@@ -66,6 +86,7 @@ def evaluate(
     hints: Sequence[str] | None = None,
     max_messages: int = MAX_MESSAGES,
     strict_empty_turn: bool = False,
+    tool_seconds: float = TOOL_SECONDS,
     samples: int = 1,
     force_prefix: bool = False,
 ) -> Scores:
@@ -73,15 +94,21 @@ def evaluate(
 
     samples: rollouts of each task; its reward is their mean, so that intervals are over tasks. force_prefix:
     the canonical prefix of a call is written wherever one should come: is the skill there, behind a broken
-    format? Tasks are played in order of the size of their world: long episodes then run beside long ones.
+    format? A task whose prompt does not fit the sampler's context fails. Tasks are played in order of the
+    size of their world: long episodes then run beside long ones.
     """
-    started = time.perf_counter()
-    order = sorted(range(len(tasks)), key=lambda i: len(str(tasks[i].state)))
-    order = [i for i in order for _ in range(samples)]
+    started, scores = time.perf_counter(), Scores()
+    order = []
+    for i in sorted(range(len(tasks)), key=lambda i: len(str(tasks[i].state))):
+        hint = hints[i] if hints else ""
+        if prompt_length(sampler.chat, tasks[i], format, hint) < sampler.context:
+            order += [i] * samples
+        else:
+            scores.rewards.setdefault(tasks[i].category, []).append(0.0)
     hints = [hints[i] for i in order] if hints else None
-    episodes = [Episode(tasks[i], format, max_messages, strict_empty_turn) for i in order]
+    how = {"strict_empty_turn": strict_empty_turn, "tool_seconds": tool_seconds}
+    episodes = [Episode(tasks[i], format, max_messages, **how) for i in order]
     trajectories = sampler.rollout(episodes, hints, temperature, force_prefix=force_prefix)
-    scores = Scores()
     for i in range(0, len(trajectories), samples):
         reward = sum(row.reward for row in trajectories[i : i + samples]) / samples
         scores.rewards.setdefault(trajectories[i].category, []).append(reward)
@@ -140,24 +167,43 @@ def _cell(share: tuple[float, float, float, int]) -> str:
     return f"{100 * share[0]:.1f} [{100 * share[1]:.1f}, {100 * share[2]:.1f}] n={share[3]}"
 
 
-def fits(policy: Policy, task: Task, format: str, room: int, hinted: bool = False) -> bool:
-    """Whether the prompt of a task has at most `room` tokens; if `hinted`, with its hint, and whether its
-    ground truth has, too."""
-    hint = hint_text(task, format) if hinted else ""
-    if len(policy.chat.prompt_ids(*Episode(task, format).prompt(), format, hint)) > room:
-        return False
-    return not hinted or len(demonstration(policy.chat, task, format).tokens) <= room
+def prompt_length(chat: Chat, task: Task, format: str, hint: str = "") -> int:
+    """Tokens of a task's prompt."""
+    return len(chat.prompt_ids(*Episode(task, format).prompt(), format, hint))
+
+
+def obstacle(chat: Chat, task: Task, format: str, limits: Limits, room: int, hint: str = "") -> str:
+    """Why no rollout can solve a task, or "": its prompt (with a hint) or its ground truth has more than
+    `room` tokens, or a ground-truth message more than the limits allow."""
+    if (length := prompt_length(chat, task, format, hint)) > room:
+        return f"its prompt has {length} tokens; there is room for {room}"
+    truth = demonstration(chat, task, format)
+    if len(truth.tokens) > room:
+        return f"its ground truth has {len(truth.tokens)} tokens; there is room for {room}"
+    longest = max(sum(message) for sampled, message in itertools.groupby(truth.loss_mask) if sampled)
+    if longest > limits.max_new_tokens:
+        return f"a ground-truth message has {longest} tokens, and may have {limits.max_new_tokens}"
+    return ""
+
+
+def named(obstacles: dict[str, str], what: str) -> str:
+    """Lines that name the first tasks with an obstacle (task id -> obstacle) and count the others. what: what
+    becomes of them."""
+    lines = [f"{what}: task {name}: {why}" for name, why in list(obstacles.items())[:MOST_NAMED]]
+    if len(obstacles) > MOST_NAMED:
+        lines.append(f"{what}: {len(obstacles) - MOST_NAMED} more such tasks")
+    return "\n".join(lines)
 
 
 def checkup(
-    sampler: Sampler, name: str, tasks: Sequence[Task], format: str, probes: ProbeSet, max_messages: int
+    sampler: Sampler, name: str, tasks: Sequence[Task], format: str, probes: ProbeSet, limits: Limits
 ) -> Checkup:
     """What the doctor needs to know of a model: greedy success on `tasks` in every format and with the prefix
     forced, message states, probes."""
     ways = {one: (one, False) for one in (format, *(f for f in FORMATS if f != format))}
     ways[FORCED] = (format, True)
     played = {
-        way: evaluate(sampler, tasks, one, max_messages=max_messages, force_prefix=forced)
+        way: evaluate(sampler, tasks, one, force_prefix=forced, **rules(limits))
         for way, (one, forced) in tqdm(ways.items(), f"playing {name}", unit="evaluation")
     }
     success = {way: scores.of("all") for way, scores in played.items()}
@@ -166,13 +212,51 @@ def checkup(
 
 # ------------------------------------------------------------------------------------------------ the command
 # Which flags count in which kind of evaluation; others are refused, not ignored.
+LIMITS = " ".join(one.name for one in dataclasses.fields(Limits))
 FLAGS = {
-    "score": "model tasks bfcl_official format count temperature samples hint force_prefix seed context "
-    "max_messages",
-    "grid": "model format count temperature samples hint force_prefix seed context max_messages",
-    "doctor": "model tasks format count compare context max_messages",
+    "score": f"model tasks bfcl_official format count temperature samples hint force_prefix seed {LIMITS}",
+    "grid": f"model format count temperature samples hint force_prefix seed {LIMITS}",
+    "doctor": f"model tasks format count compare {LIMITS}",
     "transcripts": "format",
 }
+
+
+def add_limits(parser: argparse.ArgumentParser) -> None:
+    """Flags for every limit of an episode; `chosen_limits` says what holds where one is not given."""
+    where = "(default: that of the model's run, if any, else {}, of bfcl {})"
+    about = {
+        "max_new_tokens": "tokens per assistant message; longer ones are cut and fail",
+        "max_messages": "assistant messages per episode",
+        "context": "tokens per episode, at most the model's",
+        "tool_seconds": "seconds after which a tool call is given up; 0: never",
+    }
+    for name, text in about.items():
+        kind = type(getattr(OUR_LIMITS, name))
+        bounds = {"least": 0, "most": 86_400} if kind is float else {"above": 0, "most": 2**31 - 1}
+        usual = where.format(getattr(OUR_LIMITS, name), getattr(BFCL_LIMITS, name))
+        flag = "--" + name.replace("_", "-")
+        parser.add_argument(flag, type=number(kind, **bounds), help=f"{text} {usual}")
+    parser.add_argument(
+        "--strict-empty-turn",
+        action=argparse.BooleanOptionalAction,
+        help="fail a task that calls a tool in a turn whose ground truth is empty (default: as its run did)",
+    )
+
+
+def chosen_limits(args: argparse.Namespace) -> Limits:
+    """Flags, before the limits of the run that made the model if its tasks were of the same kind, before
+    those of our own tasks or of the benchmark's."""
+    usual, run = BFCL_LIMITS if is_bfcl(args.tasks) else OUR_LIMITS, run_settings(args.model)
+    found = {}
+    for name, value in dataclasses.asdict(usual).items():
+        given, alike = getattr(args, name), is_bfcl(run.get("tasks", "")) == is_bfcl(args.tasks)
+        found[name] = given if given is not None else run.get(name, value) if alike else value
+    return Limits(**found)
+
+
+def rules(limits: Limits) -> dict[str, object]:
+    """The limits that `evaluate` takes; the others are the sampler's."""
+    return {name: getattr(limits, name) for name in ("max_messages", "strict_empty_turn", "tool_seconds")}
 
 
 def command_line() -> argparse.ArgumentParser:
@@ -184,7 +268,7 @@ def command_line() -> argparse.ArgumentParser:
     add(
         "--model",
         default=BUILT_IN,
-        help="checkpoint directory, hub name, or nano, the built-in model (default)",
+        help="checkpoint or run directory, hub name, or nano, the built-in model (default)",
     )
     add("--tasks", default="test", help=f"{TASK_NAMES} (default: test)")
     add(
@@ -198,15 +282,18 @@ def command_line() -> argparse.ArgumentParser:
         help="syntax of calls (default: all; for --grid, --doctor and --transcripts the trained one: that of "
         "the model's run, if any, else hermes)",
     )
-    add("--count", type=int, default=0, help="a fixed sample of so many tasks (default: 0, all)")
-    add("--temperature", type=float, default=0.0, help="0 is greedy (default: 0)")
-    add("--samples", type=int, default=1, help="rollouts of each task (default: 1); needs a temperature")
+    count = number(int, least=0, most=2**31 - 1)
+    add("--count", type=count, default=0, help="a fixed sample of so many tasks (default: 0, all)")
+    heat = number(float, least=0, most=100)
+    add("--temperature", type=heat, default=0.0, help="0 is greedy (default: 0)")
+    samples = number(int, above=0, most=10_000)
+    add("--samples", type=samples, default=1, help="rollouts of each task (default: 1); needs a temperature")
     add("--hint", action="store_true", help="put each task's hint into the system prompt")
     add("--force-prefix", action="store_true", help="write the start of a call wherever one should come")
-    add("--seed", type=int, default=0, help="of the sampling noise (default: 0)")
-    add("--context", type=int, help="tokens per episode (default: 2048, of bfcl 8192), at most the model's")
-    add("--max-messages", type=int, default=20, help="assistant messages per episode (default: 20)")
-    add("--json", metavar="FILE", help="write the numbers there, too")
+    seed = number(int, least=0, most=2**63 - 1)
+    add("--seed", type=seed, default=0, help="of the sampling noise (default: 0)")
+    add_limits(parser)
+    add("--json", metavar="FILE", type=Path, help="write the numbers there, too")
     kind = parser.add_mutually_exclusive_group()
     kind.add_argument("--grid", action="store_true", help="trained and foreign formats x test and ood tasks")
     kind.add_argument("--doctor", action="store_true", help="a page about what is wrong with the model")
@@ -221,32 +308,36 @@ def command_line() -> argparse.ArgumentParser:
     return parser
 
 
+@command
 def main(argv: list[str] | None = None) -> int:
     """The command; returns 0, or 2 when refused."""
     parser = command_line()
     args = parser.parse_args(argv)
     kind = next((name for name in COMMANDS if getattr(args, name, None)), "score")
-    arguments = {name: value for name, value in vars(args).items() if name in FLAGS[kind].split()}
+    arguments = [name for name in vars(args) if name in FLAGS[kind].split()]
     try:
-        for name in vars(args).keys() - arguments.keys() - {*COMMANDS, "json"}:
+        for name in vars(args).keys() - set(arguments) - {*COMMANDS, "json"}:
             if getattr(args, name) != parser.get_default(name):
                 where = "without --doctor" if kind == "score" else f"with --{kind}"
                 raise ValueError(f"--{name.replace('_', '-')} says nothing {where}")
-        if args.count < 0 or args.temperature < 0 or args.samples < 1:
-            raise ValueError("--count and --temperature must not be negative, --samples must be positive")
         if args.samples > 1 and args.temperature == 0:
             raise ValueError("--samples above 1 needs a --temperature: greedy rollouts are all the same")
-        if args.json and not Path(args.json).resolve().parent.is_dir():
-            raise FileNotFoundError(f"no directory for --json {args.json}")
-        args.context = args.context or (LONG_CONTEXT if is_bfcl(args.tasks) else 2048)
+        if args.json:
+            check_writable(args.json)
+        torch.set_num_threads(cpu_threads())
+        args.limits = chosen_limits(args)
+        vars(args).update(dataclasses.asdict(args.limits))
         text, numbers = COMMANDS[kind](args)
+        print(text)
+        if args.json:
+            stored = {"kind": kind} | {name: getattr(args, name) for name in arguments}
+            stored = finite({"arguments": stored} | numbers)
+            args.json.write_text(json.dumps(stored, allow_nan=False), encoding="utf-8")
     except (ModelError, OSError, ValueError) as error:
         print(f"evaluate: {error}", file=sys.stderr)
         return 2
-    print(text)
-    if args.json:
-        arguments = {"kind": kind} | {name: getattr(args, name) for name in arguments}
-        Path(args.json).write_text(json.dumps({"arguments": arguments} | numbers))
+    except KeyboardInterrupt:
+        return 130
     return 0
 
 
@@ -269,7 +360,7 @@ def score(args: argparse.Namespace) -> tuple[str, dict]:
 
 def score_grid(args: argparse.Namespace) -> tuple[str, dict]:
     """Success in the trained and the foreign formats on tasks of the trained and of other domains."""
-    policy, trained = load(args.model), args.format or of_run(args.model, "format") or "hermes"
+    policy, trained = load(args.model), args.format or run_settings(args.model).get("format") or "hermes"
     formats = [trained, *(format for format in FORMATS if format != trained)]
     columns = {}
     for name in ("test", "ood"):
@@ -279,54 +370,76 @@ def score_grid(args: argparse.Namespace) -> tuple[str, dict]:
     return grid(columns, trained), {"trained": trained, "scores": scores}
 
 
+def sampler_of(policy: Policy, limits: Limits, seed: int = 0) -> Sampler:
+    """A sampler under the limits."""
+    return Sampler(policy, limits.max_new_tokens, limits.context, seed=seed)
+
+
 def play(policy: Policy, tasks: Sequence[Task], format: str, args: argparse.Namespace) -> Scores:
-    """Evaluate as the flags say, and say on stderr that it is done. A task whose prompt is too long fails."""
-    sampler = Sampler(policy, context=args.context, seed=args.seed)
-    room = sampler.context - 1
-    texts = [hint_text(task, format) if args.hint else "" for task in tasks]
-    fitting = [
-        len(policy.chat.prompt_ids(*Episode(task, format).prompt(), format, hint)) <= room
-        for task, hint in zip(tasks, texts, strict=True)
-    ]
-    hints = [hint for hint, ok in zip(texts, fitting) if ok] if args.hint else None
-    how = {"max_messages": args.max_messages, "samples": args.samples, "force_prefix": args.force_prefix}
-    played = [task for task, ok in zip(tasks, fitting) if ok]
-    scores = evaluate(sampler, played, format, args.temperature, hints, **how)
-    for task in [task for task, ok in zip(tasks, fitting) if not ok]:
-        scores.rewards.setdefault(task.category, []).append(0.0)
+    """Evaluate as the flags say, and say on stderr that it is done, and which tasks nobody can solve."""
+    sampler = sampler_of(policy, args.limits, args.seed)
+    hints = [hint_text(task, format) if args.hint else "" for task in tasks]
+    how = {"samples": args.samples, "force_prefix": args.force_prefix} | rules(args.limits)
+    scores = evaluate(sampler, tasks, format, args.temperature, hints, **how)
     print(f"{format}: {len(tasks)} tasks in {scores.seconds:.0f} s", file=sys.stderr)
-    if not all(fitting):
-        left_out = fitting.count(False)
-        print(f"{format}: {left_out} of them failed: a prompt of more than {room} tokens", file=sys.stderr)
+    say_unsolvable(sampler, tasks, format, args.limits, hints)
     return scores
+
+
+def say_unsolvable(
+    sampler: Sampler, tasks: Sequence[Task], format: str, limits: Limits, hints: Sequence[str]
+) -> None:
+    """Name, on stderr, the tasks that no model can solve under these limits."""
+    room, found = sampler.context - 1, {}
+    for task, hint in zip(tasks, hints, strict=True):
+        if why := obstacle(sampler.chat, task, format, limits, room, hint):
+            found[task.id] = why
+    if found:
+        print(named(found, f"{format}: cannot be solved"), file=sys.stderr)
 
 
 def doctor(args: argparse.Namespace) -> tuple[str, dict]:
     """The doctor's page about a model."""
     tasks = chosen_tasks(args.tasks, args.count)
     probe_tasks = subset(load_tasks("train"), PROBE_TASKS)
-    before = args.compare or of_run(args.model, "model")
-    trained = args.format or of_run(args.model, "format") or "hermes"
-    policies = [load(name) for name in [args.model, *filter(None, [before])]]
+    run = run_settings(args.model)
+    trained = args.format or run.get("format") or "hermes"
+    names, policies = [args.model], [load(args.model)]
+    if before := args.compare or run.get("model"):
+        try:
+            policies.append(load(before))
+            names.append(before)
+        except ModelError as error:
+            if args.compare:
+                raise
+            print(f"nothing to compare with: {error}", file=sys.stderr)
     probes = ProbeSet(policies[-1], probe_tasks, trained)
-    samplers = [Sampler(policy, context=args.context) for policy in policies]
+    samplers = [sampler_of(policy, args.limits) for policy in policies]
     found = [
-        checkup(sampler, name, tasks, trained, probes, args.max_messages)
-        for sampler, name in zip(samplers, [args.model, before])
+        checkup(sampler, name, tasks, trained, probes, args.limits)
+        for sampler, name in zip(samplers, names, strict=True)
     ]
-    model, reference = found[0], found[1] if before else None
+    say_unsolvable(samplers[0], tasks, trained, args.limits, [""] * len(tasks))
+    model, reference = found[0], found[1] if len(found) > 1 else None
     numbers = {"verdict": verdict(model, reference), "model": dataclasses.asdict(model)}
     numbers["reference"] = dataclasses.asdict(reference) if reference else None
     return page(model, reference), numbers
 
 
-def of_run(model: str, setting: str) -> str:
-    """A setting of the run that made a model, if `model` is the directory of its result; else ""."""
-    config = Path(model).parent / "config.json"
-    try:
-        return str(json.loads(config.read_text())[setting])
-    except (OSError, ValueError, KeyError, TypeError):
-        return ""
+def run_settings(model: str) -> dict:
+    """Model, format, tasks and limits of the run that made a model, as far as they are told; nothing if
+    `model` is neither a run nor in one (RUN/model, RUN/models/step-N)."""
+    kinds = {"model": str, "format": str, "tasks": str}
+    kinds |= {name: type(value) for name, value in dataclasses.asdict(OUR_LIMITS).items()}
+    for folder in (Path(model), Path(model).parent, Path(model).parent.parent):
+        try:
+            found = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+        except (OSError, ValueError, RecursionError):
+            continue
+        if isinstance(found, dict) and "model_type" not in found:  # that would be a model's own
+            told = {name: found[name] for name, kind in kinds.items() if type(found.get(name)) is kind}
+            return {k: v for k, v in told.items() if (v in FORMATS if k == "format" else v or v is False)}
+    return {}
 
 
 def logged(args: argparse.Namespace) -> tuple[str, dict]:

@@ -11,7 +11,6 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import torch
-from safetensors import SafetensorError
 from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer
 from transformers.utils import logging as transformers_logging
@@ -45,6 +44,7 @@ class Policy:
 
     def __init__(self, model, tokenizer) -> None:
         self.model, self.tokenizer, self.chat = model, tokenizer, Chat(tokenizer)
+        self.known_ids = 1 + max(tokenizer.get_vocab().values())
         self.checkpointed: list[torch.nn.Module] = []
 
     def checkpoint_layers(self) -> None:
@@ -59,8 +59,10 @@ class Policy:
 
     @property
     def head(self) -> Tensor:
-        """Output embedding [V, D]."""
-        return self.model.get_output_embeddings().weight
+        """Output embedding [V, D] of the ids that the tokenizer knows. An embedding may have more rows, up
+        to a round number (271 in Qwen2.5); their ids, which stand for no text, are never chosen."""
+        weight = self.model.get_output_embeddings().weight
+        return weight if len(weight) <= self.known_ids else weight[: self.known_ids]
 
     @property
     def context(self) -> int:
@@ -164,7 +166,7 @@ def pad(rows: Sequence[tuple[Sequence[int], Sequence[bool]]], device: torch.devi
 def load(
     name_or_dir: str | os.PathLike, device: str | None = None, dtype: torch.dtype | None = None
 ) -> Policy:
-    """Load a checkpoint directory, a hub name, or "nano", the built-in model.
+    """Load a checkpoint directory, a run directory (its model/), a hub name, or "nano", the built-in model.
 
     device: "cuda" where there is one, else "cpu". dtype: fp32 on the CPU, bf16 on a GPU that has it, else
     fp16. Raises ModelError, with the path or name and what was expected.
@@ -176,12 +178,13 @@ def load(
         )
         dtype = half if device.startswith("cuda") else torch.float32
     with _checkpoint(name_or_dir) as name:
-        tokenizer = AutoTokenizer.from_pretrained(name)
-        model, info = AutoModelForCausalLM.from_pretrained(
-            name, dtype=dtype, attn_implementation="sdpa", output_loading_info=True
-        )
+        tokenizer = AutoTokenizer.from_pretrained(name, trust_remote_code=False)
+        how = {"dtype": dtype, "attn_implementation": "sdpa", "trust_remote_code": False}
+        model, info = AutoModelForCausalLM.from_pretrained(name, output_loading_info=True, **how)
         if info["missing_keys"]:
             raise ValueError(f"weights are missing: {', '.join(sorted(info['missing_keys'])[:3])}")
+        if left_over := sorted(key for key in info["unexpected_keys"] if ".layers." in key):
+            raise ValueError(f"there are weights of layers that its config does not have: {left_over[0]}")
         policy = Policy(model.to(device).eval(), tokenizer)
         _refuse_what_is_different(policy)
         return policy
@@ -190,9 +193,11 @@ def load(
 @torch.no_grad()
 def _refuse_what_is_different(policy: Policy) -> None:
     """ValueError for a model whose attention does not reach back to the first token, whose positions depend
-    on the length of the text, or whose logits are not the plain product of its last hidden states and its
-    output embedding."""
-    config = policy.model.config
+    on the length of the text, or whose logits are not finite, or not the plain product of its last hidden
+    states and its output embedding."""
+    config, rows = policy.model.config, len(policy.model.get_output_embeddings().weight)
+    if rows < policy.known_ids:
+        raise ValueError(f"its tokenizer has {policy.known_ids} tokens, its embedding only {rows} rows")
     kinds = set(getattr(config, "layer_types", None) or ())
     if kinds - {"full_attention"} or (not kinds and getattr(config, "sliding_window", None)):
         what = ", ".join(sorted(kinds - {"full_attention"})) or "a sliding window"
@@ -201,25 +206,39 @@ def _refuse_what_is_different(policy: Policy) -> None:
     if rope in LENGTH_DEPENDENT_ROPE:
         raise ValueError(f"its rotary positions are {rope}: those of a token would change as a text grows")
     ids = torch.arange(8, device=policy.device)[None]
-    expected = policy.model(input_ids=ids, use_cache=False).logits.float()
+    expected = policy.model(input_ids=ids, use_cache=False).logits.float()[..., : policy.known_ids]
     found = policy.logits(policy.hidden(ids)[0])
+    if not finite_weights(policy.model) or not expected.isfinite().all():
+        raise ValueError("its logits are not finite: the weights hold NaN or infinity")
     if (found - expected).abs().max() > 0.05 * expected.abs().max():
         raise ValueError(
             "its logits are not hidden states times output embedding (scaled, capped or biased?)"
         )
 
 
+def finite_weights(model: torch.nn.Module) -> bool:
+    """Whether no weight is NaN or infinite."""
+    return bool(torch.stack([weight.isfinite().all() for weight in model.parameters()]).all())
+
+
 def load_chat(name_or_dir: str | os.PathLike) -> Chat:
     """The `Chat` of a model, without its weights. Raises ModelError like `load`."""
     with _checkpoint(name_or_dir) as name:
-        return Chat(AutoTokenizer.from_pretrained(name))
+        return Chat(AutoTokenizer.from_pretrained(name, trust_remote_code=False))
 
 
 @contextmanager
 def _checkpoint(name_or_dir: str | os.PathLike) -> Iterator[str]:
     """Where transformers finds a model; quiet, and with whatever goes wrong turned into a ModelError."""
     name = str(NANO) if name_or_dir == BUILT_IN else os.fspath(name_or_dir)
-    local = Path(name).exists() or Path(name).parent.is_dir()  # "data/nan0" is a slip, not a hub name
+    try:
+        local = Path(name).exists() or Path(name).parent.is_dir()  # "data/nan0" is a slip, not a hub name
+    except (OSError, ValueError) as error:
+        raise ModelError(f"no model has the name {name[:80]!r}: {error}") from None
+    if local and (Path(name) / "model" / "config.json").is_file():  # a run directory
+        name = str(Path(name) / "model")
+    elif (Path(name) / "metrics.csv").is_file():
+        raise ModelError(f"{name} is a run that has left no model: it is going on, or was killed")
     if local and not (Path(name) / "config.json").is_file():
         raise ModelError(
             f"no model in {name}: expected a directory with config.json, weights and tokenizer files"
@@ -229,7 +248,7 @@ def _checkpoint(name_or_dir: str | os.PathLike) -> Iterator[str]:
     transformers_logging.disable_progress_bar()
     try:
         yield name
-    except (OSError, ValueError, KeyError, RuntimeError, SafetensorError) as error:
+    except Exception as error:  # files that others wrote: transformers may raise anything
         where = (
             "a readable checkpoint" if local else "a checkpoint directory here, or a model the hub gives you"
         )

@@ -24,11 +24,12 @@ from matplotlib.axes import Axes  # noqa: E402
 from tqdm import tqdm  # noqa: E402
 
 from nanotoolrl.chat import MESSAGE_STATES, UNHEALTHY_STATES, Chat  # noqa: E402
+from nanotoolrl.cli import command  # noqa: E402
 from nanotoolrl.model import ModelError, load_chat  # noqa: E402
 from nanotoolrl.probes import SPURIOUS_FLOOR  # noqa: E402
+from nanotoolrl.viewer import TEMPLATE, page_of  # noqa: E402
 
 MOST_BYTES = 14_000_000  # of rollouts in the page; together with figures it stays under 20 MB
-VIEWER = Path(__file__).with_name("viewer.html")
 # Okabe and Ito's palette: told apart by colour-blind readers, and in print by line style.
 COLORS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000", "#999999", "#F0E442")
 STYLES = ("-", "--", ":", "-.")
@@ -90,8 +91,8 @@ class RunFiles:
 def read_run(path: Path) -> RunFiles:
     """Read a run directory. Raises Unreadable."""
     try:
-        config = json.loads((path / "config.json").read_text())
-        with (path / "metrics.csv").open() as file:
+        config = json.loads((path / "config.json").read_text(encoding="utf-8"))
+        with (path / "metrics.csv").open(encoding="utf-8") as file:
             rows = list(csv.DictReader(file))
         metrics = {name: [_number(row[name]) for row in rows] for name in rows[0]}
         probes = [json.loads(line) for line in whole_lines(path / "probes.jsonl")]
@@ -122,7 +123,9 @@ def whole_lines(path: Path) -> list[str]:
     if not path.exists():
         return []
     return [
-        line for line in path.read_text().splitlines(keepends=True) if line.endswith("\n") and line.strip()
+        line
+        for line in path.read_text(encoding="utf-8").splitlines(keepends=True)
+        if line.endswith("\n") and line.strip()
     ]
 
 
@@ -293,7 +296,7 @@ def draw(runs: Sequence[RunFiles], directory: Path) -> list[Path]:
 def rollouts_of(run: RunFiles, most_bytes: int) -> tuple[list[dict], dict[int, str], int]:
     """(steps for the viewer, vocabulary: id -> text, number of steps in the log). Steps are left out evenly,
     the first and the last stay, until the lines take at most `most_bytes`."""
-    chat = load_chat(run.config["model"])
+    chat = chat_of(run)
     lines: dict[int, list[str]] = {}
     for line in whole_lines(run.path / "rollouts.jsonl"):
         lines.setdefault(json.loads(line)["step"], []).append(line)
@@ -314,13 +317,27 @@ def rollouts_of(run: RunFiles, most_bytes: int) -> tuple[list[dict], dict[int, s
     return steps, {token: chat.decode([token]) for token in sorted(used)}, len(lines)
 
 
+def chat_of(run: RunFiles) -> Chat:
+    """How the run's tokens read: of the model it began from, or where that is not on this machine, of the one
+    it ended with."""
+    try:
+        return load_chat(run.config["model"])
+    except ModelError as error:
+        if not (run.path / "model").is_dir():
+            raise
+        print(f"{run.name}: its tokens are read with {run.path / 'model'}: {error}", file=sys.stderr)
+        return load_chat(run.path / "model")
+
+
 def _rollout(row: dict, chat: Chat) -> dict:
     """What the viewer shows of one trajectory."""
     verdicts = ["pass" if v["passed"] else f"fail: {v['reason']}" for v in row["verdicts"]]
     return {
         "tokens": row["tokens"],
         "mask": "".join(map(str, row["loss_mask"])),
-        "logprobs": [] if row["source"] == "oracle" else [round(x, 2) for x in row["logprobs"]],
+        "logprobs": []
+        if row["source"] == "oracle"
+        else [None if x is None else round(x, 2) for x in row["logprobs"]],
         "reward": row["reward"],
         "advantage": row["advantage"],
         "source": row["source"],
@@ -367,12 +384,8 @@ def build(runs: Sequence[RunFiles], directory: Path) -> Path:
         ],
         "runs": shown,
     }
-    # As JSON inside a script element: no "<" may stand in it, or model text could end the element.
-    text = json.dumps(data, ensure_ascii=False, allow_nan=False, separators=(",", ":")).replace(
-        "<", "\\u003c"
-    )
     page = directory / "report.html"
-    page.write_text(VIEWER.read_text().replace("/*DATA*/", text), encoding="utf-8")
+    page.write_text(page_of(TEMPLATE.read_text(encoding="utf-8"), data), encoding="utf-8")
     return page
 
 
@@ -428,6 +441,7 @@ def screen(runs: Sequence[RunFiles]) -> str:
     return "\n".join(lines)
 
 
+@command
 def main(argv: list[str] | None = None) -> int:
     """The command; returns 0, or 2 when refused."""
     parser = argparse.ArgumentParser(

@@ -7,6 +7,7 @@ depends on its own noise stream and its own tokens alone. Who is fed when is dec
 and the choice of tokens are in decode.py.
 """
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 
@@ -20,6 +21,7 @@ from nanotoolrl.logprob import HAS_TRITON
 from nanotoolrl.model import Policy
 
 PREFILL_TOKENS = 8192  # most tokens in one prefill forward
+LEAST_TEMPERATURE = 0.01  # logits over less leave the range of fp32; 0 is greedy
 PREFILL_SHARE = 0.2  # rows that wait for a prefill before one is made; the others decode on
 
 
@@ -165,8 +167,12 @@ class Sampler:
         at the start of every message for which the turn's ground truth still has calls. forced: per episode,
         the tokens it shall sample, as long as they last: a replay, whose log-probs are still the policy's.
         Under torchrun each process plays its share of the episodes and all get all trajectories.
-        Raises ValueError if a prompt leaves no room in the context.
+        Raises ValueError if a prompt leaves no room in the context, or for a temperature that is none.
         """
+        if temperature != 0 and not LEAST_TEMPERATURE <= temperature < math.inf:
+            raise ValueError(
+                f"the temperature is 0 (greedy) or at least {LEAST_TEMPERATURE}, not {temperature}"
+            )
         hints, wanted = hints or [""] * len(episodes), forced or [()] * len(episodes)
         if not len(episodes) == len(hints) == len(wanted):
             raise ValueError("there must be as many hints and forced rows as episodes")

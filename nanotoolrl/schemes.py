@@ -9,8 +9,10 @@ A signal that is an SFT loss on examples goes through a schedule: `sync` adds th
 `interleaved` makes bursts of SFT between rounds of RL, `none` makes the bursts without any RL.
 """
 
+import math
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import closing, nullcontext
 from dataclasses import dataclass, replace
 from functools import partial
 
@@ -130,7 +132,11 @@ def psr(run: Run, tasks: list[Task]) -> Step:
     {"positive_weight": 1.0},
 )
 def nsr(run: Run, tasks: list[Task]) -> Step:
-    """Like grpo, but A > 0 is multiplied by `positive_weight`: negative sample reinforcement. See `psr`."""
+    """Like grpo, but A > 0 is multiplied by `positive_weight`: negative sample reinforcement.
+
+    Deviation: the source has rewards +-1 and no groups; here a group that fails as a whole has A = 0 and is
+    not pushed down.
+    """
     trajectories = rollout(run, tasks)
     scores = advantages(run, trajectories)
     kept = torch.where(scores > 0, scores * run.config.positive_weight, scores)
@@ -167,7 +173,9 @@ def void(run: Run, tasks: list[Task]) -> Step:
 def guard(run: Run, tasks: list[Task]) -> Step:
     """Like grpo, but on control tokens A < 0 becomes (1 - guard_weight) A: the direct test of the mechanism.
 
-    Deviation: the source spares tokens that good and bad rollouts share; ours are the control tokens.
+    Deviations: the source spares tokens that good and bad rollouts share at the same position, counted from
+    either end; ours are the control tokens, wherever they stand. The source also weighs those tokens twice
+    where A > 0, and filters out rollouts of high entropy.
     """
 
     def objective(run: Run, tokens: Tokens) -> tuple[Tensor, Tensor]:
@@ -191,14 +199,15 @@ def guard(run: Run, tasks: list[Task]) -> Step:
 def guard_kl(run: Run, tasks: list[Task]) -> Step:
     """Like grpo, but loss + guard_kl * k3(policy || start) on control tokens, in every rollout.
 
-    Unlike `--kl`, content tokens are free to move.
+    Unlike `--kl`, content tokens are free to move, and k3 has no upper bound: a control token is pulled back
+    however far it fell (up to a factor of e^20).
     """
     strength = run.config.guard_kl
 
     def objective(run: Run, tokens: Tokens) -> tuple[Tensor, Tensor]:
         loss, clipped = clipped_objective(run, tokens)
         if strength > 0:
-            loss = loss + strength * tokens.control * kl_k3(tokens.logprobs, tokens.reference)
+            loss = loss + strength * tokens.control * kl_k3(tokens.logprobs, tokens.reference, most=math.inf)
         return loss, clipped
 
     trajectories = rollout(run, tasks)
@@ -246,6 +255,9 @@ def ops(run: Run, tasks: list[Task]) -> Step:
     They enter the group's mean and std. Loss of their tokens, `--ops-loss`: "shaped" (default, the published
     code) has w = p / (p + 0.1) where the ratio stands, "ratio" (the text) the plain ratio to the policy
     before the update, with no correction for who wrote them.
+
+    Deviations: LUFFY, where the shaping comes from, clips nothing and does not divide by the group's standard
+    deviation; here `--clip` and `--adv-std` hold for these tokens, too.
     """
 
     def objective(run: Run, tokens: Tokens) -> tuple[Tensor, Tensor]:
@@ -348,7 +360,8 @@ def reflections_on_failures(run: Run, tasks: list[Task], trajectories: list[Traj
         return reflections(tasks[i], row, run.policy.chat, run.tasks, run.sampler.context, judge)
 
     def reflect_on_all() -> list[tuple[list[Trajectory], bool]]:
-        with ThreadPoolExecutor(AT_ONCE if judge else 1) as threads:
+        closed = closing(judge) if judge else nullcontext()  # after Ctrl-C, nobody waits for it
+        with ThreadPoolExecutor(AT_ONCE if judge else 1) as threads, closed:
             return list(threads.map(reflect, collected_failures(run, trajectories)))
 
     made = distributed.from_first(reflect_on_all)  # a judge may not say the same twice
@@ -477,7 +490,8 @@ def ets(run: Run, tasks: list[Task]) -> Step:
     Failed: no rollout of the group succeeded; `--ets-any` takes the published code's rule, any failure. The
     synchronous schedule differs from `hpt` in that failures of earlier steps ride along, too.
     Deviations: RL keeps its optimiser state over a burst, where the published rounds are runs of their own;
-    bursts may be of equal size (`--sft-tokens`) instead of 2 epochs.
+    bursts may be of equal size (`--sft-tokens`) instead of 2 epochs. A task that fails twice within the
+    window is in the pool twice, and trained twice in a pass.
     """
     return SCHEDULES[run.config.schedule](run, tasks, ground_truth_of_failures)
 
@@ -579,6 +593,7 @@ def chord(run: Run, tasks: list[Task]) -> Step:
     mu falls linearly from `chord_mu` to 0 over `chord_steps` steps. With `--chord-phi` it stays, and SFT
     tokens weigh p (1 - p): neither what is certain nor what is out of reach. (1 - mu) is put on the
     advantages: the clipped loss is linear in their size (KL and entropy terms, if any, stay whole).
+    Deviation: in the source's code mu rises first and then falls along a cosine.
     """
     left = 1.0 if run.config.chord_phi else max(0.0, 1 - (run.step - 1) / run.config.chord_steps)
     mu = run.config.chord_mu * left

@@ -11,20 +11,26 @@ import dataclasses
 import json
 import math
 import os
+import signal
 import subprocess
 import sys
+import threading
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from pathlib import Path
 
 from tqdm import tqdm
 
-import train
 from nanotoolrl.chat import MESSAGE_STATES
+from nanotoolrl.cli import available_cores, command, number
+from nanotoolrl.config import Refused, parse, stored_config
 from nanotoolrl.evaluate import Scores
 from nanotoolrl.report import RunFiles, Unreadable, read_run
+from nanotoolrl.rundir import logged_steps
 
 ROOT = Path(__file__).resolve().parent.parent
 REFUSED = 2  # exit code of a run that was made with other settings, or cannot be made
+ENDED = 130  # of one that has not begun when the study is ended
 WINDOW = 640  # rollouts over which sampled success is averaged
 
 SCREEN = "--scheme grpo --eval-count 100 --eval-part 100"  # a look, not a claim
@@ -58,25 +64,50 @@ STUDIES = {
 }
 
 
-def run(directory: Path, flags: str) -> int:
+class Children:
+    """The runs that are going on. `end` asks them to save and stop, and lets none begin any more."""
+
+    def __init__(self) -> None:
+        self.going: set[subprocess.Popen] = set()
+        self.ended, self.lock = False, threading.Lock()
+
+    def run(self, command: list[str], log: Path) -> int:
+        """Run a command with its output in a log; the exit code."""
+        environment = os.environ | {"OMP_NUM_THREADS": "1"}
+        with log.open("a", encoding="utf-8") as file:
+            with self.lock:
+                if self.ended:
+                    return ENDED
+                child = subprocess.Popen(command, env=environment, stdout=file, stderr=file)
+                self.going.add(child)
+            code = child.wait()
+            self.going.discard(child)
+            return code
+
+    def end(self) -> None:
+        """Ask all to save and stop. Whoever waits for `run` gives them the time for it."""
+        with self.lock:
+            self.ended = True
+            for child in self.going:
+                child.terminate()
+
+
+def run(directory: Path, flags: str, children: Children) -> int:
     """One run of train.py on one thread, its output beside the directory; returns the exit code. One that is
     unfinished, or now wants more --steps, goes on from its checkpoint; one with other settings is refused."""
     arguments = f"{flags} --threads 1 --show-every 0 --out {directory}".split()
-    if (directory / "checkpoint.pt").exists():
-        wanted = train.parse(arguments)[0]
-        steps = (directory / "metrics.csv").read_text().count("\n") - 1
-        if (directory / "result.json").exists() and steps == wanted.steps:
+    if (directory / "config.json").exists():
+        wanted = parse(arguments)[0]
+        if (directory / "result.json").exists() and logged_steps(directory / "metrics.csv") == wanted.steps:
             try:
-                made = train.RunDirectory(directory).stored()
-            except train.Refused:  # of another version of this program
+                made = stored_config(directory / "config.json")
+            except Refused:  # of another version of this program
                 return REFUSED
             return 0 if dataclasses.replace(made, out=wanted.out) == wanted else REFUSED
         arguments.append("--resume")
-    environment = os.environ | {"OMP_NUM_THREADS": "1"}
     directory.parent.mkdir(parents=True, exist_ok=True)
-    with (directory.parent / f"{directory.name}.log").open("a") as log:
-        command = [sys.executable, str(ROOT / "train.py"), *arguments]
-        return subprocess.run(command, env=environment, stdout=log, stderr=log).returncode
+    command = [sys.executable, str(ROOT / "train.py"), *arguments]
+    return children.run(command, directory.parent / f"{directory.name}.log")
 
 
 def row(name: str, flags: str, files: RunFiles) -> dict:
@@ -93,7 +124,7 @@ def row(name: str, flags: str, files: RunFiles) -> dict:
     halved = next((window + i for i, share in enumerate(sampled) if i and share <= sampled[0] / 2), None)
     result = files.path / "result.json"
     finished = result.exists() and len(success) == files.config["steps"]
-    scores = json.loads(result.read_text()) if finished else {}
+    scores = json.loads(result.read_text(encoding="utf-8")) if finished else {}
     greedy = {when: Scores(**values).success for when, values in scores.items()}
     spikes = [(v["growth"], token) for line in files.probes for token, v in line.get("tokens", {}).items()]
     spike, token = max(spikes, default=(None, None))
@@ -132,7 +163,7 @@ def mean(values: list[float | None]) -> float | None:
 def write(table: Path, rows: list[dict]) -> None:
     """The table as CSV, empty where a column does not apply."""
     names = list(dict.fromkeys(name for row in rows for name in row))
-    with table.open("w", newline="") as file:
+    with table.open("w", newline="", encoding="utf-8") as file:
         writer = csv.DictWriter(file, names, lineterminator="\n")
         writer.writeheader()
         writer.writerows([{k: text(v) for k, v in row.items()} for row in rows])
@@ -143,22 +174,28 @@ def text(value: object) -> object:
     return "" if value is None else f"{value:.4g}" if isinstance(value, float) else value
 
 
+@command
 def main(argv: list[str] | None = None) -> int:
-    """The command: returns 1 if a run failed (its log says why), else 0."""
+    """The command: returns 1 if a run failed (its log says why), 130 if it was ended, else 0."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("study", choices=STUDIES)
-    parser.add_argument("--jobs", type=int, default=os.cpu_count(), help="runs side by side, one thread each")
+    jobs = number(int, above=0, most=1024)
+    parser.add_argument(
+        "--jobs", type=jobs, default=available_cores(), help="runs side by side, one thread each"
+    )
     parser.add_argument("--runs", default="runs", help="directory for the run directories")
     parser.add_argument("--table", help="CSV (default: data/results/STUDY.csv)")
     args = parser.parse_args(argv)
-    if args.jobs < 1:
-        parser.error(f"--jobs must be positive, not {args.jobs}")
     home = Path(args.runs).resolve() / args.study
     table = Path(args.table or ROOT / "data" / "results" / f"{args.study.replace('-', '_')}.csv")
     table.parent.mkdir(parents=True, exist_ok=True)
-    study, codes = dict(STUDIES[args.study]), {}
-    with ThreadPoolExecutor(args.jobs) as pool, tqdm(total=len(study), unit="run") as bar:
-        waiting = {pool.submit(run, home / name, flags): name for name, flags in study.items()}
+    study, codes, children = dict(STUDIES[args.study]), {}, Children()
+    with (
+        interrupting(signal.SIGTERM, getattr(signal, "SIGHUP", signal.SIGTERM)),
+        ThreadPoolExecutor(args.jobs) as pool,
+        tqdm(total=len(study), unit="run") as bar,
+    ):
+        waiting = {pool.submit(run, home / name, flags, children): name for name, flags in study.items()}
         try:
             for done in as_completed(waiting):
                 name = waiting[done]
@@ -170,11 +207,25 @@ def main(argv: list[str] | None = None) -> int:
                     study.pop(name)
                 write(table, rows(study, home))
         except KeyboardInterrupt:
-            write(table, rows(study, home))
+            children.end()
             pool.shutdown(cancel_futures=True)
+            write(table, rows(study, home))
             print("stopped; the runs are saved, the same command goes on", file=sys.stderr)
             return 130
     return 1 if any(codes.values()) else 0
+
+
+@contextlib.contextmanager
+def interrupting(*numbers: int) -> Iterator[None]:
+    """While it is open these signals do what Ctrl-C does (in the main thread; elsewhere nothing changes)."""
+    before = {}
+    if threading.current_thread() is threading.main_thread():
+        before = {number: signal.signal(number, signal.default_int_handler) for number in numbers}
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
 
 
 def rows(study: dict[str, str], home: Path) -> list[dict]:

@@ -10,6 +10,8 @@ world is many times larger.
 """
 
 import argparse
+import copy
+import os
 import random
 import sys
 from collections.abc import Callable, Sequence
@@ -19,7 +21,9 @@ from pathlib import Path
 from nanotoolrl.bfcl import NAME as BFCL
 from nanotoolrl.bfcl import load_bfcl
 from nanotoolrl.chat import FORMATS
+from nanotoolrl.cli import command
 from nanotoolrl.env import Call, Task, Turn, call_tool, export, mutations, replay
+from nanotoolrl.taskfile import read_lines, write_lines
 from nanotoolrl.tools import API_CLASSES, method_names, owner_of
 
 TASK_DIR = Path(__file__).resolve().parent.parent / "data" / "tasks"
@@ -838,7 +842,7 @@ GROUPS = ("day", "author", "artist", "branch")
 def _twin(scenario: Scenario, state: dict, category: str, name: str) -> Task:
     """One category of a scenario: its words and calls on the given world."""
     rng = random.Random(scenario.seed + "/words")
-    task = Task(f"{name}-{category}", category, state, list(scenario.tools), [])
+    task = Task(f"{name}-{category}", category, copy.deepcopy(state), list(scenario.tools), [])
     world = task.new_world()
     for i, goals in enumerate(scenario.goals):
         said, calls, replies = [], [], []
@@ -991,27 +995,27 @@ def load_tasks(name_or_path: str, official: bool = False) -> list[Task]:
     (`bfcl[:category][:train|:test]`; official: under its own rules, see `BfclTask`) or of a JSONL file.
 
     Raises FileNotFoundError with the path and the known names, ValueError with file and line for a malformed
-    line.
+    line or a task whose ground truth does not earn reward 1.
     """
     if is_bfcl(name_or_path):
         return load_bfcl(name_or_path, official)
     if official:
         raise ValueError(f"--bfcl-official says nothing about {name_or_path}")
     path = TASK_DIR / f"{name_or_path}.jsonl" if name_or_path in SPLITS else Path(name_or_path)
-    if not path.is_file():
+    if not os.path.isfile(path):
         raise FileNotFoundError(f"no task file {path}; give one of {TASK_NAMES}")
-    tasks = []
-    for number, line in enumerate(path.read_text(encoding="utf-8").split("\n"), 1):
-        if line.strip():
-            try:
-                tasks.append(Task.from_json(line))
-            except ValueError as error:
-                raise ValueError(f"{path}, line {number}: {error}") from None
+    tasks: dict[str, Task] = {}
+    for number, line in read_lines(path):
+        try:
+            task = Task.from_json(line)
+            if task.id in tasks:
+                raise ValueError(f"two tasks share an id, {task.id!r}")
+        except ValueError as error:
+            raise ValueError(f"{path}, line {number}: {error}") from None
+        tasks[task.id] = task
     if not tasks:
         raise ValueError(f"{path} holds no task")
-    if len({task.id for task in tasks}) < len(tasks):
-        raise ValueError(f"{path}: two tasks share an id")
-    return tasks
+    return list(tasks.values())
 
 
 def subset(tasks: list[Task], count: int) -> list[Task]:
@@ -1033,10 +1037,11 @@ def in_epochs(tasks: Sequence[Task], seed: str, places: range) -> list[Task]:
 
 
 def save_tasks(tasks: list[Task], path: Path) -> None:
-    """Write tasks as JSONL; `load_tasks(path)` gives them back."""
-    path.write_text("".join(task.to_json() + "\n" for task in tasks), encoding="utf-8")
+    """Write tasks as JSONL; `load_tasks(path)` gives them back. Raises OSError with the path."""
+    write_lines(path, (task.to_json() for task in tasks))
 
 
+@command
 def main(argv: list[str] | None = None) -> int:
     """The command: 0, or 2 when refused."""
     about = "Write tasks as JSONL rows that other trainers read (verl, TRL)."

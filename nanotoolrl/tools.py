@@ -1,26 +1,27 @@
 """The API classes a model may call, and the place to add one.
 
 A class is plain typed Python. Its public methods are the tools: the signature gives name, types, required
-parameters, choices (`Literal`) and defaults; the docstring's first line is the description, and every
-following line `parameter: text` describes one parameter. Its dataclass fields are its state: JSON-like
-values, comparable with `==`, copied with `copy.deepcopy`. A method answers with a JSON-like value, or raises
-`ToolError` with a sentence that helps the model to correct itself. Nothing else in the repository needs to
-know a new class (README, "Add a tool").
+parameters, choices (`Literal`) and defaults (signatures.py lists the types); the docstring's first line is
+the description, and every following line `parameter: text` describes one parameter. Its dataclass fields are
+its state: JSON-like values, comparable with `==`, copied with `copy.deepcopy`. A method answers with a
+JSON-like value, or raises `ToolError` with a sentence that helps the model to correct itself. What is not so
+is refused with a TypeError when the class is defined. Nothing else in the repository needs to know a new
+class (README, "Add a tool").
 
 Classes live in three disjoint pools: `train` (reinforcement learning sees them), `foreign` (supervised data
 from another domain) and `ood` (held out).
 """
 
 import inspect
-import types
-import typing
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import cache
 from typing import Literal
 
+from nanotoolrl.signatures import tool_schema
+
 API_CLASSES: dict[str, type["API"]] = {}
 POOLS = ("train", "foreign", "ood")
-JSON_TYPES = {str: "string", int: "integer", float: "number", bool: "boolean", list: "array", dict: "object"}
 Day = Literal["Monday", "Tuesday", "Wednesday", "Thursday", "Friday", "Saturday", "Sunday"]
 
 
@@ -36,14 +37,56 @@ class API:
     def __init_subclass__(cls) -> None:
         if cls.pool not in POOLS:
             raise TypeError(f"{cls.__name__}.pool is {cls.pool!r}; it must be one of {', '.join(POOLS)}")
+        _check_members(cls)
+        _check_names(cls)
+        for name, method in _tools(cls).items():
+            tool_schema(cls.__name__, name, method)
         API_CLASSES[cls.__name__] = cls
+        owner_of.cache_clear()
+        schema.cache_clear()
+
+
+def _check_members(cls: type[API]) -> None:
+    """Raise TypeError for a public member that looks like a tool and is none."""
+    for base in cls.__mro__:
+        fields = inspect.get_annotations(base)
+        for name, value in vars(base).items() if base not in (API, object) else ():
+            place = f"{cls.__name__}.{name}"
+            if name.startswith("_"):
+                continue
+            if inspect.isfunction(value):
+                if base is not cls:
+                    raise TypeError(f"{place} is inherited from {base.__name__}; a class has its own tools")
+                if name in fields or not name.isascii():
+                    raise TypeError(f"{place}: the name of a tool must be ASCII, and no field's")
+            elif name not in fields and (callable(value) or hasattr(value, "__get__")):
+                kind = type(value).__name__
+                raise TypeError(f"{place} is a {kind}; a tool is a plain method, other names begin with _")
+
+
+def _check_names(cls: type[API]) -> None:
+    """Raise TypeError if another class has the name of this one or of one of its tools."""
+    ours = _tools(cls)
+    for name, other in API_CLASSES.items():
+        theirs = _tools(other)
+        if name == cls.__name__:
+            if theirs != ours:  # `@dataclass(slots=True)` makes the class anew, with the same tools
+                raise TypeError(f"there is a class {name} already (del API_CLASSES[{name!r}] forgets it)")
+        elif shared := ours.keys() & theirs.keys():
+            raise TypeError(f"{cls.__name__}.{min(shared)}: {name} has a tool of this name already")
+
+
+def _tools(cls: type[API]) -> dict[str, Callable]:
+    return {
+        name: value
+        for name, value in vars(cls).items()
+        if inspect.isfunction(value) and not name.startswith("_")
+    }
 
 
 def method_names(cls: type[API]) -> list[str]:
     """Names of the tools a class offers, in the order of its source."""
-    return [
-        name for name, value in vars(cls).items() if inspect.isfunction(value) and not name.startswith("_")
-    ]
+    return list(_tools(cls))
 
 
 @cache
@@ -54,7 +97,8 @@ def owner_of(tool: str) -> str | None:
 
 @cache
 def schema(tool: str) -> dict:
-    """JSON schema of one tool, in the layout of OpenAI and Qwen tool lists.
+    """JSON schema of one tool, in the layout of OpenAI and Qwen tool lists. It is everybody's: copy it before
+    you change it.
 
     Example: `schema("delete_file")` has name "delete_file", a description, and parameters of type "object"
     with properties folder and name, both required. Raises KeyError for an unknown tool.
@@ -62,30 +106,7 @@ def schema(tool: str) -> dict:
     owner = owner_of(tool)
     if owner is None:
         raise KeyError(f"no class has a tool {tool!r}")
-    method = getattr(API_CLASSES[owner], tool)
-    hints = typing.get_type_hints(method)
-    lines = [line.strip() for line in (inspect.getdoc(method) or "").splitlines() if line.strip()]
-    about = dict(line.split(": ", 1) for line in lines[1:])
-    properties, required = {}, []
-    for name, parameter in list(inspect.signature(method).parameters.items())[1:]:
-        properties[name] = _type_schema(hints[name])
-        if name in about:
-            properties[name]["description"] = about[name]
-        if parameter.default is inspect.Parameter.empty:
-            required.append(name)
-        else:
-            properties[name]["default"] = parameter.default
-    parameters = {"type": "object", "properties": properties, "required": required}
-    return {"name": tool, "description": lines[0], "parameters": parameters}
-
-
-def _type_schema(annotation: object) -> dict:
-    origin = typing.get_origin(annotation)
-    if origin is Literal:
-        return {"type": "string", "enum": list(typing.get_args(annotation))}
-    if origin in (list, types.GenericAlias):
-        return {"type": "array", "items": _type_schema(typing.get_args(annotation)[0])}
-    return {"type": JSON_TYPES[annotation]}
+    return tool_schema(owner, tool, _tools(API_CLASSES[owner])[tool])
 
 
 def _known(kind: str, key: object, names: list | dict, place: str = "") -> None:

@@ -99,8 +99,9 @@ def rollout(
     force_prefix: write the canonical prefix where a call should come (`Sampler.rollout`).
     """
     config = run.config
+    how = {name: getattr(config, name) for name in ("max_messages", "strict_empty_turn", "tool_seconds")}
     episodes = [
-        Episode(task, config.format, config.max_messages, config.strict_empty_turn)
+        Episode(task, config.format, **how)
         for task in tasks
         for _ in range(config.group if group is None else group)
     ]

@@ -4,6 +4,7 @@ import decimal
 import json
 import random
 import sys
+from dataclasses import replace
 
 import pytest
 
@@ -99,6 +100,27 @@ def test_the_check_finds_a_wrong_verdict(monkeypatch, capsys):
     monkeypatch.setattr(bfcl.BfclTask, "fault", lambda *_: "")
     assert bfcl.main(["--check", "--tasks", "bfcl:base:test"]) == 1
     assert "ours True, the package's False" in capsys.readouterr().out
+
+
+def test_numbers_read_as_the_benchmark_writes_them_whatever_ran_before():
+    """The package's executor leaves its precision behind, for the whole process."""
+    task = next(task for task in load_tasks("bfcl:miss_func") if task.id == "multi_turn_miss_func_59")
+    truth = [turn.calls for turn in task.turns]
+    before = replay(task, truth)
+    assert task.expected[-1][1] == ["{'result': mpf('2.299121531134')}"]
+    assert bfcl.official_verdict(task, truth, truth)
+    assert before == replay(task, truth) == 1
+    again = replace(task)
+    assert [results for _, results in again.expected] == [results for _, results in task.expected]
+
+
+def test_the_check_finds_an_observation_that_differs(monkeypatch, capsys):
+    execute = bfcl.BfclTask.execute
+    changed = lambda *arguments: execute(*arguments).replace("2.299121531134", "2.2991215311340056")  # noqa: E731
+    monkeypatch.setattr(bfcl.BfclTask, "execute", changed)
+    task = next(task for task in load_tasks("bfcl:miss_func") if task.id == "multi_turn_miss_func_59")
+    _, wrong = bfcl.differences(task)
+    assert any("observations before the package's" in line for line in wrong)
 
 
 def test_a_right_rollout_after_a_wrong_one_still_passes(tasks):

@@ -1,11 +1,13 @@
 """The doctor's sentences, its page, and the states of conversations logged elsewhere."""
 
+import dataclasses
 import json
 import math
 
 import pytest
 
 from nanotoolrl.doctor import FORCED, Checkup, page, read_transcripts, transcripts_page, verdict
+from nanotoolrl.files import finite
 
 CALL = '<tool_call>\n{"name": "f", "arguments": {}}\n</tool_call>'
 
@@ -154,22 +156,54 @@ def test_healthy_transcripts_have_no_list_of_breakages(tmp_path):
     assert text.startswith("verdict: structure is healthy: 0 of 2") and "frequent" not in text
 
 
-@pytest.mark.parametrize(
-    "content",
-    [
-        "",
-        "[]\n",
-        '[{"role": "user", "content": "Hi"}]\n',
-        "{",
-        "3\n",
-        '{"messages": 3}\n',
-        '[{"content": "no role"}]\n',
-        "[" * 100_000 + "\n",
-        "\xff",
-    ],
-)
-def test_what_is_no_conversation_is_refused_by_line(tmp_path, content):
-    path = tmp_path / "log.jsonl"
-    path.write_bytes(content.encode("latin-1"))
-    with pytest.raises(ValueError, match="log.jsonl"):
-        read_transcripts(path, "hermes")
+def test_one_is_one_and_two_are_two(tmp_path):
+    def page_of(*conversations):
+        return transcripts_page(read_transcripts(written(tmp_path, *conversations), "hermes"))
+
+    assert "1 of 1 assistant message in 1 conversation is broken (100.0%)" in page_of(said("<tool_call>"))
+    assert "0 of 2 assistant messages in 1 conversation are broken" in page_of(said(CALL, "Done."))
+    assert "2 of 2 assistant messages in 2 conversations are" in page_of(said(""), said(""))
+
+
+NASTY = "\x1b]0;title\x07\x9b31m\r\u202e\U000e0001\ud800" * 20
+
+
+def test_a_page_about_logs_has_80_columns_and_nothing_that_a_terminal_obeys(tmp_path):
+    calls = [{"name": NASTY, "arguments": "{"}, {"name": "f", "arguments": f'{{"{NASTY}'}]
+    broken = [{"role": "assistant", "content": None, "tool_calls": [call]} for call in calls]
+    path = written(tmp_path, said(f"<tool_call>{NASTY}", "<tool_call>\n" * 99), *([one] for one in broken))
+    verdict, *lines = transcripts_page(read_transcripts(path, "hermes")).splitlines()
+    assert "4 of 4 assistant messages" in verdict and max(map(len, lines)) <= 80
+    assert all(line.isprintable() for line in lines)
+
+
+def test_a_page_about_a_model_has_80_columns_and_nothing_that_a_terminal_obeys():
+    """Names of models and tokens are somebody's text, too; a prefix that no call begins with is no news."""
+    model, start = (
+        checkup(f"runs/{NASTY}", 0.0, 1.0, states=BARE, after=(0.02, 0.95)),
+        checkup("nano", 1.0, 1.0),
+    )
+    for one in (model, start):
+        one.tokens |= {NASTY[:3]: numbers(0.97, spurious=1.234e-5), "</tool_response>": numbers(0.0)}
+    lines = page(model, start).splitlines()
+    assert r"is followed by `\x1b]0` (p 0.97)" in lines[0]
+    assert max(map(len, lines[1:])) <= 80 and all(line.isprintable() for line in lines)
+    growth = next(line for line in lines if line.startswith("'</tool_response>'")).split()
+    assert growth == ["'</tool_response>'", "0.9", "0.0001", "1", "0.5", "0.1", "0"]
+    for row in model.tokens.values():
+        row["due_after_prefix"] = row["after_prefix"] = math.nan
+    assert "followed" not in verdict(model, start)
+    model.tokens = {}
+    assert "followed" not in verdict(model, start)
+
+
+def test_numbers_that_were_not_measured_are_null_in_json():
+    model = checkup("m", 0.3)
+    model.tokens['{"']["required"] = math.nan
+    stored = json.loads(json.dumps(finite(dataclasses.asdict(model))), parse_constant=pytest.fail)
+    assert stored["tokens"]['{"']["required"] is None and stored["success"]["hermes"] == [
+        0.3,
+        0.25,
+        0.35,
+        400,
+    ]

@@ -2,30 +2,40 @@
 
 import builtins
 import copy
+import datetime
+import functools
 import json
 import os
-from contextlib import contextmanager
-from dataclasses import replace
+import signal
+import time
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass, field, replace
+from typing import Literal
 
 import pytest
 from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 
+from nanotoolrl import env
 from nanotoolrl.chat import FORMATS, MAX_CHARS, Call, parse_calls, render_calls
 from nanotoolrl.env import (
     MAX_CALLS,
-    MAX_INT,
     MAX_MESSAGES,
+    MAX_RESULT,
     Episode,
     Task,
     Turn,
+    alter,
     call_tool,
     mutations,
     oracle,
     replay,
 )
+from nanotoolrl.signatures import MAX_INT
 from nanotoolrl.tasks import SPLITS, load_tasks
-from nanotoolrl.tools import API, API_CLASSES, method_names, owner_of, schema
+from nanotoolrl.tools import API, API_CLASSES, ToolError, method_names, owner_of, schema
 
 ALL_TASKS = {split: load_tasks(split) for split in SPLITS}
 FILES = {"folders": {"docs": {"a.txt": "one", "b.txt": "two"}, "work": {}}}
@@ -442,7 +452,18 @@ def test_right_arguments_pass():
     assert world["Shop"].cart == [{"item_id": 12, "quantity": 2}, {"item_id": 12, "quantity": 1}]
 
 
-def test_lists_floats_and_a_bug_in_a_tool():
+@pytest.fixture
+def classes():
+    """API classes that a test defines are forgotten after it."""
+    before = dict(API_CLASSES)
+    yield
+    API_CLASSES.clear()
+    API_CLASSES.update(before)
+    owner_of.cache_clear()
+    schema.cache_clear()
+
+
+def test_lists_floats_and_a_bug_in_a_tool(classes):
     """Only a reader's own class has these; a tool with a bug answers with an error, and training goes on."""
 
     class Kiln(API):
@@ -454,22 +475,348 @@ def test_lists_floats_and_a_bug_in_a_tool():
             """Fire pots."""
             return {"share": hours / len(pots)}
 
+    world = {"Kiln": Kiln()}
+    assert call_tool(world, call("fire", pots=[1, 2], hours=3)) == {"share": 1.5}
+    assert call_tool(world, call("fire", pots=[1, 2], hours=1.5)) == {"share": 0.75}
+    for pots, hours, wrong in (
+        ([1, True], 1, "'pots'[1]"),
+        ([1, "2"], 1, "'pots'[1]"),
+        ("12", 1, "'pots'"),
+        ([1], True, "'hours'"),
+        ([1], float("nan"), "'hours'"),
+        ([1], float("inf"), "'hours'"),
+    ):
+        assert f"{wrong} must be" in call_tool(world, call("fire", pots=pots, hours=hours))["error"]
+    assert call_tool(world, call("fire", pots=[], hours=1)) == {"error": "fire failed: ZeroDivisionError"}
+
+
+def test_the_values_of_every_kind_of_parameter(classes):
+    class Shed(API):
+        """A shed."""
+
+        pool = "ood"
+
+        def put(
+            self,
+            note: str | None,
+            sizes: dict[str, list[int]],
+            level: Literal[1, 2] = 1,
+            sure: Literal[True] = True,
+            bag: list = None,
+            box: dict = None,
+        ) -> list:
+            """Put something."""
+            return [note, sizes, level, sure, bag, box]
+
+    world, right = {"Shed": Shed()}, {"note": None, "sizes": {"a": [1]}}
+    assert call_tool(world, Call("put", right)) == [None, {"a": [1]}, 1, True, None, None]
+    assert call_tool(world, Call("put", right | {"bag": [1, [None]], "box": {"b": {}}, "level": 2}))[2] == 2
+    for wrong, said in (
+        ({"note": 1}, "argument 'note' must be of type string or null"),
+        ({"sizes": None}, "argument 'sizes' must be of type object"),
+        ({"sizes": {"a": 1}}, "argument 'sizes'['a'] must be of type array"),
+        ({"sizes": {"a": [1, "2"]}}, "argument 'sizes'['a'][1] must be of type integer"),
+        ({"sizes": {"a": [MAX_INT + 1]}}, "argument 'sizes'['a'][0] is too large"),
+        ({"level": 3}, "argument 'level' must be one of 1, 2"),
+        ({"level": True}, "argument 'level' must be of type integer"),
+        ({"level": 1.0}, "argument 'level' must be of type integer"),
+        ({"level": None}, "argument 'level' must be of type integer"),
+        ({"sure": False}, "argument 'sure' must be one of true"),
+        ({"sure": 1}, "argument 'sure' must be of type boolean"),
+        ({"bag": {}}, "argument 'bag' must be of type array or null"),
+        ({"box": []}, "argument 'box' must be of type object or null"),
+    ):
+        assert call_tool(world, Call("put", right | wrong)) == {"error": said}
+
+
+# ------------------------------------------------------------------------------- whatever a tool does
+
+
+@pytest.fixture
+def odd(classes):
+    """Makes a task whose only tool, `do`, calls a function; the class has no state."""
+
+    def make(act: Callable[[], object]) -> Task:
+        @dataclass
+        class Odd(API):
+            """Does what it is told."""
+
+            pool = "ood"
+
+            def do(self) -> object:
+                """Do it."""
+                return act()
+
+        return Task("t", "base", {"Odd": {}}, ["do"], [Turn("?", [call("do")], "!")])
+
+    return make
+
+
+def raising(error: BaseException) -> Callable[[], object]:
+    def act() -> object:
+        raise error
+
+    return act
+
+
+def endless_recursion() -> object:
+    return [endless_recursion()]
+
+
+class Unspeakable(ToolError):
+    def __str__(self) -> str:
+        raise OSError
+
+
+class Departure(BaseException):
+    pass
+
+
+RAISED = [
+    FileNotFoundError("gone"),
+    *(OSError(), PermissionError(), TimeoutError(), AssertionError(), NotImplementedError(), RuntimeError()),
+    *(StopIteration(), ImportError(), MemoryError(), BufferError(), EOFError(), KeyError("x"), Exception()),
+    *(UnicodeEncodeError("utf-8", "\ud800", 0, 1, "no"), ExceptionGroup("two", [OSError(), ValueError()])),
+    *(SystemExit(), SystemExit(1), GeneratorExit(), Departure(), BaseExceptionGroup("x", [Departure()])),
+]
+
+
+@pytest.mark.parametrize("error", RAISED, ids=repr)
+def test_whatever_a_tool_raises_is_an_observation(error, odd):
+    task = odd(raising(error))
+    assert observed(Episode(task).step(say(call("do")))) == [{"error": f"do failed: {type(error).__name__}"}]
+    assert call_tool(task.new_world(), call("do")) == {"error": f"do failed: {type(error).__name__}"}
+
+
+@pytest.mark.parametrize(
+    ("act", "said"),
+    [
+        (endless_recursion, "do failed: RecursionError"),
+        (raising(Unspeakable()), "do failed: OSError"),
+        (raising(ToolError("no 'x'; there is y")), "no 'x'; there is y"),
+        (raising(ToolError("half \ud800")), "half ?"),
+        (raising(ToolError("x" * 10**7)), "x" * MAX_RESULT + "..."),
+    ],
+)
+def test_errors_can_always_be_read(act, said, odd):
+    assert observed(Episode(odd(act)).step(say(call("do")))) == [{"error": said}]
+
+
+def test_ctrl_c_in_a_tool_is_the_users(odd):
+    with pytest.raises(KeyboardInterrupt):
+        Episode(odd(raising(KeyboardInterrupt()))).step(say(call("do")))
+
+
+class Torn(dict):
+    """A dict that cannot be read."""
+
+    def items(self) -> object:
+        raise OSError("torn")
+
+
+def in_circles() -> dict:
+    circle = {}
+    circle["self"] = [circle]
+    return circle
+
+
+NO_JSON = {
+    "set": lambda: {1},
+    "date": lambda: {"day": datetime.date(2026, 1, 1)},
+    "nan": lambda: float("nan"),
+    "inside": lambda: [{"x": [float("-inf")]}],
+    "circle": in_circles,
+    "number keys": lambda: [{1: "a", "1": "b"}],
+    "none key": lambda: {None: 1},
+    "tuple keys": lambda: {(1, 2): 3},
+    "surrogate": lambda: "\ud800",
+    "surrogate key": lambda: {"\udfff": 1},
+    "bytes": lambda: b"x",
+    "huge": lambda: 10**5000,
+    "object": object,
+    "complex": lambda: 1j,
+    "function": lambda: print,
+    "generator": lambda: (i for i in "ab"),
+    "deep": lambda: functools.reduce(lambda inner, _: [inner], range(10**5), []),
+    "torn": lambda: Torn(a=1),
+}
+
+
+@pytest.mark.parametrize("act", NO_JSON.values(), ids=NO_JSON)
+def test_a_result_that_is_no_json_is_an_error(act, odd):
+    (result,) = observed(Episode(odd(act)).step(say(call("do"))))
+    assert set(result) == {"error"} and result["error"].startswith("do gave no JSON value: ")
+
+
+@pytest.mark.parametrize(
+    ("result", "seen"),
+    [
+        (None, None),
+        ((1, (2,)), [1, [2]]),
+        ("\U0001f642\u2028\x00", "\U0001f642\u2028\x00"),
+        (2**64, 2**64),
+        ({"a": {"b": [True, 0.5]}}, {"a": {"b": [True, 0.5]}}),
+        ("x" * (MAX_RESULT - 2), "x" * (MAX_RESULT - 2)),
+        ("x" * (MAX_RESULT - 1), {"error": f"do gave more than {MAX_RESULT} characters"}),
+        ("x" * 10**7, {"error": f"do gave more than {MAX_RESULT} characters"}),
+    ],
+    ids=range(8),
+)
+def test_other_results_are_seen_as_they_are_up_to_a_length(result, seen, odd):
+    assert observed(Episode(odd(lambda: result)).step(say(call("do")))) == [seen]
+
+
+def swallowing_exceptions() -> None:
+    while True:
+        with suppress(Exception):
+            time.sleep(60)
+
+
+def swallowing_once() -> str:
     try:
-        world = {"Kiln": Kiln()}
-        assert call_tool(world, call("fire", pots=[1, 2], hours=3)) == {"share": 1.5}
-        assert call_tool(world, call("fire", pots=[1, 2], hours=1.5)) == {"share": 0.75}
-        for pots, hours, wrong in (
-            ([1, True], 1, "pots"),
-            ([1, "2"], 1, "pots"),
-            ("12", 1, "pots"),
-            ([1], True, "hours"),
-        ):
-            assert f"'{wrong}' must be" in call_tool(world, call("fire", pots=pots, hours=hours))["error"]
-        assert call_tool(world, call("fire", pots=[], hours=1)) == {"error": "fire failed: ZeroDivisionError"}
+        time.sleep(60)
+    except BaseException:
+        return "done"
+
+
+def raising_at_the_end() -> None:
+    try:
+        time.sleep(60)
     finally:
-        del API_CLASSES["Kiln"]
-        owner_of.cache_clear()
-        schema.cache_clear()
+        raise ValueError
+
+
+def busy() -> None:
+    while True:
+        pass
+
+
+HANGS = (busy, swallowing_exceptions, swallowing_once, raising_at_the_end)
+
+
+@pytest.mark.parametrize("act", HANGS)
+def test_a_tool_that_hangs_is_stopped(act, odd):
+    episode = Episode(odd(act), tool_seconds=0.05)
+    assert observed(episode.step(say(call("do")))) == [{"error": "do took more than 0.05 s"}]
+
+
+def test_a_tool_that_hangs_is_stopped_in_another_thread(odd):
+    """Reflections replay there."""
+    episode = Episode(odd(busy), tool_seconds=0.05)
+    with ThreadPoolExecutor(1) as threads:
+        answers = [threads.submit(episode.step, say(call("do"))).result() for _ in range(2)]
+    assert [observed(answer) for answer in answers] == [[{"error": "do took more than 0.05 s"}]] * 2
+
+
+def test_a_limit_leaves_nothing_behind(odd):
+    """A thread that was in time is not hit later; handler and timer of others stay theirs."""
+    rung, quick = [], odd(lambda: "done")
+    before = signal.signal(signal.SIGALRM, lambda *_: rung.append(1))
+    signal.setitimer(signal.ITIMER_REAL, 1000, 500)
+    try:
+        for seconds in (0, 0.05, 1000):
+            episode = Episode(quick, tool_seconds=seconds)
+            assert observed(episode.step(say(call("do")))) == ["done"]
+            with ThreadPoolExecutor(1) as threads:
+                assert observed(threads.submit(episode.step, say(call("do"))).result()) == ["done"]
+                threads.submit(time.sleep, 0.1).result()
+        left, again = signal.getitimer(signal.ITIMER_REAL)
+        assert 0 < left < 1000 and again == 500
+        os.kill(os.getpid(), signal.SIGALRM)
+        assert rung == [1]
+    finally:
+        signal.setitimer(signal.ITIMER_REAL, 0)
+        signal.signal(signal.SIGALRM, before)
+
+
+@pytest.mark.parametrize("seconds", [-1, float("nan"), float("inf"), 10**6])
+def test_a_limit_that_is_none_is_refused(seconds):
+    with pytest.raises(ValueError, match="tool_seconds is .*; it must be from 0"):
+        Episode(make_task(Turn("?", [LIGHT], "!")), tool_seconds=seconds)
+
+
+def test_worlds_of_another_kind_are_guarded_as_well():
+    """`BfclTask` executes calls in its own way."""
+
+    @dataclass
+    class Foreign(Task):
+        act: Callable[[], object] = busy
+
+        def execute(self, world: dict[str, object], call: Call) -> str:
+            return self.act()
+
+    task = make_task(Turn("?", [LIGHT], "!"))
+    for act, said in ((busy, "took more than 0.05 s"), (raising(SystemExit()), "failed: SystemExit")):
+        episode = Episode(Foreign(**vars(task), act=act), tool_seconds=0.05)
+        assert observed(episode.step(say(LIGHT))) == [{"error": f"set_light {said}"}]
+
+
+def test_a_ground_truth_that_hangs_is_refused(odd, monkeypatch):
+    monkeypatch.setattr(env, "TOOL_SECONDS", 0.05)
+    line = odd(busy).to_json()
+    with pytest.raises(ValueError, match="calls.0., do, is answered with .* took more than 0.05 s"):
+        Task.from_json(line)
+
+
+class Ambiguous:
+    """As an array compares: with as many truths as it has elements."""
+
+    def __eq__(self, other: object) -> "Ambiguous":
+        return self
+
+    def __bool__(self) -> bool:
+        raise ValueError
+
+    __ne__, __hash__ = __eq__, None
+
+
+class Lonely:
+    def __deepcopy__(self, memo: dict) -> None:
+        raise OSError
+
+
+@dataclass
+class Circle:
+    """Equal to another only if its own other is."""
+
+    other: object = None
+
+
+def in_a_circle() -> Circle:
+    circle = Circle()
+    circle.other = circle
+    return circle
+
+
+@pytest.mark.parametrize(
+    ("kept", "reason"),
+    [
+        (Ambiguous, "state of Keeper differs from the ground truth"),
+        (in_a_circle, "state of Keeper differs from the ground truth"),
+        (object, "state of Keeper differs from the ground truth"),
+        (Lonely, "the world cannot be judged: OSError"),
+    ],
+)
+def test_a_world_that_cannot_be_compared_differs(kept, reason, classes):
+    @dataclass
+    class Keeper(API):
+        """Keeps something that is no JSON."""
+
+        pool = "ood"
+        things: list = field(default_factory=list)
+
+        def keep(self) -> str:
+            """Keep it."""
+            self.things.append(kept())
+            return "kept"
+
+    task = Task("t", "base", {"Keeper": {}}, ["keep"], [Turn("?", [call("keep")], "!")])
+    episode = Episode(task)
+    assert observed(episode.step(say(call("keep")))) == ["kept"]
+    assert episode.step("!") is None
+    assert (episode.reward, [verdict.reason for verdict in episode.turn_verdicts]) == (0, [reason])
+    with pytest.raises(ValueError, match="does not replay: OSError" if kept is Lonely else reason):
+        Task.from_json(task.to_json())
 
 
 # ------------------------------------------------------------------------------- ground truth, mutations
@@ -502,6 +849,53 @@ def test_the_oracle_transcript():
         '"switched"',
         "First.",
     ]
+
+
+@pytest.mark.parametrize(
+    "counts", [[24] * 1, [1] * 15, [3] * 11, [5] * 9, [16] * 15, [1] + [0] * 28, [90, 1]]
+)
+def test_a_ground_truth_of_many_calls_is_played_in_larger_parts(counts):
+    turns = [Turn("?", [READ_A] * count, "!") for count in counts]
+    task = make_task(*turns)
+    assert replay(task, [turn.calls for turn in turns]) == 1
+    assert len([m for m in oracle(task) if m["role"] == "assistant"]) <= MAX_MESSAGES
+    assert Task.from_json(task.to_json()) == task
+
+
+@pytest.mark.parametrize("counts", [[16] * 16, [500], [1] + [0] * 30, [0] * 40 + [1]])
+def test_a_ground_truth_that_no_episode_can_hold_is_refused(counts):
+    turns = [Turn("?", [READ_A] * count, "!") for count in counts]
+    assert replay(make_task(*turns), [turn.calls for turn in turns]) == 0
+    with pytest.raises(ValueError, match="16 a message, take more than the 30 messages of an episode"):
+        Task.from_json(make_task(*turns).to_json())
+
+
+def test_an_altered_argument_of_every_kind_is_another_right_value(classes):
+    class Loft(API):
+        """A loft."""
+
+        pool = "ood"
+
+        def put(
+            self,
+            note: str | None,
+            level: Literal[1, 2] | None,
+            many: list[int],
+            bare: list,
+            sizes: dict[str, int],
+            box: dict,
+        ) -> str:
+            """Put something."""
+            return "put"
+
+    task = Task("t", "base", {"Loft": {}}, ["put"], [])
+    full = {"note": "a", "level": 2, "many": [1], "bare": [None], "sizes": {"a": 1}, "box": {"a": []}}
+    empty = {"note": None, "level": None, "many": [], "bare": [], "sizes": {}, "box": {}}
+    for arguments in (full, empty):
+        for name in arguments:
+            altered = alter(task, Call("put", arguments), name)
+            assert [key for key in arguments if altered.arguments[key] != arguments[key]] == [name]
+            assert call_tool(task.new_world(), altered) == "put"
 
 
 @pytest.mark.parametrize("split", SPLITS)
@@ -605,6 +999,72 @@ def test_a_bad_rollout_leaves_the_ground_truth_alone():
     assert task.expected == expected
     assert replay(task, [[LIGHT]]) == 1
     assert task.state == {"Files": FILES, "Home": HOME}
+
+
+def test_a_tool_may_keep_what_it_gets_and_give_what_it_keeps(classes):
+    @dataclass
+    class Choir(API):
+        """A choir."""
+
+        pool = "ood"
+        names: list[str] = field(default_factory=list)
+
+        def set_names(self, names: list[str]) -> list[str]:
+            """Set the names."""
+            self.names = names
+            return names
+
+        def add_name(self, name: str) -> list[str]:
+            """Add a name."""
+            self.names.append(name)
+            return self.names
+
+    calls = [call("set_names", names=["Ida"]), call("add_name", name="Max")]
+    task = Task("t", "base", {"Choir": {}}, ["set_names", "add_name"], [Turn("?", calls, "!")])
+    before = task.to_json()
+    for _ in range(2):
+        episode = Episode(task)
+        assert observed(episode.step(say(*calls))) == [["Ida"], ["Ida", "Max"]]
+        assert replay(task, [calls]) == 1
+    assert task.to_json() == before == Task.from_json(before).to_json()
+    world = task.new_world()
+    for one in calls:
+        call_tool(world, one).append("stranger")
+    assert world["Choir"].names == ["Ida", "Max"] and task.to_json() == before
+
+
+def test_what_a_task_hands_out_is_the_callers():
+    task = make_task(
+        Turn("?", [LIGHT], "!"), Turn("Here.", [DELETE_A], "!", ["delete_file"]), tools=["set_light"]
+    )
+    schemas, expected = copy.deepcopy(list(map(schema, task.tools))), copy.deepcopy(task.expected)
+    alone = task.alone(1, "?")
+    alone.state["Home"]["rooms"].clear()
+    alone.tools.clear()
+    assert task.expected == expected
+    episode = Episode(task)
+    for shown in (episode.prompt()[1], episode.step("!")[0]["tools"], [task.schema("set_light")]):
+        shown[0]["parameters"]["properties"].clear()
+    assert list(map(schema, task.tools)) == schemas == episode.prompt()[1]
+    assert schema("delete_file")["parameters"]["properties"]
+
+
+def test_a_turn_alone_needs_a_world_that_can_be_made_anew(classes):
+    class Sealed(API):
+        """Its attribute is no parameter."""
+
+        pool = "ood"
+
+        def __init__(self) -> None:
+            self.count = 0
+
+        def seal(self) -> str:
+            """Seal."""
+            return "sealed"
+
+    task = Task("t", "base", {"Sealed": {}}, ["seal"], [Turn("?", [call("seal")], "!")] * 2)
+    with pytest.raises(TypeError, match="the world before turn 1 cannot be made anew"):
+        task.alone(1, "?")
 
 
 def reachable(value: object) -> set[int]:
@@ -930,9 +1390,9 @@ def test_awkward_texts_survive_the_file_format():
         (json.dumps(raw_task(turns=[raw_turn(calls=[{"name": "fly", "arguments": {}}])])), "tool 'fly'"),
         (json.dumps(raw_task(turns=[])), "at least one turn"),
         (json.dumps(raw_task(turns=[raw_turn(calls=[])])), "one ground-truth call"),
-        (json.dumps(raw_task(state={"Files": {"drawers": {}}, "Home": {}})), "does not replay"),
-        (json.dumps(raw_task(state={"Files": {}, "Home": {}, "Moon": {}})), "does not replay"),
-        (json.dumps(raw_task(state={"Files": [], "Home": {}})), "does not replay"),
+        (json.dumps(raw_task(state={"Files": {"drawers": {}}, "Home": {}})), "Files: no field 'drawers'"),
+        (json.dumps(raw_task(state={"Files": {}, "Home": {}, "Moon": {}})), "unknown class 'Moon'"),
+        (json.dumps(raw_task(state={"Files": [], "Home": {}})), "state.Files must be an object"),
         (json.dumps(raw_task(state=None)), ""),
         (json.dumps(raw_task(tools=None)), ""),
         (json.dumps(raw_task(tools=[{"name": "read_file"}])), ""),

@@ -2,14 +2,26 @@
 
 import json
 import math
+from dataclasses import replace
 
 import pytest
 import torch
 
 from nanotoolrl.chat import control_tokens
-from nanotoolrl.evaluate import Scores, evaluate, fits, grid, main, states_table, table, wilson
+from nanotoolrl.env import oracle
+from nanotoolrl.evaluate import (
+    OUR_LIMITS,
+    Scores,
+    evaluate,
+    grid,
+    main,
+    obstacle,
+    states_table,
+    table,
+    wilson,
+)
 from nanotoolrl.model import NANO, load
-from nanotoolrl.sampler import Sampler
+from nanotoolrl.sampler import Sampler, demonstration
 from nanotoolrl.supervise import hint_text
 from nanotoolrl.tasks import load_tasks, subset
 
@@ -50,9 +62,24 @@ def test_evaluation_does_not_depend_on_slots_or_order(policy):
     assert one.states == other.states
 
 
-def test_fits_counts_the_prompt(policy):
-    task = load_tasks("test")[0]
-    assert fits(policy, task, "hermes", 2000) and not fits(policy, task, "hermes", 20)
+def test_what_keeps_a_task_from_being_solved(policy):
+    """Its prompt, its hint, its transcript, its longest message."""
+    task, chat = next(task for task in load_tasks("test") if len(task.turns) == 3), policy.chat
+    truth = demonstration(chat, task, "hermes")
+    messages = [
+        len(chat.assistant_ids(m["content"], "hermes")) for m in oracle(task) if m["role"] == "assistant"
+    ]
+    whole, longest = len(truth.tokens), max(messages)
+
+    def why(room=whole, **changes):
+        return obstacle(chat, task, "hermes", replace(OUR_LIMITS, **changes), room, changes.pop("hint", ""))
+
+    assert why() == why(max_new_tokens=longest) == why(max_messages=1) == ""  # calls can share a message
+    assert why(truth.prompt_length - 1).startswith(f"its prompt has {truth.prompt_length} tokens")
+    assert why(whole - 1) == f"its ground truth has {whole} tokens; there is room for {whole - 1}"
+    assert why(max_new_tokens=longest - 1).startswith(f"a ground-truth message has {longest} tokens")
+    hint = hint_text(task, "hermes") * 9
+    assert obstacle(chat, task, "hermes", OUR_LIMITS, whole, hint).startswith("its prompt has")
 
 
 FEW = "--count 4 --max-messages 4".split()
@@ -157,19 +184,22 @@ def test_transcripts_command(tmp_path, capsys):
         (["--model", "data/no"], "data/no"),
         (["--count", "-1"], "--count"),
         (["--samples", "2"], "needs a --temperature"),
-        (["--samples", "0", "--temperature", "1"], "--samples must be positive"),
+        (["--samples", "0", "--temperature", "1"], "--samples: must be positive"),
         (["--compare", "nano"], "--compare says nothing without --doctor"),
         (["--doctor", "--temperature", "1"], "--temperature says nothing with --doctor"),
         (["--grid", "--tasks", "train"], "--tasks says nothing with --grid"),
         (["--transcripts", "x", "--hint"], "--hint says nothing with --transcripts"),
         (["--doctor", "--compare", "data/no"], "data/no"),
         (["--transcripts", "no.jsonl"], "no.jsonl"),
-        (["--json", "no/such/file.json"], "no directory for --json"),
+        (["--json", "no/such/file.json"], "no/such/file.json"),
     ],
 )
 def test_bad_input_is_refused_by_name(flags, said, capsys):
-    assert main(flags) == 2
-    assert said in capsys.readouterr().err
+    try:
+        code = main(flags)
+    except SystemExit as stop:  # of argparse
+        code = stop.code
+    assert code == 2 and said in capsys.readouterr().err
 
 
 def test_hint_names_every_call_and_no_tag_of_the_task():

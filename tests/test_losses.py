@@ -153,6 +153,16 @@ def test_k3_is_never_negative():
     assert (kl_k3(shifted, shifted + d) >= 0).all()
 
 
+def test_k3_pulls_beyond_its_bound_only_where_it_has_none():
+    """A control token that fell to a ten-thousandth: no gradient under the published bound of 10."""
+    gradients = []
+    for bound in (10.0, math.inf):
+        logprobs = torch.tensor([math.log(1e-4)], requires_grad=True)
+        kl_k3(logprobs, torch.zeros(1), bound).sum().backward()
+        gradients.append(logprobs.grad.item())
+    assert gradients[0] == 0 and gradients[1] == pytest.approx(1 - 1e4)
+
+
 def test_k3_central_differences():
     logprobs = torch.linspace(-3, 2, 50, dtype=torch.double).requires_grad_()
     reference = torch.linspace(0, -3, 50, dtype=torch.double)

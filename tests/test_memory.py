@@ -8,8 +8,8 @@ import torch
 from stand_ins import MODELS, policy_like
 from transformers import AutoModelForCausalLM, Qwen2Config
 
-import train
 from nanotoolrl import bench
+from nanotoolrl.config import parse
 from nanotoolrl.memory import available, describe, plan
 from nanotoolrl.model import Policy
 from nanotoolrl.schemes import SCHEMES
@@ -27,7 +27,7 @@ def qwen():
 
 
 def config_of(*flags):
-    return train.parse(["--preset", "qwen0.5b", *flags])[0]
+    return parse(["--preset", "qwen0.5b", *flags])[0]
 
 
 def test_plan_by_hand(qwen):

@@ -22,7 +22,10 @@ from transformers import (
     Qwen3Config,
 )
 
-from nanotoolrl.model import ModelError, Policy, load
+from nanotoolrl.env import Episode
+from nanotoolrl.model import ModelError, Policy, load, pad
+from nanotoolrl.sampler import Sampler
+from nanotoolrl.tasks import load_tasks
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -363,3 +366,20 @@ def test_checkpointed_layers_give_the_same_loss_and_gradients(policy, shared, dr
         assert not any(module.training for module in tiny.model.modules())
     for before, after in zip(*found, strict=True):
         assert (before is None and after is None) or torch.equal(before, after)
+
+
+def test_ids_beyond_the_tokenizer_are_never_chosen(policy):
+    """Rows that fill an embedding up, here the likeliest of all: sampler and trainer share the known ids out
+    among themselves, and what is saved keeps its rows."""
+    wide = tiny_policy(policy.tokenizer, vocab_size=len(policy.tokenizer) + 271)
+    with torch.no_grad():
+        wide.model.get_output_embeddings().weight[len(policy.tokenizer) :] *= 100
+    assert len(wide.head) == len(policy.tokenizer) < wide.model.config.vocab_size
+    rows = Sampler(wide, max_new_tokens=16).rollout([Episode(task) for task in load_tasks("test")[:4]])
+    assert max(token for row in rows for token in row.tokens) < len(policy.tokenizer)
+    for row in rows:
+        ids, mask = pad([(row.tokens, row.loss_mask)], wide.device)
+        sampled = torch.tensor(row.logprobs)[mask[0]]
+        assert wide.logprobs(ids, mask)[0].sub(sampled).abs().max() < 2e-5
+    wide.logprobs(ids, mask)[0].sum().backward()
+    assert wide.model.get_output_embeddings().weight.grad.shape == (wide.model.config.vocab_size, 32)

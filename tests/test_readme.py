@@ -7,7 +7,9 @@ from pathlib import Path
 
 import train
 from nanotoolrl import bench, env, schemes, study, tools
+from nanotoolrl.config import PRESETS, Config, parse
 from nanotoolrl.evaluate import Scores, states_table, table
+from nanotoolrl.rundir import METRICS
 
 ROOT = Path(train.__file__).parent
 README = (ROOT / "README.md").read_text()
@@ -51,7 +53,7 @@ def test_add_a_scheme(monkeypatch, tmp_path):
     monkeypatch.setattr(schemes, "SCHEMES", table_copy)
     monkeypatch.setattr(train, "SCHEMES", table_copy)
     exec(code, vars(schemes))
-    config = train.Config(**train.PRESETS["smoke"], scheme="good_news", out=str(tmp_path / "run"), threads=1)
+    config = Config(**PRESETS["smoke"], scheme="good_news", out=str(tmp_path / "run"), threads=1)
     config.eval_count, config.steps = 0, 1
     assert train.train(config, resume=False, given=set()) == 0
 
@@ -165,17 +167,15 @@ def test_the_model_card_is_made_from_the_committed_scores():
 def test_every_metric_is_explained():
     columns = re.findall(r"`(\w+\*?)`", README.split("## Metrics")[1].split("## Speed")[0])
     explained = {
-        name
-        for name in train.METRICS
-        if name in columns or "state_*" in columns and name.startswith("state_")
+        name for name in METRICS if name in columns or "state_*" in columns and name.startswith("state_")
     }
-    assert set(train.METRICS) - explained - {"step"} == set()
+    assert set(METRICS) - explained - {"step"} == set()
 
 
 def test_files_and_flags_named_in_the_readme_exist():
     for name in re.findall(r"`((?:nanotoolrl|data|tests)/[\w./]+|\w+\.py)`", README):
         assert any((ROOT / place / name).exists() for place in ("", "nanotoolrl", "data")), name
-    known = {"--" + name.replace("_", "-") for name in train.Config.__dataclass_fields__}
+    known = {"--" + name.replace("_", "-") for name in Config.__dataclass_fields__}
     known |= {
         "--no-adv-std",
         "--resume",
@@ -200,6 +200,6 @@ def test_committed_runs_are_whole_and_made_with_the_present_defaults():
         with (folder / "metrics.csv").open() as file:
             rows = list(csv.DictReader(file))
         assert [int(row["step"]) for row in rows] == list(range(1, config["steps"] + 1))
-        now = vars(train.parse(["--scheme", name, "--seed", str(seed)])[0])
+        now = vars(parse(["--scheme", name, "--seed", str(seed)])[0])
         same = set(now) & set(config) - {"out", "threads", "show_every"}  # others came later
         assert {key: config[key] for key in same} == {key: now[key] for key in same}

@@ -678,7 +678,7 @@ def test_guard_kl_by_hand(policy, tiny, monkeypatch):
         old = torch.tensor([x for x, sampled in zip(row.logprobs, row.loss_mask, strict=True) if sampled])
         ids = [t for t, sampled in zip(row.tokens, row.loss_mask, strict=True) if sampled]
         guarded = torch.tensor([float(t in control) for t in ids])
-        k3 = ((base - new).exp() - (base - new) - 1).clamp(max=10)
+        k3 = (base - new).exp() - (base - new) - 1  # however large
         loss = loss + (-a * (new - old).exp() + 0.7 * guarded * k3).sum()
         count += len(ids)
     all_close(gradients[0], gradient_of(loss / count, tiny), atol=2e-5, rtol=1e-3)

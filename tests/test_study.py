@@ -2,12 +2,17 @@
 
 import csv
 import json
+import signal
+import subprocess
+import sys
+import time
 
 import pytest
 import test_train
 
 from nanotoolrl import study
 from nanotoolrl.report import read_run
+from nanotoolrl.rundir import RunDirectory, logged_steps
 
 
 def logged(directory, success, control, content, growth=None):
@@ -86,7 +91,30 @@ def test_study_command(tmp_path, monkeypatch, capsys):
     assert table() == [], "a run with other settings is not listed as if it had these"
 
 
+@pytest.mark.parametrize("name", ["SIGTERM", "SIGHUP", "SIGINT"])
+def test_a_study_that_is_ended_ends_its_runs(name, tmp_path):
+    """They save, and the same command goes on."""
+    flags = f"{test_train.TINY.replace('--threads 1 --show-every 0', '')} --scheme grpo --steps 500"
+    code = "import sys; from nanotoolrl import study; "
+    code += f"study.STUDIES['tiny'] = {{'one': {flags!r}, 'two': {flags!r}}}; sys.exit(study.main())"
+    command = ["tiny", "--jobs", "1", "--runs", str(tmp_path), "--table", str(tmp_path / "table.csv")]
+    home = tmp_path / "tiny"
+    going = subprocess.Popen([sys.executable, "-c", code, *command], cwd=study.ROOT, stderr=subprocess.PIPE)
+    for _ in range(600):
+        if (home / "one" / "metrics.csv").exists() and logged_steps(home / "one" / "metrics.csv"):
+            break
+        time.sleep(0.1)
+    going.send_signal(getattr(signal, name))
+    _, errors = going.communicate(timeout=120)
+    assert going.returncode == 130 and b"the same command goes on" in errors
+    owner = RunDirectory(home / "one")
+    owner.take()  # nobody works in it any more
+    owner.release()
+    assert "Stopped: SIGTERM" in (home / "one.log").read_text() and (home / "one" / "model").is_dir()
+    assert not (home / "two").exists()
+
+
 def test_bad_jobs_are_refused(capsys):
     with pytest.raises(SystemExit):
         study.main(["collapse", "--jobs", "0"])
-    assert "--jobs must be positive" in capsys.readouterr().err
+    assert "--jobs: must be positive" in capsys.readouterr().err

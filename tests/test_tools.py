@@ -8,8 +8,9 @@ from typing import Literal
 
 import pytest
 
+from nanotoolrl.signatures import JSON_TYPES, MAX_INT
 from nanotoolrl.tasks import SMALL, WORLDS, Random
-from nanotoolrl.tools import API, API_CLASSES, JSON_TYPES, POOLS, ToolError, method_names, owner_of, schema
+from nanotoolrl.tools import API, API_CLASSES, POOLS, ToolError, method_names, owner_of, schema
 
 TOOLS = [tool for cls in API_CLASSES.values() for tool in method_names(cls)]
 DAYS = ["Monday", "Tuesday", "Wednesday", "Thursday", "Friday", "Saturday", "Sunday"]
@@ -21,8 +22,19 @@ def filled(name: str) -> API:
 
 
 @pytest.fixture
-def new_class():
-    """A class added as the README tells its readers to; forgotten after the test."""
+def classes():
+    """API classes that a test defines are forgotten after it."""
+    before = dict(API_CLASSES)
+    yield
+    API_CLASSES.clear()
+    API_CLASSES.update(before)
+    owner_of.cache_clear()
+    schema.cache_clear()
+
+
+@pytest.fixture
+def new_class(classes):
+    """A class added as the README tells its readers to."""
 
     @dataclass
     class Oven(API):
@@ -43,10 +55,7 @@ def new_class():
             """
             return {"cakes": cakes, "minutes": minutes, "fan": fan, "heat": heat}
 
-    yield Oven
-    del API_CLASSES["Oven"]
-    owner_of.cache_clear()
-    schema.cache_clear()
+    return Oven
 
 
 # ----------------------------------------------------------------------------------------------- pools
@@ -171,6 +180,194 @@ def test_schema_of_a_class_the_reader_adds(new_class):
             "required": ["cakes", "minutes"],
         },
     }
+
+
+@pytest.mark.parametrize(
+    ("parameter", "kind", "required"),
+    [
+        ("x: int | None", {"type": "integer", "nullable": True}, True),
+        ("x: None | int", {"type": "integer", "nullable": True}, True),
+        ("x: Optional[str]", {"type": "string", "nullable": True}, True),
+        ("x: int | None = 3", {"type": "integer", "nullable": True, "default": 3}, False),
+        ("x: Optional[float] = None", {"type": "number", "nullable": True, "default": None}, False),
+        ("x: int = None", {"type": "integer", "nullable": True, "default": None}, False),
+        ("x: float = 1", {"type": "number", "default": 1}, False),
+        ("x: list", {"type": "array"}, True),
+        ("x: List", {"type": "array"}, True),
+        ("x: List[int]", {"type": "array", "items": {"type": "integer"}}, True),
+        ("x: dict", {"type": "object"}, True),
+        ("x: dict[str, int]", {"type": "object", "additionalProperties": {"type": "integer"}}, True),
+        ("x: list[int | None]", {"type": "array", "items": {"type": "integer", "nullable": True}}, True),
+        (
+            "x: dict[str, list[dict]] = None",
+            {
+                "type": "object",
+                "additionalProperties": {"type": "array", "items": {"type": "object"}},
+                "nullable": True,
+                "default": None,
+            },
+            False,
+        ),
+        ("x: Literal[1, 2]", {"type": "integer", "enum": [1, 2]}, True),
+        ("x: Literal[True]", {"type": "boolean", "enum": [True]}, True),
+        ("x: Literal['a', None]", {"type": "string", "enum": ["a"], "nullable": True}, True),
+        ("x: Literal['a', 'b'] | None", {"type": "string", "enum": ["a", "b"], "nullable": True}, True),
+        ("x: Literal[3, 2] = 2", {"type": "integer", "enum": [3, 2], "default": 2}, False),
+        ("x: Annotated[int, 'litres']", {"type": "integer"}, True),
+        ("x: 'int'", {"type": "integer"}, True),
+        ("*, x: int", {"type": "integer"}, True),
+    ],
+)
+@pytest.mark.parametrize("future", ["", "from __future__ import annotations\n"], ids=["now", "later"])
+def test_schema_of_every_kind_of_parameter(parameter, kind, required, future, classes):
+    """Whether annotations are evaluated with the class or kept as text."""
+    define(f"def brew(self, {parameter}) -> 'Pot':\n        'Brew.'", future)
+    parameters = schema("brew")["parameters"]
+    assert parameters == {"type": "object", "properties": {"x": kind}, "required": ["x"] * required}
+
+
+def define(member: str, future: str = "", head: str = "class Pot(API):", after: str = "") -> None:
+    """Run the source of a class with one member."""
+    source = f"{future}from typing import *\n{after}{head}\n    pool = 'ood'\n    {member}\n"
+    exec(compile(source, "pot.py", "exec", dont_inherit=True), {"API": API, "dataclass": dataclass})
+
+
+TAKES = "Pot.brew, parameter 'x'"
+REFUSED = {
+    **{
+        f"def brew(self, x: {annotation}): 'Brew.'": f"{TAKES}: the annotation .* is unknown; allowed are str"
+        for annotation in (
+            *(
+                "tuple",
+                "tuple[int, int]",
+                "set",
+                "bytes",
+                "object",
+                "None",
+                "Any",
+                "Union[int, str]",
+                "Sequence",
+            ),
+            *(
+                "dict[int, str]",
+                "dict[str]",
+                "dict[str, Any]",
+                "list[int, str]",
+                "list[tuple]",
+                "complex",
+                "5",
+                "[int]",
+                "int | str | None",
+            ),
+            *("Literal[1, 'a']", "Literal[1, True]", "Literal[b'a']", "Literal[None]"),
+        )
+    },
+    f"def brew(self, x: Literal[{MAX_INT + 1}]): 'Brew.'": f"{TAKES}: the annotation",
+    "def brew(self, x: 'Cup'): 'Brew.'": "Pot.brew: an annotation cannot be resolved: name 'Cup'",
+    "def brew(self, x: '['): 'Brew.'": "Pot.brew: an annotation cannot be resolved",
+    "def brew(self, x): 'Brew.'": f"{TAKES} has no annotation; allowed are str",
+    "def brew(self, *x: int): 'Brew.'": rf"{TAKES}: \*x: int takes no argument by its name",
+    "def brew(self, **x: int): 'Brew.'": rf"{TAKES}: \*\*x: int takes no argument by its name",
+    "def brew(self, x: int, /): 'Brew.'": f"{TAKES}: x: int takes no argument by its name",
+    "def brew(): 'Brew.'": "Pot.brew: its first parameter must be self",
+    "def brew(*x): 'Brew.'": "Pot.brew: its first parameter must be self",
+    "def brew(*, x: int): 'Brew.'": "Pot.brew: its first parameter must be self",
+    "def brew(self, x: int = '1'): 'Brew.'": f"{TAKES}: its default must be of type integer",
+    "def brew(self, x: int = True): 'Brew.'": f"{TAKES}: its default must be of type integer",
+    "def brew(self, x: int = 2**60): 'Brew.'": f"{TAKES}: its default is too large",
+    "def brew(self, x: float = float('nan')): 'Brew.'": f"{TAKES}: its default must be of type number",
+    "def brew(self, x: Literal['a'] = 'b'): 'Brew.'": f"{TAKES}: its default must be one of a",
+    "def brew(self, x: list = []): 'Brew.'": f"{TAKES}: its default must be a text, a number",
+    "def brew(self, x: dict = {}): 'Brew.'": f"{TAKES}: its default must be a text, a number",
+    "def brew(self, x: str = '\\ud800'): 'Brew.'": "Pot.brew: a text .* is no valid Unicode",
+    "def brew(self, x: int): pass": "Pot.brew has no docstring",
+    "def brew(self, x: int): ' '": "Pot.brew has no docstring",
+    "def brew(self, x: int): 'Brew.\\n\\nMore on it.'": "docstring line 'More on it.' must read 'parameter:",
+    "def brew(self, x: int): 'Brew.\\nx:'": "docstring line 'x:' must read",
+    "def brew(self, x: int): 'Brew.\\ny: cups'": "docstring line 'y: cups' .*; its parameters: x",
+    "def brew(self, x: int): 'Brew.\\nx: cups\\nx: pots'": "docstring line 'x: pots' must .* once",
+    "def brew(self): 'Brew.\\nself: me'": "docstring line 'self: me' .*; its parameters: none",
+    "async def brew(self): 'Brew.'": "Pot.brew is async",
+    "async def brew(self):\n        'Brew.'\n        yield": "Pot.brew is async",
+    "def brew(self):\n        'Brew.'\n        yield": "Pot.brew is a generator",
+    "@staticmethod\n    def brew(): 'Brew.'": "Pot.brew is a staticmethod; a tool is a plain method",
+    "@classmethod\n    def brew(cls): 'Brew.'": "Pot.brew is a classmethod; a tool is a plain method",
+    "@property\n    def brew(self): 'Brew.'": "Pot.brew is a property; a tool is a plain method",
+    "brew = print": "Pot.brew is a builtin_function_or_method; a tool is a plain method",
+    "class brew: pass": "Pot.brew is a type; a tool is a plain method",
+    "brew: int\n    def brew(self): 'Brew.'": "Pot.brew: the name of a tool must be ASCII, and no field's",
+    "def br\u00e9w(self): 'Brew.'": "Pot.br\u00e9w: the name of a tool must be ASCII",
+    "def read_file(self): 'Brew.'": "Pot.read_file: Files has a tool of this name already",
+}
+
+
+@pytest.mark.parametrize("member", REFUSED)
+def test_what_no_schema_can_say_is_refused_with_the_class(member, classes):
+    with pytest.raises(TypeError, match=REFUSED[member]):
+        define(member)
+    assert "Pot" not in API_CLASSES and owner_of("brew") is None
+
+
+@pytest.mark.parametrize(
+    ("head", "after", "said"),
+    [
+        ("class Files(API):", "", "there is a class Files already"),
+        (
+            "class Pot(Base, API):",
+            "class Base:\n    def fill(self): pass\n",
+            "Pot.fill is inherited from Base",
+        ),
+        (
+            "class Pot(API, Base):",
+            "class Base:\n    def fill(self): pass\n",
+            "Pot.fill is inherited from Base",
+        ),
+        (
+            "class Pot(Jar):",
+            "class Jar(API):\n    pool = 'ood'\n    def fill(self): 'Fill.'\n",
+            "Pot.fill is inherited from Jar",
+        ),
+    ],
+)
+def test_tools_and_names_of_others_are_refused(head, after, said, classes):
+    with pytest.raises(TypeError, match=said):
+        define("def brew(self): 'Brew.'", head=head, after=after)
+    assert owner_of("brew") is None and owner_of("read_file") == "Files"
+
+
+@pytest.mark.parametrize("slots", [True, False])
+def test_a_class_may_be_made_anew_with_its_tools(slots, classes):
+    """As `@dataclass(slots=True)` does."""
+    define("cups: int = 0\n    def brew(self): 'Brew.'", head=f"@dataclass(slots={slots})\nclass Pot(API):")
+    assert owner_of("brew") == "Pot" and API_CLASSES["Pot"](3).cups == 3
+
+
+def test_members_that_are_no_tools_may_be_there(classes):
+    define("ROWS = 3\n    _cups = property(len)\n    def _pour(self, *cups): pass")
+    assert method_names(API_CLASSES["Pot"]) == []
+
+
+def test_a_new_class_is_known_at_once(classes):
+    assert owner_of("brew") is None
+    with pytest.raises(KeyError):
+        schema("brew")
+    define("def brew(self): 'Brew.'")
+    assert (owner_of("brew"), schema("brew")["description"]) == ("Pot", "Brew.")
+
+
+@pytest.mark.parametrize(
+    ("parameter", "said"),
+    [
+        ("x: Color", "the annotation Color is unknown"),
+        ("x: Literal[Color.RED]", "the annotation .* is unknown"),
+        ("x: str = Color.RED", "its default must be a text, a number"),
+    ],
+)
+def test_an_enum_is_refused(parameter, said, classes):
+    """A call brings its text, and no member of it."""
+    color = "import enum\nclass Color(str, enum.Enum):\n    RED = 'red'\n"
+    with pytest.raises(TypeError, match=f"Pot.brew, parameter 'x': {said}"):
+        define(f"def brew(self, {parameter}): 'Brew.'", after=color)
 
 
 @pytest.mark.parametrize("tool", TOOLS)

@@ -16,9 +16,12 @@ from stand_ins import MODELS, policy_like
 
 import sample
 import train
-from nanotoolrl import logprob, schemes
+from nanotoolrl import evaluate, logprob, report, schemes
 from nanotoolrl.chat import control_tokens
-from nanotoolrl.evaluate import Scores
+from nanotoolrl.config import PRESETS, Config, parse
+from nanotoolrl.env import Episode
+from nanotoolrl.evaluate import MOST_NAMED, Scores
+from nanotoolrl.judge import Judge
 from nanotoolrl.model import NANO, load
 from nanotoolrl.schemes import SCHEMES
 from nanotoolrl.tasks import load_tasks, save_tasks, subset
@@ -90,7 +93,8 @@ def test_every_scheme_runs_with_evaluation(scheme, schedule, few, tmp_path, caps
     assert sum(len(rewards) for rewards in result["after"]["rewards"].values()) == 4
     stored = json.loads((out / "config.json").read_text())
     assert stored["scheme"] == scheme and stored["versions"]["torch"] == torch.__version__
-    assert load(out / "model").model.config == load(NANO).model.config
+    made, start = (load(path).model.config.to_diff_dict() for path in (out / "model", NANO))
+    assert made | {"transformers_version": ""} == start | {"transformers_version": ""}
 
 
 def test_metrics_have_the_columns_of_the_contract(four):
@@ -277,10 +281,14 @@ def test_foreign_source(few, tmp_path):
     assert rows(tmp_path / "own")[0]["reward"] == "", "nothing was rolled out"
 
 
-def test_a_judge_that_is_not_there_is_counted(few, tmp_path, monkeypatch):
+def test_a_judge_that_is_not_there_is_refused_or_counted(few, tmp_path, monkeypatch, capsys):
     monkeypatch.setattr("nanotoolrl.judge.BACK_OFF", (0.0, 0.0, 0.0))
     flags = ["--scheme", "prs", "--tasks", few, "--judge", "http://127.0.0.1:9/v1", "--steps", 1]
+    assert run(*flags, out=tmp_path / "run") == 2
+    assert "127.0.0.1:9" in capsys.readouterr().err and not (tmp_path / "run").exists()
+    monkeypatch.setattr(Judge, "check", lambda judge: None)  # it answers, and then goes away
     assert run(*flags, out=tmp_path / "run") == 0
+    assert (tmp_path / "run" / "config.json").stat().st_mode & 0o077 == 0
     row = rows(tmp_path / "run")[0]
     assert int(row["judge_fallbacks"]) == int(row["failed_tasks"]) > 0
 
@@ -322,10 +330,10 @@ def test_bad_flags_are_refused_with_the_valid_ones(flags, said, tmp_path, capsys
     assert not (tmp_path / "run").exists()
 
 
-@pytest.mark.parametrize("preset", train.PRESETS)
+@pytest.mark.parametrize("preset", PRESETS)
 @pytest.mark.parametrize("scheme", SCHEMES)
 def test_a_scheme_keeps_its_own_settings_under_every_preset(scheme, preset):
-    config = vars(train.parse(["--scheme", scheme, "--preset", preset])[0])
+    config = vars(parse(["--scheme", scheme, "--preset", preset])[0])
     own = dict(SCHEMES[scheme].defaults)
     assert {name: config[name] for name in own} == own
 
@@ -391,14 +399,156 @@ def test_three_bad_updates_in_a_row_stop_with_the_last_good_state(tmp_path, monk
     assert [row["skipped_updates"] for row in rows(out)] == ["2", "2"]
 
 
+@pytest.mark.parametrize("flags", [["--lr", 1e308], ["--lr", 1e308, "--entropy", 0.01], ["--lr", 1e38]])
+def test_weights_that_are_not_finite_end_the_run_with_the_last_that_were(flags, few, tmp_path, capsys):
+    """Adam steps far out of fp32: the run stops at once, keeps its last sound checkpoint and model, writes
+    no NaN, and its advice can be followed."""
+    out = tmp_path / "run"
+    flags = ["--scheme", "grpo", "--tasks", few, "--group", 6, "--updates", 1, *flags]
+    assert run(*flags, "--steps", 9, "--save-every", 1, out=out) == 1
+    said = capsys.readouterr().err
+    assert "are not finite. Start anew with a lower --lr" in said
+    assert all(tensor.isfinite().all() for tensor in weights(out).values())
+    kept = load(out).model.state_dict()
+    assert all(torch.equal(kept[name], tensor) for name, tensor in weights(out).items())
+    table = rows(out)
+    assert 0 < len(table) < 9 and torch.load(out / "checkpoint.pt")["step"] == len(table) - 1
+    for name in ("rollouts.jsonl", "probes.jsonl", "metrics.csv"):
+        assert "nan" not in (out / name).read_text().lower() and "inf" not in (out / name).read_text()
+    assert report.main([str(out), "--out", str(tmp_path / "page")]) == 0
+    flags[flags.index("--lr") + 1] = 1e-4
+    assert run(*flags, "--steps", 1, out=tmp_path / "lower") == 0
+
+
+@pytest.mark.parametrize("name", ["SIGTERM", "SIGHUP"])
+def test_other_signals_save_too(name, four, tmp_path):
+    """Slurm, docker stop, a closed terminal: saved, resumable, with a model to evaluate."""
+    out, number = tmp_path / "run", getattr(signal, name)
+    flags = f"{TINY} --scheme hint --steps 4 --show-every 1 --out {out}"
+    command = [sys.executable, "train.py", *flags.split()]
+    going = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    for line in going.stdout:
+        if line.startswith("--- step 1"):
+            going.send_signal(number)
+            break
+    _, errors = going.communicate(timeout=120)
+    assert going.returncode == 128 + number, errors
+    assert f"Stopped: {name}. Go on with --resume." in errors and len(rows(out)) < 4
+    assert load(out).context
+    assert train.main(["--resume", "--out", str(out)]) == 0
+    same_run(four, out)
+
+
+def test_what_was_ignored_stays_ignored():
+    """nohup python train.py ..."""
+    before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    try:
+        with train.StopSignal():
+            assert signal.getsignal(signal.SIGHUP) is signal.SIG_IGN
+            assert signal.getsignal(signal.SIGTERM) is not signal.SIG_DFL
+        assert signal.getsignal(signal.SIGTERM) is signal.SIG_DFL
+    finally:
+        signal.signal(signal.SIGHUP, before)
+
+
+def test_models_are_kept_on_the_way(few, tmp_path, capsys):
+    out = tmp_path / "run"
+    flags = ["--scheme", "grpo", "--tasks", few, "--steps", 3, "--max-new-tokens", 90, "--format", "xml"]
+    assert run(*flags, "--keep-every", 2, out=out) == 0
+    assert [path.name for path in (out / "models").iterdir()] == ["step-2"]
+    kept, end = (load(path).model.state_dict() for path in (out / "models" / "step-2", out))
+    assert any(not torch.equal(kept[name], end[name]) for name in kept)
+    assert evaluate.run_settings(str(out / "models" / "step-2"))["max_new_tokens"] == 90
+
+
+def test_a_full_disk_is_said_and_leaves_the_last_checkpoint(tmp_path):
+    """A limit on the size of files stands for it: the second checkpoint cannot be written."""
+    out = tmp_path / "run"
+    code = f"""
+import resource, sys, train
+from nanotoolrl.rundir import RunDirectory
+save = RunDirectory.save
+def full(directory, run, before):
+    if run.step:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (1_000_000, resource.RLIM_INFINITY))
+    save(directory, run, before)
+RunDirectory.save = full
+sys.exit(train.main({[*TINY.split(), "--scheme", "grpo", "--steps", "1", "--out", str(out)]!r}))
+"""
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 1 and "Traceback" not in done.stderr, done.stderr
+    assert f"train.py: cannot write {out / 'checkpoint.pt'}" in done.stderr
+    assert not list(out.glob("*.tmp"))
+    assert torch.load(out / "checkpoint.pt", weights_only=True)["step"] == 0
+    assert train.main(["--resume", "--out", str(out)]) == 0
+
+
+def test_evaluation_is_under_the_limits_of_training(tmp_path, capsys):
+    """A run that cut messages at 24 tokens is scored as it scored itself, by evaluate and by the doctor."""
+    out, stored = tmp_path / "run", tmp_path / "scores.json"
+    flags = f"--preset smoke --steps 1 --scheme grpo --max-new-tokens 24 --eval-count 16 --out {out}"
+    assert train.main(flags.split()) == 0
+    assert "cannot be solved: task test-" in capsys.readouterr().err
+    after = json.loads((out / "result.json").read_text())["after"]
+    command = ["--count", "16", "--format", "hermes", "--model", str(out), "--json", str(stored)]
+    assert evaluate.main(command) == 0
+    again = json.loads(stored.read_text())
+    assert again["scores"]["hermes"]["rewards"] == after["rewards"]
+    assert again["scores"]["hermes"]["states"] == after["states"]
+    assert again["arguments"]["max_new_tokens"] == 24
+    assert evaluate.main([*command, "--max-new-tokens", "128"]) == 0
+    assert json.loads(stored.read_text())["scores"]["hermes"]["states"] != after["states"]
+    assert sample.main(["--model", str(out)]) == 0
+    assert "overlong" in capsys.readouterr().out
+
+
+def test_limits_come_from_flags_then_the_run_then_the_kind_of_tasks(tmp_path):
+    def limits(*flags, **settings):
+        (tmp_path / "config.json").write_text(json.dumps(settings))
+        args = evaluate.command_line().parse_args(["--model", str(tmp_path / "model"), *flags])
+        return evaluate.chosen_limits(args)
+
+    assert limits() == limits("--tasks", "ood") == evaluate.OUR_LIMITS
+    assert limits("--tasks", "bfcl:test") == evaluate.BFCL_LIMITS
+    run = {"tasks": "train", "max_new_tokens": 50, "max_messages": 9, "context": 700, "tool_seconds": 3.0}
+    found = limits(**run, strict_empty_turn=True)
+    assert (found.max_new_tokens, found.max_messages, found.context) == (50, 9, 700)
+    assert found.strict_empty_turn and found.tool_seconds == 3.0
+    assert limits("--tasks", "bfcl", **run) == evaluate.BFCL_LIMITS, "the run's tasks were of another kind"
+    assert limits("--tasks", "bfcl", **run | {"tasks": "bfcl:train"}).max_new_tokens == 50
+    assert limits("--context", "900", "--no-strict-empty-turn", **run, strict_empty_turn=True).context == 900
+    assert limits(tasks=3, max_new_tokens="many", context=True, max_messages=0) == evaluate.OUR_LIMITS
+
+
+def test_bfcl_is_trained_under_its_own_limits():
+    config = parse(["--tasks", "bfcl"])[0]
+    assert (config.max_new_tokens, config.max_messages, config.context) == (1024, 30, 8192)
+    assert parse(["--tasks", "bfcl", "--max-new-tokens", "64"])[0].max_new_tokens == 64
+
+
+def test_tools_are_given_up_after_the_set_time(few, tmp_path, monkeypatch):
+    """The setting reaches every episode, of training and of evaluation."""
+    seen = []
+    init = Episode.__init__
+
+    def noting(episode, *arguments, **settings):
+        seen.append(settings.get("tool_seconds"))
+        init(episode, *arguments, **settings)
+
+    monkeypatch.setattr(Episode, "__init__", noting)
+    flags = ["--scheme", "grpo", "--tasks", few, "--steps", 1, "--eval-count", 2, "--tool-seconds", 7]
+    assert run(*flags, out=tmp_path / "run") == 0
+    assert seen.count(7.0) == 2 * 2 + 2 * 2  # rollouts, and two evaluations
+
+
 def test_long_prompts_are_named_skipped_and_counted(tmp_path, capsys):
     out = tmp_path / "run"
     assert run("--context", 500, "--steps", 1, out=out) == 0
     said = capsys.readouterr().out
-    assert said.count("skipped: task train-") == train.MOST_NAMED
+    assert said.count("skipped: task train-") == MOST_NAMED
     more = int(re.search(r"skipped: (\d+) more such tasks", said)[1])
     assert 20 < more < 280
-    assert rows(out)[0]["skipped_tasks"] == str(train.MOST_NAMED + more)
+    assert rows(out)[0]["skipped_tasks"] == str(MOST_NAMED + more)
 
 
 def test_out_of_memory_names_two_settings(tmp_path, monkeypatch, capsys):
@@ -412,7 +562,7 @@ def test_out_of_memory_names_two_settings(tmp_path, monkeypatch, capsys):
 
 
 def test_epochs_visit_every_task_once():
-    config = train.Config(prompts=7, seed=3)
+    config = Config(prompts=7, seed=3)
     tasks = list(range(35))
     order = [task for step in range(1, 11) for task in train.tasks_of_step(config, tasks, step)]
     assert sorted(order[:35]) == sorted(order[35:]) == tasks
@@ -436,18 +586,18 @@ def test_list_and_help_show_everything(capsys):
     printed = capsys.readouterr().out
     for name in SCHEMES:
         assert name in printed
-    for name in train.Config.__dataclass_fields__:
+    for name in Config.__dataclass_fields__:
         assert "--" + name.replace("_", "-") in printed
 
 
 @pytest.mark.parametrize("name", ["qwen0.5b", "qwen1.5b", "qwen3-1.7b"])
 def test_presets_of_real_models_are_the_papers(name):
-    config = train.parse(["--preset", name])[0]
+    config = parse(["--preset", name])[0]
     assert (config.tasks, config.eval_tasks, config.context) == ("bfcl:train", "bfcl:test", 8192)
     assert (config.steps, config.prompts, config.group, config.updates) == (300, 60, 8, 3)
     assert (config.lr, config.kl, config.max_new_tokens, config.max_messages) == (1e-6, 1e-4, 1024, 30)
     assert config.checkpointing and config.model.startswith("Qwen/Qwen")
-    others = train.parse(["--preset", name, "--tasks", "train", "--context", "4096"])[0]
+    others = parse(["--preset", name, "--tasks", "train", "--context", "4096"])[0]
     assert (others.tasks, others.eval_tasks, others.context) == ("train", "test", 4096)
 
 

@@ -1,0 +1,142 @@
+"""What all commands share: their output, the numbers they take, the threads they use."""
+
+import argparse
+import contextlib
+import functools
+import math
+import os
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import TextIO
+
+MOST_THREADS = 1024
+
+
+def command(main: Callable[[list[str] | None], int]) -> Callable[[list[str] | None], int]:
+    """Decorator of a command's `main`: what it prints can neither fail nor end it (see `Output`)."""
+
+    @functools.wraps(main)
+    def wrapped(argv: list[str] | None = None) -> int:
+        with lasting_output():
+            return main(argv)
+
+    return wrapped
+
+
+class Output:
+    """A text stream that cannot fail. What its encoding lacks is printed as "?". When nobody reads any more
+    (a closed pipe, a terminal that is gone) the rest is thrown away."""
+
+    def __init__(self, stream: TextIO) -> None:
+        self.stream = stream
+        if hasattr(stream, "reconfigure"):
+            stream.reconfigure(errors="replace")
+
+    def write(self, text: str) -> int:
+        """Write what can be written; returns the length of the text."""
+        self._try(self.stream.write, text)
+        return len(text)
+
+    def flush(self) -> None:
+        self._try(self.stream.flush)
+
+    def _try(self, what: Callable, *arguments: str) -> None:
+        try:
+            what(*arguments)
+        except OSError:
+            nowhere = os.open(os.devnull, os.O_WRONLY)
+            os.dup2(nowhere, self.stream.fileno())  # what is still in the stream's buffer goes there, too
+            os.close(nowhere)
+
+    def __getattr__(self, name: str) -> object:
+        return getattr(self.stream, name)
+
+
+@contextlib.contextmanager
+def lasting_output() -> Iterator[None]:
+    """stdout and stderr as `Output` while it is open; one that was closed before the start prints nowhere."""
+    before = sys.stdout, sys.stderr
+    with open(os.devnull, "w", encoding="utf-8") as nowhere:
+        sys.stdout, sys.stderr = (Output(stream or nowhere) for stream in before)
+        try:
+            yield
+        finally:
+            sys.stdout.flush()
+            sys.stderr.flush()
+            sys.stdout, sys.stderr = before
+
+
+def number(kind: type, **bounds: float) -> Callable[[str], float]:
+    """A type for argparse: an int or a float within bounds (see `out_of_bounds`)."""
+
+    def read(text: str) -> float:
+        value = kind(text)
+        if problem := out_of_bounds(value, **bounds):
+            raise argparse.ArgumentTypeError(f"{problem}; it is {text}")
+        return value
+
+    read.__name__ = kind.__name__  # argparse says "invalid int value"
+    return read
+
+
+def out_of_bounds(
+    value: float, above: float = -math.inf, least: float = -math.inf, most: float = math.inf
+) -> str:
+    """What a number must be and is not, or "". NaN and infinity are out of any bounds."""
+    if not value > above:
+        return "must be positive" if above == 0 else f"must be above {above:g}"
+    if least == 0 and most == 1 and not 0 <= value <= 1:
+        return "must be from 0 to 1"
+    if not value >= least:
+        return "must not be negative" if least == 0 else f"must be at least {least:g}"
+    if isinstance(value, float) and not math.isfinite(value):
+        return "must be finite"
+    return "" if value <= most else f"must be at most {most}"
+
+
+# ---------------------------------------------------------------------------------------------------- threads
+def cpu_threads(processes: int = 1) -> int:
+    """CPU threads for one of so many processes on this machine: OMP_NUM_THREADS if it is set, else the cores
+    that this process may use."""
+    wanted = os.environ.get("OMP_NUM_THREADS", "").partition(",")[0].strip()
+    if wanted.isdecimal() and 0 < int(wanted) <= MOST_THREADS:
+        return int(wanted)
+    return max(1, available_cores() // processes)
+
+
+def available_cores(root: Path = Path("/")) -> int:
+    """Cores that this process may use: its affinity (taskset, Slurm) and the CPU quota of its control groups
+    (docker --cpus), rounded up. root: where /proc and /sys are."""
+    affinity = getattr(os, "sched_getaffinity", None)
+    cores = len(affinity(0)) if affinity else os.cpu_count() or 1
+    return max(1, math.ceil(min(cores, _quota(root))))
+
+
+def _quota(root: Path) -> float:
+    """The least CPU quota, in cores, of this process's control groups and of those above them."""
+    least = math.inf
+    try:
+        groups = (root / "proc/self/cgroup").read_text(encoding="utf-8").splitlines()
+    except OSError:  # no Linux
+        return least
+    for line in groups:
+        _, controllers, path = line.split(":", 2)
+        folder, home = Path(path.lstrip("/")), root / "sys/fs/cgroup"
+        mounts = (home, home / controllers, home / "cpu") if "cpu" in controllers.split(",") else (home,)
+        for place in (folder, *folder.parents):
+            least = min([least, *(_quota_of(mount / place) for mount in mounts)])
+    return least
+
+
+def _quota_of(group: Path) -> float:
+    """Of one control group: version 2 has cpu.max with quota and period, version 1 a file for each."""
+    try:
+        if (group / "cpu.max").exists():
+            quota, period = (group / "cpu.max").read_text(encoding="utf-8").split()
+        else:
+            names = ("cpu.cfs_quota_us", "cpu.cfs_period_us")
+            quota, period = ((group / name).read_text(encoding="utf-8").strip() for name in names)
+        return float(quota) / float(period) if float(quota) > 0 else math.inf
+    except (OSError, ValueError, ZeroDivisionError):  # none there, "max", or a kernel of another kind
+        return math.inf

@@ -1,0 +1,342 @@
+"""What a run leaves on disk: its settings, its logs, its checkpoint; and how it goes on from them."""
+
+import contextlib
+import csv
+import dataclasses
+import hashlib
+import json
+import math
+import os
+import pickle
+import platform
+import shutil
+import subprocess
+from collections.abc import Callable
+from pathlib import Path
+from zipfile import BadZipFile, ZipFile
+
+import torch
+import transformers
+
+from nanotoolrl import distributed
+from nanotoolrl.chat import MESSAGE_STATES
+from nanotoolrl.config import Config, Refused, stored_config
+from nanotoolrl.evaluate import Scores
+from nanotoolrl.files import finite, replacing, sync, write_atomically
+from nanotoolrl.model import Policy
+from nanotoolrl.updates import Run, Step
+
+METRICS = [
+    *"step reward success contrast_groups loss kl entropy grad_norm clip_fraction tokens".split(),
+    *"sample_tok_s train_tok_s logprob_gap".split(),
+    *(f"state_{state}" for state in MESSAGE_STATES),
+    *"spurious_control required_control nll_control nll_content spurious_growth".split(),
+    *"displacement_truth displacement_own probe_seconds eval_success".split(),
+    *"hinted_rows oracle_rows dropped_rows failed_tasks forced_success reflections judge_fallbacks".split(),
+    *"sft_loss sft_tokens chord_mu rollbacks".split(),
+    *"skipped_updates skipped_tasks forward_tokens sample_seconds seconds".split(),
+]
+CHANGEABLE = ("steps", "out")  # settings that may differ when a run goes on
+DIGITS = 6  # of numbers in the logs
+# What reading a file raises that is no checkpoint.
+UNREADABLE = (
+    OSError,
+    RuntimeError,
+    EOFError,
+    AttributeError,
+    ImportError,
+    ValueError,
+    LookupError,
+    TypeError,
+)
+UNREADABLE += (pickle.UnpicklingError, BadZipFile)
+
+
+class RunDirectory:
+    """config.json, metrics.csv, probes.jsonl, rollouts.jsonl, checkpoint.pt, result.json, model/ and models/
+    of one run. Of several processes only the first writes. One run at a time owns the directory: `take`."""
+
+    def __init__(self, path: str) -> None:
+        self.path = Path(path)
+        self.config, self.metrics = self.path / "config.json", self.path / "metrics.csv"
+        self.rollouts, self.checkpoint = self.path / "rollouts.jsonl", self.path / "checkpoint.pt"
+        self.probes = self.path / "probes.jsonl"
+        self.result, self.model = self.path / "result.json", self.path / "model"
+        self.owner, self.lock = self.path / "run.lock", None
+
+    def take(self) -> None:
+        """Own the directory until `release` or the end of the process. Refuses, with the owner's number, one
+        that another process owns. (Where there is no flock, on Windows, nobody is kept out.)"""
+        try:
+            import fcntl
+        except ImportError:
+            return
+        try:
+            self.lock = self.owner.open("a+", encoding="utf-8")
+        except OSError as error:
+            raise Refused(f"cannot write into {self.path}: {error.strerror}") from None
+        try:
+            fcntl.flock(self.lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError:
+            self.lock.seek(0)
+            number = self.lock.read().strip() or "unknown"
+            self.release()
+            raise Refused(f"{self.path} belongs to a run that is going on: process {number}") from None
+        self.lock.truncate(0)
+        self.lock.write(str(os.getpid()))
+        self.lock.flush()
+
+    def release(self) -> None:
+        """Let others own the directory."""
+        if self.lock:
+            self.lock.close()
+            self.lock = None
+
+    def create(self, config: Config) -> None:
+        """Make a new one and own it. Refuses a directory that holds anything."""
+        try:
+            self.path.mkdir(parents=True, exist_ok=True)
+            self.take()
+            there = {entry.name for entry in self.path.iterdir()} - {self.owner.name}
+        except OSError as error:
+            raise Refused(f"cannot make the directory {self.path}: {error.strerror}") from None
+        if there:
+            advice = ", or go on with --resume" if self.config.name in there else ""
+            raise Refused(f"{self.path} exists: choose another --out{advice}")
+        self.start(config)
+
+    def start(self, config: Config) -> None:
+        """Write the settings, and logs without a line. From here on --resume works."""
+        self.write_config(config)
+        header = ",".join(METRICS) + "\n"
+        for path, content in ((self.metrics, header), (self.probes, ""), (self.rollouts, "")):
+            write_atomically(path, content)
+
+    def write_config(self, config: Config) -> None:
+        """Resolved settings with versions and git revision. Only its owner may read what names a judge."""
+        versions = {"python": platform.python_version(), "torch": torch.__version__}
+        versions |= {"transformers": transformers.__version__, "git": git_revision()}
+        content = json.dumps(dataclasses.asdict(config) | {"versions": versions}, indent=1)
+        write_atomically(self.config, content, 0o600 if config.judge else 0o666)
+
+    # ----------------------------------------------------------------------------------------------- going on
+    def reopen(self, config: Config, given: set[str]) -> tuple[Config, dict | None]:
+        """(config of the run with grown steps, checkpoint). The checkpoint is None if the run ended before
+        its first one: it then begins anew. Owns the directory and changes nothing in it.
+
+        Refuses, by name, what cannot go on: other settings, edited ones, a checkpoint that is missing or not
+        whole, logs that lack a step.
+        """
+        old = stored_config(self.config)
+        distributed.from_first(self.take)
+        for name in sorted(given - {*CHANGEABLE, "preset"}):
+            if getattr(config, name) != getattr(old, name):
+                raise Refused(
+                    f"only --steps may change on --resume; {name} is {getattr(old, name)!r}, "
+                    f"not {getattr(config, name)!r}"
+                )
+        if "steps" in given and config.steps < old.steps:
+            raise Refused(f"--steps may only grow on --resume: the run has {old.steps}")
+        steps = config.steps if "steps" in given else old.steps
+        resumed = dataclasses.replace(old, steps=steps, out=str(self.path))
+        if not self.checkpoint.exists():
+            if logged_steps(self.metrics):
+                raise Refused(
+                    f"{self.path} has no checkpoint.pt, and steps in its log: nothing to go on from"
+                )
+            return resumed, None
+        saved = self.read_checkpoint()
+        if saved["settings"] != digest(old):
+            raise Refused(f"{self.checkpoint} was made with other settings than those in {self.config}")
+        self.kept_lines(saved["step"])
+        return resumed, saved
+
+    def rewind(self, config: Config, step: int) -> None:
+        """Cut what is newer than the checkpoint from the logs, and write the config of the longer run."""
+        for path, lines in self.kept_lines(step).items():
+            write_atomically(path, "".join(lines))
+        self.write_config(config)
+
+    def kept_lines(self, step: int) -> dict[Path, list[str]]:
+        """The lines of every log up to a step. Refuses logs in which one of these steps is missing, twice, or
+        not whole; what comes after them may be anything. A missing rollouts.jsonl is an empty one."""
+        columns = ",".join(METRICS)
+        found = {self.metrics: [columns + "\n"]}
+        lines = whole_lines(self.metrics)
+        if lines[:1] != [columns + "\n"]:
+            raise Refused(f"{self.metrics}, line 1: expected the columns {columns[:40]}...")
+        found[self.metrics] += _up_to(self.metrics, lines[1:], step, _step_of_row, range(1, step + 1), 2)
+        lines = whole_lines(self.probes)
+        found[self.probes] = _up_to(self.probes, lines, step, _step_of_entry, range(step + 1), 1)
+        lines = whole_lines(self.rollouts) if self.rollouts.exists() else []
+        found[self.rollouts] = _up_to(self.rollouts, lines, step, _step_of_entry, None, 1)
+        return found
+
+    def read_checkpoint(self) -> dict:
+        """The saved state. Refuses, by name, a file that is half-written, changed, or no checkpoint."""
+        try:
+            with ZipFile(self.checkpoint) as parts:
+                if broken := parts.testzip():
+                    raise BadZipFile(f"{broken} has changed since it was written")
+            saved = torch.load(self.checkpoint, map_location="cpu", weights_only=True)
+            names = ("step", "model", "optimizer", "masters", "state", "torch_rng", "before", "settings")
+            return {name: saved[name] for name in names}
+        except UNREADABLE as error:
+            raise Refused(
+                f"{self.checkpoint} is not a checkpoint of this program, or is half-written "
+                f"({type(error).__name__}); nothing was changed"
+            ) from None
+
+    # ------------------------------------------------------------------------------------------------ writing
+    def save(self, run: Run, before: Scores | None) -> None:
+        """Write the checkpoint; the logs are on the disk before it. Raises OSError if that fails."""
+        if not distributed.first():
+            return
+        state = {
+            "step": run.step,
+            "model": run.policy.model.state_dict(),
+            "optimizer": run.optimizer.state_dict(),
+            "masters": run.masters.state(),
+            "state": run.state,
+            "torch_rng": torch.get_rng_state(),
+            "before": dataclasses.asdict(before) if before else None,
+            "settings": digest(run.config),
+        }
+        for path in (self.metrics, self.probes, self.rollouts):
+            sync(path)
+        try:
+            with replacing(self.checkpoint) as half:
+                torch.save(state, half)
+        except RuntimeError as error:  # of a full disk, says torch
+            raise OSError(f"cannot write {self.checkpoint}: {str(error).splitlines()[0]}") from None
+
+    def save_model(self, policy: Policy, name: str = "model") -> None:
+        """Write a model directory, in place of an older one."""
+        if not distributed.first():
+            return
+        target = self.path / name
+        half = target.with_name(target.name + ".tmp")
+        with contextlib.ExitStack() as last:
+            last.callback(shutil.rmtree, half, ignore_errors=True)
+            policy.save(half)
+            shutil.rmtree(target, ignore_errors=True)
+            os.replace(half, target)
+
+    def log_probes(self, details: dict) -> None:
+        """One line of probes.jsonl."""
+        if not distributed.first():
+            return
+        with self.probes.open("a", encoding="utf-8") as file:
+            file.write(json.dumps(finite(details, DIGITS), allow_nan=False) + "\n")
+
+    def log(self, config: Config, run: Run, row: dict, details: dict, step: Step) -> None:
+        """One metrics row, one line of details, and the first `rollout_groups` groups of the step."""
+        if not distributed.first():
+            return
+        with self.metrics.open("a", newline="", encoding="utf-8") as file:
+            csv.writer(file, lineterminator="\n").writerow([text(row.get(name)) for name in METRICS])
+        self.log_probes(details)
+        with self.rollouts.open("a", encoding="utf-8") as file:
+            shown = min(config.rollout_groups * config.group, len(step.trajectories))
+            for i, one in enumerate(step.trajectories[:shown]):
+                entry = {"step": run.step, "group": i // config.group, "rollout": i % config.group}
+                entry |= {
+                    "advantage": round(step.advantages[i].item(), 4),
+                    "text": run.policy.chat.decode(one.tokens),
+                }
+                entry |= dataclasses.asdict(one)
+                entry["logprobs"] = [round(x, 4) for x in one.logprobs]
+                entry["loss_mask"] = [int(x) for x in one.loss_mask]
+                file.write(json.dumps(finite(entry), allow_nan=False) + "\n")
+
+
+def digest(config: Config) -> str:
+    """A short name of the settings, but for those that may change when a run goes on."""
+    fixed = {name: value for name, value in vars(config).items() if name not in CHANGEABLE}
+    return hashlib.sha256(json.dumps(fixed, sort_keys=True).encode()).hexdigest()
+
+
+def text(value: object) -> str:
+    """A metrics cell: empty where a column does not apply or the number is not finite."""
+    if value is None or (isinstance(value, float) and not math.isfinite(value)):
+        return ""
+    return f"{value:.{DIGITS}g}" if isinstance(value, float) else str(value)
+
+
+def whole_lines(path: Path) -> list[str]:
+    """The lines of a log with their ends; the last one may have none. Refuses a log that cannot be read."""
+    try:
+        return path.read_text(encoding="utf-8").splitlines(keepends=True)
+    except (OSError, UnicodeDecodeError) as error:
+        raise Refused(f"{path} cannot be read: {error}") from None
+
+
+def logged_steps(metrics: Path) -> int:
+    """How many rows a metrics.csv has; 0 if there is no such file."""
+    return len(whole_lines(metrics)[1:]) if metrics.exists() else 0
+
+
+def _step_of_row(line: str) -> int:
+    """The step of a whole row of metrics.csv; ValueError if it is none."""
+    (cells,) = csv.reader([line], strict=True)
+    if len(cells) != len(METRICS) or not line.endswith("\n") or not cells[0].isdecimal():
+        raise ValueError("not a whole row")
+    return int(cells[0])
+
+
+def _step_of_entry(line: str) -> int:
+    """The step of a whole line of a JSONL log; ValueError if it is none."""
+    entry = json.loads(line)
+    if not isinstance(entry, dict) or type(entry.get("step")) is not int or not line.endswith("\n"):
+        raise ValueError("not a whole line")
+    return entry["step"]
+
+
+def _up_to(
+    path: Path,
+    lines: list[str],
+    step: int,
+    step_of: Callable[[str], int],
+    wanted: range | None,
+    first: int,
+) -> list[str]:
+    """The lines up to a step, in order. wanted: their steps, once each; None: rising ones. first: the number
+    of the first line, for the refusal."""
+    kept, steps = [], []
+    for line in lines:
+        try:
+            at = step_of(line)
+        except (ValueError, RecursionError, csv.Error):
+            break
+        if at > step:
+            break
+        due = range(steps[-1] if steps else 0, step + 1) if wanted is None else wanted[len(steps) :][:1]
+        if at not in due:
+            break
+        kept.append(line)
+        steps.append(at)
+    later = lines[len(kept) :]
+    if (wanted is not None and len(kept) < len(wanted)) or any(_is_of(line, step, step_of) for line in later):
+        raise Refused(
+            f"{path}, line {first + len(kept)}: expected the steps up to {step} in order, each whole and in "
+            "its place; nothing was changed"
+        )
+    return kept
+
+
+def _is_of(line: str, step: int, step_of: Callable[[str], int]) -> bool:
+    """Whether a line belongs to a step up to this one."""
+    try:
+        return step_of(line) <= step
+    except (ValueError, RecursionError, csv.Error):
+        return False
+
+
+def git_revision() -> str:
+    """Commit of the source tree, "+" if it was changed; "unknown" outside a git checkout."""
+    command = ["git", "describe", "--always", "--dirty=+", "--exclude=*"]
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, cwd=Path(__file__).parent, timeout=10)
+    except (OSError, subprocess.TimeoutExpired):
+        return "unknown"
+    return done.stdout.strip() or "unknown"

@@ -1,0 +1,193 @@
+"""What all commands share: output that cannot fail, bounds of numbers, threads."""
+
+import argparse
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from nanotoolrl import cli
+from nanotoolrl.cli import available_cores, cpu_threads, number, out_of_bounds
+
+ROOT = Path(__file__).resolve().parent.parent
+STAYS = (
+    "train.py --preset smoke --steps 1 --eval-count 0 --prompts 2 --group 2 --probe-tasks 2 --max-messages 4"
+)
+
+
+@pytest.mark.parametrize(
+    ("value", "bounds", "said"),
+    [
+        (0, {"above": 0}, "must be positive"),
+        (float("nan"), {"above": 0}, "must be positive"),
+        (float("nan"), {"least": 0}, "must not be negative"),
+        (float("nan"), {}, "must be above -inf"),
+        (float("inf"), {"above": 0}, "must be finite"),
+        (-1, {"least": 0}, "must not be negative"),
+        (1, {"least": 2}, "must be at least 2"),
+        (1.5, {"least": 0, "most": 1}, "must be from 0 to 1"),
+        (10**400, {"most": 9}, "must be at most 9"),
+        (2, {"above": 0, "least": 2, "most": 2}, ""),
+    ],
+)
+def test_bounds(value, bounds, said):
+    assert out_of_bounds(value, **bounds) == said
+
+
+def test_numbers_of_the_command_line():
+    assert number(float, least=0)("1e-3") == 1e-3
+    with pytest.raises(argparse.ArgumentTypeError, match="must be positive; it is -3"):
+        number(int, above=0)("-3")
+    with pytest.raises(ValueError):
+        number(int)("x")
+
+
+# ----------------------------------------------------------------------------------------------------- output
+def shell(command, **environment):
+    """Run a line of a shell; "python" is this one."""
+    line = command.replace("python ", f"{sys.executable} ")
+    return subprocess.run(
+        ["bash", "-o", "pipefail", "-c", line],
+        cwd=ROOT,
+        env=os.environ | environment,
+        capture_output=True,
+        timeout=240,
+    )
+
+
+@pytest.mark.parametrize(
+    "line",
+    [
+        "python train.py --list | true",
+        "python train.py --list | head -1",
+        "python train.py --help | head -1",
+        "python -m nanotoolrl.evaluate --help | head -1",
+        "python sample.py --oracle | head -1",
+        "python sample.py --oracle >&-",
+        "python sample.py --oracle >&- 2>&-",
+    ],
+)
+def test_a_reader_that_leaves_is_no_error(line):
+    done = shell(line)
+    assert (done.returncode, done.stderr) == (0, b"")
+
+
+@pytest.mark.parametrize("ends", [">&- 2>&-", "2>&1 | head -1"])
+def test_training_outlives_its_reader(ends, tmp_path):
+    assert shell(f"python {STAYS} --show-every 1 --out {tmp_path / 'run'} {ends}").returncode == 0
+    assert (tmp_path / "run" / "model" / "config.json").is_file()
+
+
+@pytest.mark.parametrize("encoding", ["ascii", "cp1252", "latin-1"])
+def test_output_that_is_not_utf8(encoding, tmp_path):
+    """A model that writes what the terminal lacks (U+FFFD), and sparklines."""
+    lines = ["import sys, sample, torch", "from nanotoolrl.cli import lasting_output"]
+    lines += ["with lasting_output():", "    print('\\ufffd \\u2588 ok')"]
+    code = "\n".join(lines)
+    done = subprocess.run(
+        [sys.executable, "-c", code],
+        cwd=ROOT,
+        capture_output=True,
+        env=os.environ | {"PYTHONIOENCODING": encoding},
+    )
+    assert (done.returncode, done.stdout) == (0, b"? ? ok\n")
+    committed = ROOT / "data" / "results" / "hint" / "seed0"
+    done = shell(f"python -m nanotoolrl.report {committed} --out {tmp_path}", PYTHONIOENCODING=encoding)
+    assert done.returncode == 0, done.stderr
+    assert b"?" in done.stdout and (tmp_path / "report.html").read_text(encoding="utf-8")
+
+
+def test_every_file_is_opened_with_its_encoding():
+    """What a file says must not depend on the platform it is read on."""
+    import ast
+
+    for path in [*ROOT.glob("*.py"), *(ROOT / "nanotoolrl").rglob("*.py"), *(ROOT / "data").glob("*.py")]:
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+            if not isinstance(node, ast.Call):
+                continue
+            name = getattr(node.func, "attr", getattr(node.func, "id", ""))
+            says = {keyword.arg for keyword in node.keywords}
+            mode = next((a.value for a in node.args if isinstance(a, ast.Constant)), "")
+            of_a_file = name in ("read_text", "write_text") or (
+                name == "open" and not (isinstance(mode, str) and "b" in mode)
+            )
+            other = ast.unparse(node).startswith(("self.decoder.open", "os.open", "urllib", "decoder.open"))
+            assert "encoding" in says or not of_a_file or other, f"{path.name}:{node.lineno}"
+
+
+# ---------------------------------------------------------------------------------------------------- threads
+def test_threads_wait_asleep_unless_the_user_says_otherwise():
+    for given, found in ((None, "PASSIVE"), ("ACTIVE", "ACTIVE")):
+        environment = {k: v for k, v in os.environ.items() if k != "OMP_WAIT_POLICY"}
+        environment |= {"OMP_WAIT_POLICY": given} if given else {}
+        code = (
+            "import {}; import os, sys; assert 'torch' in sys.modules; print(os.environ['OMP_WAIT_POLICY'])"
+        )
+        for module in ("train", "sample", "nanotoolrl.evaluate", "nanotoolrl.bench", "nanotoolrl.study"):
+            done = subprocess.run(
+                [sys.executable, "-c", code.format(module)],
+                cwd=ROOT,
+                env=environment,
+                capture_output=True,
+                text=True,
+            )
+            assert done.stdout.split() == [found], done.stderr
+
+
+@pytest.mark.parametrize(("first", "second"), [("nanotoolrl", "torch")])
+@pytest.mark.parametrize("script", ["train.py", "sample.py", "data/make_base.py"])
+def test_scripts_set_the_policy_before_torch_is_there(script, first, second):
+    text = (ROOT / script).read_text(encoding="utf-8")
+    assert text.index(f"\nimport {first}") < text.index(f"\nimport {second}")
+
+
+def files(root, content):
+    for name, text in content.items():
+        (root / name).parent.mkdir(parents=True, exist_ok=True)
+        (root / name).write_text(text)
+
+
+@pytest.mark.parametrize(
+    ("groups", "cores"),
+    [
+        ({}, 8),
+        ({"proc/self/cgroup": "0::/\n", "sys/fs/cgroup/cpu.max": "150000 100000\n"}, 2),
+        ({"proc/self/cgroup": "0::/a/b\n", "sys/fs/cgroup/a/b/cpu.max": "max 100000\n"}, 8),
+        ({"proc/self/cgroup": "0::/a/b\n", "sys/fs/cgroup/a/cpu.max": "300000 100000\n"}, 3),
+        ({"proc/self/cgroup": "0::/a\n", "sys/fs/cgroup/a/cpu.max": "1000 100000\n"}, 1),
+        ({"proc/self/cgroup": "0::/a\n", "sys/fs/cgroup/a/cpu.max": "9900000 100000\n"}, 8),
+        ({"proc/self/cgroup": "0::/a\n", "sys/fs/cgroup/a/cpu.max": "nonsense"}, 8),
+        (
+            {
+                "proc/self/cgroup": "5:cpu,cpuacct:/d\n4:memory:/d\n",
+                "sys/fs/cgroup/cpu,cpuacct/d/cpu.cfs_quota_us": "400000\n",
+                "sys/fs/cgroup/cpu,cpuacct/d/cpu.cfs_period_us": "100000\n",
+            },
+            4,
+        ),
+        (
+            {
+                "proc/self/cgroup": "5:cpu,cpuacct:/d\n",
+                "sys/fs/cgroup/cpu/d/cpu.cfs_quota_us": "-1\n",
+                "sys/fs/cgroup/cpu/d/cpu.cfs_period_us": "100000\n",
+            },
+            8,
+        ),
+    ],
+)
+def test_cores_that_a_process_may_use(groups, cores, tmp_path, monkeypatch):
+    """Affinity of 8 cores; control groups of both versions, nested, without a quota, unreadable."""
+    monkeypatch.setattr(os, "sched_getaffinity", lambda _: set(range(8)), raising=False)
+    files(tmp_path, groups)
+    assert available_cores(tmp_path) == cores
+
+
+def test_threads_of_a_command(monkeypatch):
+    monkeypatch.setattr(cli, "available_cores", lambda: 8)
+    for said, found in (("", 8), ("3", 3), ("2,1", 2), ("0", 8), ("many", 8), ("99999", 8)):
+        monkeypatch.setenv("OMP_NUM_THREADS", said)
+        assert cpu_threads() == found
+    monkeypatch.delenv("OMP_NUM_THREADS")
+    assert [cpu_threads(n) for n in (1, 3, 99)] == [8, 2, 1]
