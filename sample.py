@@ -37,9 +37,8 @@ def play(sampler: Sampler, task: Task, args: argparse.Namespace, limits: Limits,
 class Talk(Episode):
     """An episode whose user messages come from a person. There is no ground truth, so nothing is checked."""
 
-    color = sys.stdout.isatty()
-
     def __init__(self, task: Task, format: str, first: str) -> None:
+        self.color = sys.stdout.isatty()
         blank = [Turn(first, [], "")] + [Turn("", [], "") for _ in range(CHAT_TURNS)]
         super().__init__(replace(task, id="chat", turns=blank), format, max_messages=10**6)
 

@@ -338,7 +338,7 @@ def talking_once() -> Iterator[None]:
     if distributed.first():
         yield
         return
-    with open(os.devnull, "w") as nowhere, contextlib.redirect_stdout(nowhere):
+    with open(os.devnull, "w", encoding="utf-8") as nowhere, contextlib.redirect_stdout(nowhere):
         before = tqdm.__init__
         tqdm.__init__ = lambda bar, *args, **settings: before(bar, *args, **settings | {"disable": True})
         try:

@@ -85,7 +85,7 @@ class BfclTask(Task):
 
     def schema(self, tool: str) -> dict:
         """JSON schema of a tool, from the benchmark's documents."""
-        return _documented(self.owner(tool))[tool]
+        return copy.deepcopy(_documented(self.owner(tool))[tool])
 
     def allows(self, tool: str, shown: list[str]) -> bool:
         """Whether a tool may be called where these are shown."""

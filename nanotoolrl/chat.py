@@ -323,7 +323,7 @@ _STRING = (
 # An escaped quote begins no string either: else each could be followed to the end of the message.
 _INSIDE = re.compile(rf"""{_STRING}|\\[\\'"]|{_CLOSER.pattern}|[\[\]]""", re.DOTALL)
 # A message that tries to call begins with `[` and no call, or a letter; `[Note] more` does not try.
-_BEGIN = re.compile(rf"\s*+(?!{_ASIDE}|\[\s*+\w{_WORDS}\]\s*+\S)\[\s*+(?:[A-Za-z_]|\]|\Z)")
+_BEGIN = re.compile(rf"\s*+(?!{_ASIDE}|\[\s*+\w{_WORDS}\](?!\w)\s*+\S)\[\s*+(?:[A-Za-z_]|\]|\Z)")
 
 
 def _python_tags(text: str) -> list[Tag]:
@@ -502,6 +502,9 @@ LAYOUTS = (
 )
 
 
+SAMPLE = 'Text {"a": 1}'  # any tokenizer gives it back
+
+
 class Chat:
     """A conversation in the layout of one tokenizer: messages to ids, by appending only.
 
@@ -531,7 +534,9 @@ class Chat:
         self._split = re.compile("(" + "|".join(map(re.escape, longest_first)) + ")")
         self.end_id = self.control[self.layout.end]
         stops = {self.control[name] for name in self.layout.stops if name in self.control}
-        self.stop_ids = sorted(stops | {self.end_id, tokenizer.eos_token_id})
+        self.stop_ids = sorted(stops | {self.end_id} | ({tokenizer.eos_token_id} - {None}))
+        if self.decode(self.encode(SAMPLE)) != SAMPLE:
+            raise ValueError(f"the tokenizer cannot write {SAMPLE!r}: its vocabulary is not there")
         self.after_ids = self.encode(self.layout.after)
         if not tokenizer.chat_template:
             raise ValueError("the tokenizer has no chat template")

@@ -84,11 +84,11 @@ def out_of_bounds(
     value: float, above: float = -math.inf, least: float = -math.inf, most: float = math.inf
 ) -> str:
     """What a number must be and is not, or "". NaN and infinity are out of any bounds."""
-    if not value > above:
+    if above > -math.inf and not value > above:
         return "must be positive" if above == 0 else f"must be above {above:g}"
     if least == 0 and most == 1 and not 0 <= value <= 1:
         return "must be from 0 to 1"
-    if not value >= least:
+    if least > -math.inf and not value >= least:
         return "must not be negative" if least == 0 else f"must be at least {least:g}"
     if isinstance(value, float) and not math.isfinite(value):
         return "must be finite"

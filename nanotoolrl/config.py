@@ -307,8 +307,8 @@ def parse(argv: list[str] | None) -> tuple[Config, set[str], bool]:
     return config, set(given), resume
 
 
-def check(config: Config) -> None:
-    """Refuse values that cannot work: of another type, out of bounds, or at odds with each other."""
+def check_fields(config: Config) -> None:
+    """Refuse values of another type, out of bounds, or not among the choices."""
     for f in dataclasses.fields(config):
         flag, value = "--" + f.name.replace("_", "-"), getattr(config, f.name)
         if type(value) is not f.type:
@@ -321,6 +321,11 @@ def check(config: Config) -> None:
             bounds = ({"most": LARGEST} if f.type is int else {}) | f.metadata["bounds"]
             if problem := out_of_bounds(value, **bounds):
                 raise Refused(f"{flag} {problem}; it is {value}")
+
+
+def check(config: Config) -> None:
+    """Refuse values that cannot work, alone or together."""
+    check_fields(config)
     scheme = SCHEMES[config.scheme]
     if config.group < 2:
         raise Refused("--group must be at least 2: advantages compare the rollouts of a group")
@@ -348,11 +353,13 @@ def stored_config(path: Path) -> Config:
         lacking = [f.name for f in dataclasses.fields(Config) if f.name not in stored]
         if lacking:
             raise ValueError(f"it lacks {', '.join(lacking)}")
-        return Config(**{f.name: _typed(stored[f.name], f.type) for f in dataclasses.fields(Config)})
+        config = Config(**{f.name: _typed(stored[f.name], f.type) for f in dataclasses.fields(Config)})
+        check_fields(config)
+        return config
     except FileNotFoundError:
         raise Refused(f"no run to resume in {path.parent}: it has no {path.name}") from None
-    except (OSError, ValueError, TypeError, RecursionError) as error:
-        raise Refused(f"{path} cannot be read: {type(error).__name__}: {error}") from None
+    except (OSError, ValueError, TypeError, RecursionError, Refused) as error:
+        raise Refused(f"{path} cannot be read: {error}") from None
 
 
 def _typed(value: object, kind: type) -> object:

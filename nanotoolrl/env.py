@@ -9,8 +9,8 @@ The rules that matter, collapse lives on some of them:
   truth reaches, and the results of the ground-truth calls must be contained (in any order, counted) in the
   results seen so far. The reward is 1 if every turn passes, else 0; the episode goes on after a failed turn.
 - Calls in a turn without ground-truth calls are not punished, unless `strict_empty_turn`.
-Ours are these rules: a tool that the task hides cannot be called until a user message offers it; and whatever
-a tool does, raise, hang, or give what is no JSON, is answered with an error the model can read.
+Two rules are ours. A tool that the task hides cannot be called until a user message offers it. Whatever a
+tool does (raise, hang, give what is no JSON) is answered with an error the model can read.
 """
 
 import copy

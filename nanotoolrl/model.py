@@ -196,6 +196,8 @@ def _refuse_what_is_different(policy: Policy) -> None:
     on the length of the text, or whose logits are not finite, or not the plain product of its last hidden
     states and its output embedding."""
     config, rows = policy.model.config, len(policy.model.get_output_embeddings().weight)
+    if type(policy.context) is not int or policy.context < 1:
+        raise ValueError(f"max_position_embeddings must be a positive integer, not {policy.context!r}")
     if rows < policy.known_ids:
         raise ValueError(f"its tokenizer has {policy.known_ids} tokens, its embedding only {rows} rows")
     kinds = set(getattr(config, "layer_types", None) or ())

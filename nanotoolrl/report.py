@@ -98,7 +98,9 @@ def read_run(path: Path) -> RunFiles:
         probes = [json.loads(line) for line in whole_lines(path / "probes.jsonl")]
         if not {"scheme", "model"} <= config.keys() or not all("step" in line for line in probes):
             raise KeyError("scheme, model or step is missing")
-    except (OSError, ValueError, KeyError, IndexError, TypeError, AttributeError) as error:
+        if None in metrics["step"]:
+            raise ValueError("metrics.csv has a row without a step")
+    except (OSError, ValueError, LookupError, TypeError, AttributeError, RecursionError) as error:
         raise Unreadable(f"{path} is not a finished step of a run: {type(error).__name__}: {error}") from None
     return RunFiles(path, path.resolve().name, config, metrics, probes)
 
@@ -368,7 +370,7 @@ def build(runs: Sequence[RunFiles], directory: Path) -> Path:
     for run in tqdm(runs, "rollouts", unit="run", leave=False, disable=None):
         try:
             steps, vocabulary, total = rollouts_of(run, share)
-        except (KeyError, TypeError, ValueError, IndexError) as error:
+        except (LookupError, TypeError, ValueError, AttributeError, RecursionError) as error:
             log = run.path / "rollouts.jsonl"
             raise Unreadable(f"{log} cannot be read: {type(error).__name__}: {error}") from None
         shown.append({"name": run.name, "steps": steps, "vocabulary": vocabulary})
@@ -460,6 +462,11 @@ def main(argv: list[str] | None = None) -> int:
         page, text = build(runs, directory), screen(runs)
     except (Unreadable, ModelError, OSError, ValueError) as error:
         print(f"report: {error}", file=sys.stderr)
+        return 2
+    except (LookupError, TypeError, AttributeError, ArithmeticError) as error:  # logs that somebody changed
+        print(
+            f"report: a log does not read as one of a run: {type(error).__name__}: {error}", file=sys.stderr
+        )
         return 2
     print(text)
     print(f"page: {page} ({page.stat().st_size / 1e6:.1f} MB); figures: {directory}/*.png")

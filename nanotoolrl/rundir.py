@@ -11,9 +11,10 @@ import pickle
 import platform
 import shutil
 import subprocess
+import zlib
 from collections.abc import Callable
 from pathlib import Path
-from zipfile import BadZipFile, ZipFile
+from zipfile import BadZipFile
 
 import torch
 import transformers
@@ -175,17 +176,17 @@ class RunDirectory:
     def read_checkpoint(self) -> dict:
         """The saved state. Refuses, by name, a file that is half-written, changed, or no checkpoint."""
         try:
-            with ZipFile(self.checkpoint) as parts:
-                if broken := parts.testzip():
-                    raise BadZipFile(f"{broken} has changed since it was written")
-            saved = torch.load(self.checkpoint, map_location="cpu", weights_only=True)
-            names = ("step", "model", "optimizer", "masters", "state", "torch_rng", "before", "settings")
-            return {name: saved[name] for name in names}
+            found = torch.load(self.checkpoint, map_location="cpu", weights_only=True)
+            saved, written = found["saved"], found["checksum"]
+            intact = checksum(saved) == written
         except UNREADABLE as error:
             raise Refused(
                 f"{self.checkpoint} is not a checkpoint of this program, or is half-written "
                 f"({type(error).__name__}); nothing was changed"
             ) from None
+        if not intact:
+            raise Refused(f"{self.checkpoint} has changed since it was written; nothing was changed")
+        return saved
 
     # ------------------------------------------------------------------------------------------------ writing
     def save(self, run: Run, before: Scores | None) -> None:
@@ -206,7 +207,7 @@ class RunDirectory:
             sync(path)
         try:
             with replacing(self.checkpoint) as half:
-                torch.save(state, half)
+                torch.save({"saved": state, "checksum": checksum(state)}, half)
         except RuntimeError as error:  # of a full disk, says torch
             raise OSError(f"cannot write {self.checkpoint}: {str(error).splitlines()[0]}") from None
 
@@ -254,6 +255,22 @@ def digest(config: Config) -> str:
     """A short name of the settings, but for those that may change when a run goes on."""
     fixed = {name: value for name, value in vars(config).items() if name not in CHANGEABLE}
     return hashlib.sha256(json.dumps(fixed, sort_keys=True).encode()).hexdigest()
+
+
+def checksum(value: object, start: int = 0) -> int:
+    """CRC-32 of a nested state: its keys, its numbers, every byte of its tensors."""
+    if isinstance(value, torch.Tensor):
+        data = value.detach().cpu().reshape(-1).view(torch.uint8).numpy()
+        return zlib.crc32(data, zlib.crc32(f"{value.dtype}{tuple(value.shape)}".encode(), start))
+    if isinstance(value, dict):
+        for key, item in value.items():
+            start = checksum(item, zlib.crc32(repr(key).encode(), start))
+        return zlib.crc32(b"}", start)
+    if isinstance(value, list | tuple):
+        for item in value:
+            start = checksum(item, start)
+        return zlib.crc32(b"]", start)
+    return zlib.crc32(repr(value).encode(), start)
 
 
 def text(value: object) -> str:

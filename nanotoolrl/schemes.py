@@ -12,7 +12,7 @@ A signal that is an SFT loss on examples goes through a schedule: `sync` adds th
 import math
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import closing, nullcontext
+from contextlib import closing
 from dataclasses import dataclass, replace
 from functools import partial
 
@@ -360,9 +360,11 @@ def reflections_on_failures(run: Run, tasks: list[Task], trajectories: list[Traj
         return reflections(tasks[i], row, run.policy.chat, run.tasks, run.sampler.context, judge)
 
     def reflect_on_all() -> list[tuple[list[Trajectory], bool]]:
-        closed = closing(judge) if judge else nullcontext()  # after Ctrl-C, nobody waits for it
-        with ThreadPoolExecutor(AT_ONCE if judge else 1) as threads, closed:
-            return list(threads.map(reflect, collected_failures(run, trajectories)))
+        failed = collected_failures(run, trajectories)
+        if not judge:
+            return [reflect(i) for i in failed]
+        with ThreadPoolExecutor(AT_ONCE) as threads, closing(judge):  # after Ctrl-C, nobody waits for it
+            return list(threads.map(reflect, failed))
 
     made = distributed.from_first(reflect_on_all)  # a judge may not say the same twice
     counts = {"reflections": sum(len(pairs) for pairs, _ in made)}

@@ -27,6 +27,7 @@ from nanotoolrl.chat import (
     readable,
     render_calls,
     signature,
+    spoken,
 )
 from nanotoolrl.env import CATEGORIES, Episode, Task, oracle
 from nanotoolrl.replay import messages_of
@@ -284,6 +285,36 @@ def test_an_unreadable_block_leaves_the_others(format):
             '<tool_call>{"name": "f", "arguments": [1]}</tool_call>',
             '"arguments" must be a JSON object',
         ),
+        (
+            "hermes",
+            '<tool_call>{"name": "f", "arguments": "{}"}</tool_call>',
+            '"arguments" must be a JSON object, not a string',
+        ),
+        ("hermes", '<tool_call>{"name": "f", "parameters": [1]}</tool_call>', '"parameters" must be'),
+        ("hermes", '<tool_call>{"name": "f", "arguments": false}</tool_call>', '"arguments" must be'),
+        (
+            "hermes",
+            '<tool_call>{"name": "f", "args": {"x": 1}}</tool_call>',
+            'a call has "name" and "arguments", not "args"',
+        ),
+        ("hermes", '<tool_call>{"name": "f", "id": "a", "arguments": {}}</tool_call>', 'not "id"'),
+        ("hermes", '<tool_call>{"name": "f", "type": "function"}</tool_call>', 'not "type"'),
+        ("hermes", '<tool_call>{"name": "f", "\\ud800\u00e9": 1}</tool_call>', 'not "?\u00e9"'),
+        (
+            "hermes",
+            '<tool_call>{"name": "f", "arguments": {}, "parameters": {}}</tool_call>',
+            '"arguments" or "parameters", not both',
+        ),
+        (
+            "hermes",
+            '<tool_call>{"name": "f</tool_call>',
+            "bad JSON: Unterminated string starting at character 9",
+        ),
+        (
+            "xml",
+            '<function=f><parameter=x>"\n"</parameter></function>',
+            "bad JSON: Invalid control character at character 1",
+        ),
         ("hermes", '<tool_call>{"name": "f", "arguments": {"x": NaN}}</tool_call>', "NaN"),
         ("hermes", '<tool_call>{"name": "f", "arguments": {"x": 1e999}}</tool_call>', "inf"),
         ("hermes", '{"name": "f", "arguments": {}}</tool_call>', "closing tag but no call"),
@@ -314,7 +345,241 @@ def test_what_cannot_be_read_says_why(format, text, reason):
     (bad,) = parse_calls(text, format)
     assert type(bad) is BadCall
     assert reason in bad.reason
-    assert bad.reason
+    assert message_state(text, format) == "malformed"
+
+
+@pytest.mark.parametrize(
+    ("body", "arguments"),
+    [
+        ('{"name": "f", "parameters": {"status": "closed"}}', {"status": "closed"}),
+        ('{"parameters": {"status": "closed"}, "name": "f"}', {"status": "closed"}),
+        ('{"name": "f", "arguments": ""}', {}),
+        ('{"name": "f", "arguments": null}', {}),
+        ('{"name": "f", "parameters": null}', {}),
+        ('{"name": "f"}', {}),
+        ('{"name": "f", "arguments": "{}"}', None),
+        ('{"name": "f", "arguments": {}, "parameters": {}}', None),
+        ('{"name": "f", "arguments": {}, "id": "a"}', None),
+        ('{"name": "f", "description": "Find.", "parameters": {"type": "object"}}', None),
+        ('{"name": "f", "arguments": {"x": 1e999}}', None),
+    ],
+)
+def test_what_is_a_json_call(body, arguments):
+    """Between tags, beside other text and without tags alike. A name alone is a call between tags only.
+    None: it is no call."""
+    (call,) = parse_calls(f"<tool_call>{body}</tool_call>", "hermes")
+    assert (call.arguments if is_call(call) else None) == arguments
+    found = arguments is not None and body != '{"name": "f"}'
+    junk = f"<tool_call>so: {body}</tool_call>"
+    assert message_state(junk, "hermes") == ("polluted" if found else "malformed")
+    for format in FORMATS:
+        assert message_state(f"So: {body}", format) == ("foreign" if found else "reply")
+
+
+# ------------------------------------------------------------------------------------------------- thoughts
+
+REHEARSAL = [Call("delete_file", {"folder": "docs", "name": "a"})]
+
+
+@pytest.mark.parametrize("format", FORMATS)
+@pytest.mark.parametrize(
+    "thoughts",
+    [
+        "<think>Look there first.</think>",
+        "\n <think>\n\n</think>\n\n",
+        "<think>One.</think>\n<think>Two.</think><think></think>",
+        "<think><think>Nested.</think>",
+        "<think>{rehearsal}</think>\n",
+        "<think>{rehearsal} {rehearsal}\n</think>",
+    ],
+)
+def test_a_thought_before_the_message_is_not_spoken(thoughts, format):
+    thoughts = thoughts.replace("{rehearsal}", render_calls(REHEARSAL, format))
+    call = Call("find_tickets", {})
+    text = render_calls([call], format)
+    for after, state, calls in [(text, "call", [call]), ("Done.", "reply", []), (" \n", "empty", [])]:
+        assert spoken(thoughts + after).strip() == after.strip()
+        assert message_state(thoughts + after, format) == state
+        assert parse_calls(thoughts + after, format) == calls
+    assert message_state(f"{thoughts}So: {text}", format) == "polluted"
+    assert message_state(thoughts + text, format, overlong=True) == "overlong"
+
+
+@pytest.mark.parametrize("format", FORMATS)
+def test_a_thought_without_end_is_all_there_is(format):
+    for text in ("<think>", "<think>a</think> <think>Now " + render_calls(REHEARSAL, format)):
+        assert (spoken(text), message_state(text, format), parse_calls(text, format)) == ("", "empty", [])
+        assert message_state(text, format, overlong=True) == "overlong"
+
+
+@pytest.mark.parametrize("format", FORMATS)
+def test_a_thought_further_on_is_text(format):
+    call = render_calls(REHEARSAL, format)
+    for text in (f"So. <think>{call}</think>", f"</think>{call}", f"{call}<think>Done.</think>"):
+        assert spoken(text) == text
+        assert parse_calls(text, format) == REHEARSAL
+        assert message_state(text, format) == "polluted"
+
+
+@pytest.mark.parametrize("format", FORMATS)
+def test_the_limit_is_for_what_is_spoken(format):
+    call = Call("find_tickets", {})
+    thoughts = f"<think>{'Hm. ' * MAX_CHARS}</think>"
+    assert parse_calls(thoughts + render_calls([call], format), format) == [call]
+
+
+@given(GLUED | st.lists(st.sampled_from(["<think>", "</think>", " ", "a"]), max_size=12).map("".join))
+def test_what_is_spoken_begins_with_no_thought(text):
+    rest = spoken(text)
+    assert text.endswith(rest) and spoken(rest) == rest
+    assert not rest.lstrip().startswith("<think>")
+
+
+# ------------------------------------------------------------------------------- the brackets of python
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "See the list [items (two)] for more.",
+        "See the [items\n(two)] and [the others (three, four)].",
+        "[note (see below)]",
+        "[the notes (see below)] are in docs.",
+        "[ note (see below) ]",
+        "[items (two)",
+        "f(x)]",
+        "[text](url)]",
+        "See [text](url)]. It is [the first](url) of f(x)].",
+        "[text](url) is the page.",
+        "[1] (see [2])",
+        "[Note] The file (a.txt) is gone.",
+        "[total (n == 5)]",
+        "(see [f (x)])",
+    ],
+)
+def test_brackets_in_a_sentence_are_no_call(text):
+    assert parse_calls(text, "python") == []
+    assert message_state(text, "python") == "reply"
+    call = Call("f", {"a": 1})
+    for mixed in (f"{text}\n[f(a=1)]", "[f(a=1)]\nSee [items (two)]"):
+        assert parse_calls(mixed, "python") == [call]
+
+
+@pytest.mark.parametrize(
+    ("text", "answered"),
+    [
+        ("[f(1)]", True),
+        ("See [f(1)].", True),
+        ("[f(two words)]", True),
+        ("[f (a=x)]", True),
+        ("[f(a=1) and g(b=2)]", True),
+        ("read_file(name='a')]", True),
+        ("[read_fi)]", True),
+        ("[read file(name='a')]", True),
+        ("[read_file name='a')]", True),
+        ("[f(a=')]')", True),
+        ("[f(a=1) and then]", False),
+        ("[f(a=1", False),
+        ("[read_fi", False),
+        ("[read_file]", False),
+        ('[read_file{"name": "a"}', False),
+    ],
+)
+def test_an_attempt_at_a_list_of_calls_is_malformed(text, answered):
+    """With an error, if it has a closing tag; else it ends the turn."""
+    assert message_state(text, "python") == "malformed"
+    assert [type(call) for call in parse_calls(text, "python")] == [BadCall] * answered
+
+
+@pytest.mark.parametrize(
+    ("text", "calls"),
+    [
+        ('[write_file(text="a)] b")]', [{"text": "a)] b"}]),
+        ("[write_file(text='a)] \"b', name=\"it's )]\")]", [{"text": 'a)] "b', "name": "it's )]"}]),
+        ("[write_file(text='''a)]\n'b' )]''')]", [{"text": "a)]\n'b' )]"}]),
+        (r'[write_file(text="\")]\\", name=")]")]', [{"text": '")]\\', "name": ")]"}]),
+        (r"[write_file(text=r'\')]')]", [{"text": r"\')]"}]),
+        ('[write_file(text=")]" "]")]', [{"text": ")]]"}]),
+        ('[write_file(text="["), write_file(text=")]")]', [{"text": "["}, {"text": ")]"}]),
+        ('[write_file(text="[f(1)]")]\n[write_file(text=")]")]', [{"text": "[f(1)]"}, {"text": ")]"}]),
+        ("[write_file(text=[(1, 2)])]", [{"text": [[1, 2]]}]),
+        ("[write_file(text=[[(1)], {'a': [()]}])]", [{"text": [[1], {"a": [[]]}]}]),
+        ("It's [write_file(text='a')] and it's [write_file(text=')]')]", [{"text": "a"}, {"text": ")]"}]),
+        ("[write_file(text=don't)] it's [write_file(text='a')]", [None, {"text": "a"}]),
+        ('[write_file(text="a)] [write_file(text="b")]', [None, {"text": "b"}]),
+        ('[write_file(text="a)]\n[write_file(text="b")]', [None, {"text": "b"}]),
+        ("[write_file(text=[1)]\n[write_file(text='b')]", [None, {"text": "b"}]),
+        ("[write_file(text=1])] [write_file(text='b')]", [None, {"text": "b"}]),
+    ],
+)
+def test_a_list_of_calls_ends_outside_strings_and_brackets(text, calls):
+    """None: a block that cannot be read. The others are tried all the same."""
+    found = parse_calls(text, "python")
+    assert [call.arguments if is_call(call) else None for call in found] == calls
+
+
+TUPLES = st.recursive(
+    st.text(st.sampled_from("ab()[]{}'\"\\\n#=,"), max_size=8) | st.sampled_from(AWKWARD) | st.integers(),
+    lambda inner: st.tuples(inner, inner) | st.lists(inner, max_size=3) | st.tuples(),
+    max_leaves=6,
+)
+
+
+@given(st.lists(TUPLES, min_size=1, max_size=3))
+def test_whatever_python_writes_is_read(values):
+    """`repr` does not escape brackets, as `render_calls` does; any other reader of Python takes that."""
+    text = "[" + ", ".join(f"f(x={value!r})" for value in values) + "]"
+    listed = json.loads(json.dumps(values))
+    assert parse_calls(text, "python") == [Call("f", {"x": value}) for value in listed]
+    assert message_state(f"So: {text}", "python") == "polluted"
+
+
+LARGE = MAX_CHARS - 1000  # in characters, about
+
+
+@pytest.mark.parametrize(
+    ("format", "begin", "part", "end", "state", "calls"),
+    [
+        ("python", "", "a", ")]", "reply", {}),
+        ("python", "", "a(", ")]", "reply", {}),
+        ("python", ")]", " f(", "", "reply", {}),
+        ("python", "", "[items (two)] ", "", "reply", {}),
+        ("python", "", "[a ", "", "malformed", {}),
+        ("python", "", "[f(", "", "malformed", {}),
+        ("python", "", "[f(", ")]", "malformed", {BadCall: 1}),
+        ("python", "[f(a=", "(", "", "malformed", {}),
+        ("python", "[f(a=", "(", ")]", "malformed", {BadCall: 1}),
+        ("python", "[f(a='", "\\'", ")]", "malformed", {BadCall: 1}),
+        ("python", "[f(a='", "\\d", "')]", "call", {Call: 1}),
+        ("python", "[f(a=", "'' ", ")]", "call", {Call: 1}),
+        ("python", "[f(a=", "'a)]' ", ")]", "call", {Call: 1}),
+        ("python", "", "[f(a ')]' ", "", "malformed", {BadCall: LARGE // 10}),
+        ("python", "", "[f([)] ", "", "malformed", {BadCall: LARGE // 7}),
+        ("python", "", "[f(a=')]", "", "malformed", {Call: LARGE // 16, BadCall: 1}),
+        ("python", "", "[f()]", "", "call", {Call: LARGE // 5}),
+        ("python", "", "<tool_call>", "", "reply", {}),
+        ("hermes", "", "<tool_call>", "", "bare", {}),
+        ("hermes", "", "</tool_call>", "", "bare", {BadCall: 1}),
+        ("hermes", "", "<tool_call>x</tool_call>", "<tool_call>", "malformed", {BadCall: LARGE // 24}),
+        ("hermes", "<tool_call>", '{"name": ', "</tool_call>", "malformed", {BadCall: 1}),
+        ("hermes", "", '{"name": "f", ', "", "reply", {}),
+        ("xml", "", "<parameter=a>", "", "reply", {}),
+        ("xml", "<function=f>", "<parameter=a>", "</function>", "malformed", {BadCall: 1}),
+        ("xml", "<function=f>", "<parameter=a>1</parameter>", "</function>", "call", {Call: 1}),
+        ("xml", "<function=f>", "<parameter=a>1</parameter>x", "</function>", "polluted", {BadCall: 1}),
+        ("xml", "", "<function=", "</function>", "bare", {BadCall: 1}),
+        ("xml", "", "<think></think> ", "<function=f></function>", "call", {Call: 1}),
+        ("xml", "", "<think>", "<function=f></function>", "empty", {}),
+    ],
+)
+def test_a_message_that_repeats_itself_is_read(format, begin, part, end, state, calls):
+    """The time it takes grows with the length, not with its square: a longer one is read as well."""
+    text = begin + part * (LARGE // len(part)) + end
+    assert Counter(map(type, parse_calls(text, format))) == calls
+    assert message_state(text, format) == state
+    longer = begin + part * (10 * LARGE // len(part)) + end
+    assert message_state(longer, format) in MESSAGE_STATES
+    assert len(parse_calls(longer, format)) <= 1
 
 
 @given(ANY_TEXT, st.sampled_from(list(FORMATS)))
@@ -451,6 +716,17 @@ def test_trusted_text_becomes_control_ids(chat):
     ids = chat.encode("<|im_start|>user\nhi<|im_end|>")
     assert (ids[0], ids[-1]) == (chat.control["<|im_start|>"], chat.end_id)
     assert Counter(set(chat.control.values()) & set(ids)).total() == 2
+
+
+def test_a_control_token_of_one_character_is_left_alone():
+    """Some tokenizers add the newline, or runs of blanks. One character cannot be pulled apart."""
+    tokenizer = tokenizer_like("qwen2.5")
+    tokenizer.add_tokens(["\n", "  ", "   "])
+    chat = Chat(tokenizer)
+    for text in ("a\nb<|im_end|>", "\n" * 50, " " * 50):
+        ids = chat.encode(chat.guard(text))
+        assert set(ids) & set(chat.control.values()) <= {chat.control["\n"]}
+        assert chat.decode(ids) == text
 
 
 def test_lone_surrogates_are_replaced(chat):

@@ -23,7 +23,7 @@ STAYS = (
         (0, {"above": 0}, "must be positive"),
         (float("nan"), {"above": 0}, "must be positive"),
         (float("nan"), {"least": 0}, "must not be negative"),
-        (float("nan"), {}, "must be above -inf"),
+        (float("nan"), {}, "must be finite"),
         (float("inf"), {"above": 0}, "must be finite"),
         (-1, {"least": 0}, "must not be negative"),
         (1, {"least": 2}, "must be at least 2"),

@@ -116,7 +116,7 @@ def test_ctrl_c_saves_what_all_processes_did(tmp_path):
         assert going.wait(timeout=120) != 0
     assert (tmp_path / "log").read_text().count("Stopped by Ctrl-C") == 1
     last = int(metrics(out)[-1]["step"])
-    assert 0 < last < 50 and torch.load(out / "checkpoint.pt", weights_only=True)["step"] == last
+    assert 0 < last < 50 and torch.load(out / "checkpoint.pt", weights_only=True)["saved"]["step"] == last
 
 
 def test_alone_everything_is_the_identity():

@@ -18,7 +18,7 @@ import train
 from nanotoolrl import evaluate, report
 from nanotoolrl.config import Refused, stored_config
 from nanotoolrl.model import ModelError, load
-from nanotoolrl.rundir import METRICS, RunDirectory
+from nanotoolrl.rundir import METRICS, RunDirectory, checksum
 
 SMALL = "--preset smoke --scheme grpo --eval-count 0 --prompts 2 --group 2 --probe-tasks 2 --max-messages 4 --threads 1"
 HUGE = "[" * 100_000
@@ -89,13 +89,13 @@ def a_directory(file):
     return lambda run: ((run / file).unlink(), (run / file).mkdir())
 
 
-def checkpoint(change):
-    """Change what the checkpoint holds, as a whole file."""
+def checkpoint(change, sound=False):
+    """Change what the checkpoint holds, as a whole file: `sound`, with the checksum that belongs to it."""
 
     def edit(run):
-        saved = torch.load(run / "checkpoint.pt", weights_only=True)
-        change(saved)
-        torch.save(saved, run / "checkpoint.pt")
+        found = torch.load(run / "checkpoint.pt", weights_only=True)
+        change(found["saved"])
+        torch.save(found | ({"checksum": checksum(found["saved"])} if sound else {}), run / "checkpoint.pt")
 
     return edit
 
@@ -177,6 +177,10 @@ REFUSED = {
     "weights are gone": checkpoint(lambda saved: saved["model"].popitem()),
     "weights are a list": checkpoint(lambda saved: saved.update(model=[])),
     "moments of another shape": checkpoint(other_moments),
+    "moments of another shape, made on purpose": checkpoint(other_moments, sound=True),
+    "weights that are NaN, made on purpose": checkpoint(nan_weights, sound=True),
+    "weights that are gone, made on purpose": checkpoint(lambda saved: saved["model"].popitem(), sound=True),
+    "a learning rate of the optimiser": checkpoint(lambda saved: saved["optimizer"]["param_groups"][0].update(lr=1.0)),
     "moments are gone": checkpoint(lambda saved: saved["optimizer"].update(state={})),
     "optimiser without groups": checkpoint(lambda saved: saved["optimizer"].update(param_groups=[])),
     "optimiser is null": checkpoint(lambda saved: saved.update(optimizer=None)),
@@ -435,7 +439,6 @@ BROKEN_MODELS = {
     "rope that is a list": config("rope_parameters", [1]),
     "quantised": config("quantization_config", {"quant_method": "gptq", "bits": 4}),
     "code of its own": remote,
-    "a tokenizer with code of its own": remote_tokenizer,
     "weights are half": lambda path: written("model.safetensors", (path / "model.safetensors").read_bytes()[:5000])(path),
     "a pickle": pickled,
     "an index of files that are not there": lambda path: (
@@ -454,7 +457,7 @@ BROKEN_MODELS = {
     "a template of another layout": template("{% for m in messages %}[{{ m.role }}] {{ m.content }}{% endfor %}"),
     "a template that looks around": template("{{ ''.__class__.__mro__ }}"),
     "a template that divides by 0": template("{{ 1 / 0 }}"),
-    "no control tokens": key("tokenizer.json", "added_tokens", []),
+    "no control tokens": lambda path: (key("tokenizer.json", "added_tokens", [])(path), key("tokenizer_config.json", "eos_token", None)(path), key("tokenizer_config.json", "extra_special_tokens", None)(path)),
     "an unknown tokenizer": key("tokenizer.json", "model", {"type": "Mine"}),
 }  # fmt: skip
 FINE_MODELS = {
@@ -466,6 +469,7 @@ FINE_MODELS = {
     ],
     "half precision": weights(lambda tensors: tensors.update({k: v.half() for k, v in tensors.items()})),
     "a key nobody knows": config("mine", 1),
+    "a tokenizer with code of its own": remote_tokenizer,
     "no generation config": lambda path: (path / "generation_config.json").unlink(missing_ok=True),
 }
 
@@ -492,6 +496,7 @@ def test_a_broken_model_is_refused_by_name(name, edited, capsys):
 def test_a_model_that_lacks_nothing_it_needs(name, edited):
     FINE_MODELS[name](edited)
     assert load(edited).chat.stop_ids
+    assert not (edited / "ran").exists(), "nothing that was downloaded is executed"
 
 
 def test_why_weights_that_are_not_finite_are_refused(edited):
@@ -529,7 +534,7 @@ EVALUATE = [
     "--context -1", "--context 0", "--context x", "--max-messages 0", "--max-messages -1", "--max-new-tokens 0",
     "--count -1", "--count 1.5", "--samples 0", "--samples -1", "--samples 2", "--seed -1", "--seed 1e3",
     "--tool-seconds nan", "--format no", "--tasks nope", "--tasks /dev/null", "--model /dev/null", "--json data",
-    "--json /nowhere/x.json", "--json /dev/full/x", "--grid --doctor", "--doctor --temperature 1", "--grid --hint",
+    "--json /nowhere/x.json", "--json /dev/full/x", "--grid --doctor", "--doctor --temperature 1", "--grid --tasks train",
     "--transcripts /dev/null", "--transcripts data", "--transcripts nope", "--compare data/nano",
     "--doctor --compare data/nan0", "--bfcl-official", "--no-such",
 ]  # fmt: skip

@@ -1,5 +1,6 @@
 """The README's promises: its examples run, its numbers come from data/results, its names exist."""
 
+import ast
 import csv
 import json
 import re
@@ -190,6 +191,25 @@ def test_files_and_flags_named_in_the_readme_exist():
     for name in ("evaluate", "report", "study", "bench", "bfcl", "tasks"):
         known |= set(re.findall(r'"(--[a-z-]+)"', (ROOT / "nanotoolrl" / f"{name}.py").read_text()))
     assert set(re.findall(r"--[a-z][a-z-]+", README)) <= known
+
+
+def test_imports_point_downwards():
+    """In the order that the README gives, which names every module."""
+    order = re.search(r"Imports point downwards only: (.*?)\.\n\n", README, re.DOTALL)[1].split(",")
+    order = [name.strip() for name in order]
+    files = {path.stem: path for path in (ROOT / "nanotoolrl").glob("*.py") if path.stem != "__init__"}
+    files |= {path.stem: path for path in (ROOT / "train.py", ROOT / "sample.py")}
+    assert sorted(order) == sorted(files)
+    for name, path in files.items():
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+            used = []
+            if isinstance(node, ast.ImportFrom) and node.module == "nanotoolrl":
+                used = [alias.name for alias in node.names]
+            elif isinstance(node, ast.ImportFrom) and (node.module or "").startswith("nanotoolrl."):
+                used = [node.module.split(".")[1]]
+            elif isinstance(node, ast.Import):
+                used = [alias.name for alias in node.names if alias.name in files]
+            assert all(order.index(other) > order.index(name) for other in used), (name, used)
 
 
 def test_committed_runs_are_whole_and_made_with_the_present_defaults():

@@ -215,6 +215,9 @@ def test_what_is_no_run_is_refused_by_name(tmp_path, capsys, finished):
     shutil.copytree(finished, gone)
     config = json.loads((gone / "config.json").read_text()) | {"model": str(tmp_path / "no-model")}
     (gone / "config.json").write_text(json.dumps(config))
+    assert main([str(gone)]) == 0, "a run that was copied to another machine is read with its own model"
+    assert "no-model" in capsys.readouterr().err
+    shutil.rmtree(gone / "model")
     assert main([str(gone)]) == 2 and "no-model" in capsys.readouterr().err
     bad = tmp_path / "bad"
     shutil.copytree(finished, bad)

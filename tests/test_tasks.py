@@ -242,7 +242,7 @@ MALFORMED = {
     written('"id": "t"', "'id': 't'"): "bad JSON",
     written("]}]}", "]}]"): "bad JSON",
     written("]}]}", "]}],}"): "bad JSON",
-    written('"degrees": 20', '"degrees": ' + "[" * 100_000): "nested too deeply",
+    written('"degrees": 20', '"degrees": ' + "[" * 100_000 + "]" * 100_000): "nested too deeply",
     json.dumps(by_hand()) * 2: "bad JSON: Extra data",
     **dict.fromkeys(("[]", "null", "true", "5", '"t"', "[{}]"), "the task must be an object"),
     "{}": "the task lacks id, category, state, tools, turns",

@@ -23,6 +23,7 @@ from nanotoolrl.env import Episode
 from nanotoolrl.evaluate import MOST_NAMED, Scores
 from nanotoolrl.judge import Judge
 from nanotoolrl.model import NANO, load
+from nanotoolrl.rundir import checksum
 from nanotoolrl.schemes import SCHEMES
 from nanotoolrl.tasks import load_tasks, save_tasks, subset
 from nanotoolrl.updates import Step
@@ -39,7 +40,7 @@ def run(*flags, out):
 
 
 def weights(out):
-    return torch.load(Path(out) / "checkpoint.pt", weights_only=True)["model"]
+    return torch.load(Path(out) / "checkpoint.pt", weights_only=True)["saved"]["model"]
 
 
 def rows(out):
@@ -269,7 +270,7 @@ def test_kl_of_sft_rl_pulls_to_the_sft_checkpoint(few, tmp_path):
     assert run(*flags, "--steps", 1, out=tmp_path / "parts") == 0
     assert train.main(["--resume", "--out", str(tmp_path / "parts"), "--steps", "2"]) == 0
     same_run(tmp_path / "whole", tmp_path / "parts")
-    saved = torch.load(tmp_path / "parts" / "checkpoint.pt", weights_only=True)["state"]["reference"]
+    saved = torch.load(tmp_path / "parts" / "checkpoint.pt", weights_only=True)["saved"]["state"]["reference"]
     start = load(NANO).model.state_dict()
     assert any(not torch.equal(saved[name], start[name]) for name in start)
 
@@ -318,7 +319,7 @@ def test_existing_directory_is_refused_not_overwritten(four, capsys):
         (["--chord-mu", "1.5"], "--chord-mu must be from 0 to 1"),
         (["--scheme", "guard", "--guard-weight", "3"], "--guard-weight must be from 0 to 1"),
         (["--group", "1"], "--group must be at least 2"),
-        (["--seed", str(2**63)], "--seed must be below 2**63"),
+        (["--seed", str(2**63)], "--seed must be at most 9223372036854775807"),
         (["--judge", "ftp://x"], "--judge"),
     ],
 )
@@ -346,7 +347,7 @@ def test_bad_paths_are_refused_by_name(tmp_path, capsys):
         (["--tasks", "trian"], "train, test, foreign, ood"),
         (["--tasks", broken], "bad.jsonl, line 1"),
         (["--context", "140"], "fewer than --prompts"),
-        (["--min-turns", "9"], "0 tasks with --min-turns 9 fit into the context, fewer than"),
+        (["--min-turns", "9"], "0 tasks with --min-turns 9 can be solved within the limits, fewer than"),
     ]:
         assert run(*flags, out=tmp_path / "run") == 2
         assert said in capsys.readouterr().err
@@ -374,9 +375,9 @@ def test_resume_refuses_what_it_cannot_continue(four, tmp_path, capsys):
         refused(said="half-written", out=copy)
     (copy / "checkpoint.pt").unlink()
     refused(said="no checkpoint.pt", out=copy)
-    saved = torch.load(four / "checkpoint.pt", weights_only=True)
+    saved = torch.load(four / "checkpoint.pt", weights_only=True)["saved"]
     saved["model"] = {name: tensor[:1] for name, tensor in saved["model"].items()}
-    torch.save(saved, copy / "checkpoint.pt")
+    torch.save({"saved": saved, "checksum": checksum(saved)}, copy / "checkpoint.pt")
     refused(said="does not fit the model", out=copy)
 
 
@@ -412,7 +413,7 @@ def test_weights_that_are_not_finite_end_the_run_with_the_last_that_were(flags, 
     kept = load(out).model.state_dict()
     assert all(torch.equal(kept[name], tensor) for name, tensor in weights(out).items())
     table = rows(out)
-    assert 0 < len(table) < 9 and torch.load(out / "checkpoint.pt")["step"] == len(table) - 1
+    assert 0 < len(table) < 9 and torch.load(out / "checkpoint.pt")["saved"]["step"] == len(table) - 1
     for name in ("rollouts.jsonl", "probes.jsonl", "metrics.csv"):
         assert "nan" not in (out / name).read_text().lower() and "inf" not in (out / name).read_text()
     assert report.main([str(out), "--out", str(tmp_path / "page")]) == 0
@@ -479,7 +480,7 @@ sys.exit(train.main({[*TINY.split(), "--scheme", "grpo", "--steps", "1", "--out"
     assert done.returncode == 1 and "Traceback" not in done.stderr, done.stderr
     assert f"train.py: cannot write {out / 'checkpoint.pt'}" in done.stderr
     assert not list(out.glob("*.tmp"))
-    assert torch.load(out / "checkpoint.pt", weights_only=True)["step"] == 0
+    assert torch.load(out / "checkpoint.pt", weights_only=True)["saved"]["step"] == 0
     assert train.main(["--resume", "--out", str(out)]) == 0
 
 
@@ -536,7 +537,20 @@ def test_tools_are_given_up_after_the_set_time(few, tmp_path, monkeypatch):
         init(episode, *arguments, **settings)
 
     monkeypatch.setattr(Episode, "__init__", noting)
-    flags = ["--scheme", "grpo", "--tasks", few, "--steps", 1, "--eval-count", 2, "--tool-seconds", 7]
+    flags = [
+        "--scheme",
+        "grpo",
+        "--tasks",
+        few,
+        "--steps",
+        1,
+        "--eval-count",
+        2,
+        "--tool-seconds",
+        7,
+        "--eval-every",
+        0,
+    ]
     assert run(*flags, out=tmp_path / "run") == 0
     assert seen.count(7.0) == 2 * 2 + 2 * 2  # rollouts, and two evaluations
 
@@ -605,7 +619,7 @@ def test_presets_of_real_models_are_the_papers(name):
 def test_the_layout_of_a_real_model_trains(name, few, tmp_path, capsys):
     """From a directory, layers computed again, and back: what is saved loads and is sampled from."""
     policy_like(name).save(tmp_path / "model")
-    flags = ["--scheme", "ets", "--schedule", "sync", "--steps", 1, "--max-new-tokens", 32]
+    flags = ["--scheme", "ets", "--schedule", "sync", "--steps", 1, "--max-new-tokens", 64]
     flags += ["--tasks", few, "--model", tmp_path / "model", "--checkpointing", "--context", 4096]
     assert run(*flags, out=tmp_path / "run") == 0
     assert "memory plan: weights" in capsys.readouterr().out
