@@ -177,6 +177,8 @@ class RunDirectory:
         """The saved state. Refuses, by name, a file that is half-written, changed, or no checkpoint."""
         try:
             found = torch.load(self.checkpoint, map_location="cpu", weights_only=True)
+            if not isinstance(found, dict):
+                raise TypeError("no dict")
             saved, written = found["saved"], found["checksum"]
             intact = checksum(saved) == written
         except UNREADABLE as error:
