@@ -1,6 +1,6 @@
 """Train a model to use tools over several turns: `python train.py --scheme hint`.
 
-Read it top to bottom: the config, the setup of a run, the loop, saving. What one step does is a scheme's
+Read it top to bottom: the setup of a run, the loop, how it stops. What one step does is a scheme's
 business (nanotoolrl/schemes.py); the loop does not know which one it runs.
 """
 
@@ -49,7 +49,7 @@ STOPPING = [getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGHUP") if
 
 # ---------------------------------------------------------------------------------------------------- one run
 def setup(config: Config) -> tuple[Run, list[Task], int]:
-    """(run, evaluation tasks, number of training tasks that do not fit the context)."""
+    """(run, evaluation tasks, number of training tasks that nobody can solve within the limits)."""
     torch.set_num_threads(config.threads or cpu_threads(distributed.neighbours()))
     torch.manual_seed(config.seed)
     try:
@@ -256,7 +256,10 @@ def stopped(run: Run, directory: RunDirectory, code: int, broken: str) -> None:
             STUCK: f"three updates in a row had a loss or gradient that is not finite. {again}",
             SPOILED: f"after step {run.step} the {broken} are not finite. {again}",
         }
-        why = advice.get(code) or f"{signal.Signals(code - 128).name}. Go on with --resume."
+        why = advice.get(code)
+        if not why:
+            name = signal.Signals(code - 128).name
+            why = f"{'Ctrl-C' if name == 'SIGINT' else name}. Go on with --resume."
         where = f"Step {step} is saved in {directory.path}, its model in {directory.model}."
         print(f"Stopped: {why} {where}", file=sys.stderr)
     distributed.wait()

@@ -114,7 +114,7 @@ def test_ctrl_c_saves_what_all_processes_did(tmp_path):
             time.sleep(0.2)
         going.send_signal(signal.SIGINT)
         assert going.wait(timeout=120) != 0
-    assert (tmp_path / "log").read_text().count("Stopped by Ctrl-C") == 1
+    assert (tmp_path / "log").read_text().count("Stopped: Ctrl-C.") == 1
     last = int(metrics(out)[-1]["step"])
     assert 0 < last < 50 and torch.load(out / "checkpoint.pt", weights_only=True)["saved"]["step"] == last
 
