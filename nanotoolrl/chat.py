@@ -444,7 +444,8 @@ def signature(tool: dict) -> str:
     parameters = tool["parameters"]["properties"]
     parts = []
     for name, kind in parameters.items():
-        text = f"{name}: {'|'.join(map(str, kind['enum'])) if 'enum' in kind else kind['type']}"
+        choices = [x if isinstance(x, str) else json.dumps(x) for x in kind.get("enum", [kind["type"]])]
+        text = f"{name}: {'|'.join(choices + ['null'] * kind.get('nullable', False))}"
         parts.append(text + (f" = {json.dumps(kind['default'])}" if "default" in kind else ""))
     return f"{tool['name']}({', '.join(parts)}): {tool['description']}"
 

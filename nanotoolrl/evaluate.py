@@ -174,15 +174,16 @@ def prompt_length(chat: Chat, task: Task, format: str, hint: str = "") -> int:
 
 def obstacle(chat: Chat, task: Task, format: str, limits: Limits, room: int, hint: str = "") -> str:
     """Why no rollout can solve a task, or "": its prompt (with a hint) or its ground truth has more than
-    `room` tokens, or a ground-truth message more than the limits allow."""
+    `room` tokens, or a ground-truth call more than a message may have (what it answers may be shorter)."""
     if (length := prompt_length(chat, task, format, hint)) > room:
         return f"its prompt has {length} tokens; there is room for {room}"
     truth = demonstration(chat, task, format)
     if len(truth.tokens) > room:
         return f"its ground truth has {len(truth.tokens)} tokens; there is room for {room}"
-    longest = max(sum(message) for sampled, message in itertools.groupby(truth.loss_mask) if sampled)
+    lengths = [sum(message) for sampled, message in itertools.groupby(truth.loss_mask) if sampled]
+    longest = max(n for n, state in zip(lengths, truth.states, strict=True) if state != "reply")
     if longest > limits.max_new_tokens:
-        return f"a ground-truth message has {longest} tokens, and may have {limits.max_new_tokens}"
+        return f"a ground-truth call has {longest} tokens, and may have {limits.max_new_tokens}"
     return ""
 
 

@@ -67,7 +67,8 @@ class RunDirectory:
 
     def take(self) -> None:
         """Own the directory until `release` or the end of the process. Refuses, with the owner's number, one
-        that another process owns. (Where there is no flock, on Windows, nobody is kept out.)"""
+        that another process owns. Where there are no locks (Windows, some network disks) nobody is kept out.
+        """
         try:
             import fcntl
         except ImportError:
@@ -78,11 +79,13 @@ class RunDirectory:
             raise Refused(f"cannot write into {self.path}: {error.strerror}") from None
         try:
             fcntl.flock(self.lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError:
+        except BlockingIOError:
             self.lock.seek(0)
             number = self.lock.read().strip() or "unknown"
             self.release()
             raise Refused(f"{self.path} belongs to a run that is going on: process {number}") from None
+        except OSError:  # a file system without locks
+            return
         self.lock.truncate(0)
         self.lock.write(str(os.getpid()))
         self.lock.flush()
@@ -94,17 +97,21 @@ class RunDirectory:
             self.lock = None
 
     def create(self, config: Config) -> None:
-        """Make a new one and own it. Refuses a directory that holds anything."""
+        """Make a new one and own it. Refuses, and leaves as it is, a directory that holds anything."""
         try:
             self.path.mkdir(parents=True, exist_ok=True)
+            self._refuse_unless_empty()
             self.take()
-            there = {entry.name for entry in self.path.iterdir()} - {self.owner.name}
+            self._refuse_unless_empty()  # somebody else may have been faster
         except OSError as error:
             raise Refused(f"cannot make the directory {self.path}: {error.strerror}") from None
+        self.start(config)
+
+    def _refuse_unless_empty(self) -> None:
+        there = {entry.name for entry in self.path.iterdir()} - {self.owner.name}
         if there:
             advice = ", or go on with --resume" if self.config.name in there else ""
             raise Refused(f"{self.path} exists: choose another --out{advice}")
-        self.start(config)
 
     def start(self, config: Config) -> None:
         """Write the settings, and logs without a line. From here on --resume works."""

@@ -299,10 +299,17 @@ def test_one_run_owns_a_directory(made, tmp_path, capsys):
     code, said = said_by(train.main, ["--resume", "--out", run, "--steps", 4], capsys)
     assert code == 2 and f"process {os.getpid()}" in said
     code, said = said_by(train.main, [*SMALL.split(), "--out", run], capsys)
-    assert code == 2 and "exists" in said or "process" in said
+    assert code == 2 and "exists" in said
     assert snapshot(run) == before
     owner.release()
     assert train.main(["--resume", "--out", str(run)]) == 0
+
+
+def test_a_directory_of_somebody_is_left_as_it_is(tmp_path, capsys):
+    (tmp_path / "mine.txt").write_text("x")
+    code, said = said_by(train.main, [*SMALL.split(), "--out", tmp_path], capsys)
+    assert code == 2 and "exists: choose another --out" in said and "--resume" not in said
+    assert [path.name for path in tmp_path.iterdir()] == ["mine.txt"]
 
 
 def test_a_run_killed_before_its_first_checkpoint(made, tmp_path, capsys):

@@ -65,19 +65,20 @@ def test_evaluation_does_not_depend_on_slots_or_order(policy):
 def test_what_keeps_a_task_from_being_solved(policy):
     """Its prompt, its hint, its transcript, its longest message."""
     task, chat = next(task for task in load_tasks("test") if len(task.turns) == 3), policy.chat
+    task.turns[-1].reply = "a long answer, which nobody has to give " * 20
     truth = demonstration(chat, task, "hermes")
-    messages = [
-        len(chat.assistant_ids(m["content"], "hermes")) for m in oracle(task) if m["role"] == "assistant"
-    ]
-    whole, longest = len(truth.tokens), max(messages)
+    texts = [message["content"] for message in oracle(task) if message["role"] == "assistant"]
+    calls = [len(chat.assistant_ids(text, "hermes")) for text in texts if "<tool_call>" in text]
+    whole, longest = len(truth.tokens), max(calls)
+    assert longest < max(len(chat.assistant_ids(text, "hermes")) for text in texts)
 
     def why(room=whole, **changes):
-        return obstacle(chat, task, "hermes", replace(OUR_LIMITS, **changes), room, changes.pop("hint", ""))
+        return obstacle(chat, task, "hermes", replace(OUR_LIMITS, **changes), room)
 
     assert why() == why(max_new_tokens=longest) == why(max_messages=1) == ""  # calls can share a message
     assert why(truth.prompt_length - 1).startswith(f"its prompt has {truth.prompt_length} tokens")
     assert why(whole - 1) == f"its ground truth has {whole} tokens; there is room for {whole - 1}"
-    assert why(max_new_tokens=longest - 1).startswith(f"a ground-truth message has {longest} tokens")
+    assert why(max_new_tokens=longest - 1).startswith(f"a ground-truth call has {longest} tokens")
     hint = hint_text(task, "hermes") * 9
     assert obstacle(chat, task, "hermes", OUR_LIMITS, whole, hint).startswith("its prompt has")
 
