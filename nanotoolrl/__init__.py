@@ -1,9 +1,31 @@
 """nanotoolrl: multi-turn tool use by reinforcement learning, small enough to read.
 
-Import it before torch: it decides how torch's threads wait for each other. By default they spin, which beside
-any other work makes a run tens of times slower; asleep they cost an idle machine nothing worth it.
+Import it before torch: it decides how torch's threads wait for each other. By default they spin for
+milliseconds, which beside any other work makes a run many times slower. Here they spin for some microseconds,
+which loses nothing on an idle machine, and where others are at work they sleep at once. How they wait changes
+no result, so the load of the machine may decide it. `python -m nanotoolrl.bench busy` measures it.
 """
 
 import os
+import time
+from pathlib import Path
 
-os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+SPINS = 10_000  # of libgomp, before a waiting thread sleeps; fewer cost an idle machine time
+
+
+def others_at_work(load: Path = Path("/proc/loadavg"), looks: int = 5, pause: float = 0.01) -> bool:
+    """Whether another process runs whenever one looks (Linux; elsewhere nobody seems to)."""
+    try:
+        for _ in range(looks):
+            running = load.read_text(encoding="utf-8").split()[3].partition("/")[0]
+            if int(running) < 2:  # this one is among them
+                return False
+            time.sleep(pause)
+    except (OSError, ValueError, IndexError):
+        return False
+    return True
+
+
+if not {"OMP_WAIT_POLICY", "GOMP_SPINCOUNT"} & os.environ.keys():
+    os.environ["OMP_WAIT_POLICY"] = "PASSIVE"
+    os.environ["GOMP_SPINCOUNT"] = "0" if others_at_work() else str(SPINS)

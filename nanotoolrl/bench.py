@@ -605,12 +605,14 @@ def busy(device: torch.device, repeats: int, small: bool) -> list[Row]:
     cores = available_cores()
     row = Row(f"python train.py {flags}", [Arm(OURS), Arm(f"beside {cores} busy processes")])
 
+    default = {k: v for k, v in os.environ.items() if k not in ("OMP_WAIT_POLICY", "GOMP_SPINCOUNT")}
+
     def run(busy_processes: int = 0) -> None:
         loops = [subprocess.Popen([sys.executable, "-c", "while True: pass"]) for _ in range(busy_processes)]
         try:
             with tempfile.TemporaryDirectory() as folder:
                 command = [sys.executable, "train.py", *flags.split(), "--out", f"{folder}/run"]
-                subprocess.run(command, cwd=ROOT, check=True, capture_output=True)
+                subprocess.run(command, cwd=ROOT, env=default, check=True, capture_output=True)
         finally:
             for loop in loops:
                 loop.kill()

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 
+import nanotoolrl
 from nanotoolrl import cli
 from nanotoolrl.cli import available_cores, cpu_threads, number, out_of_bounds
 
@@ -116,17 +117,33 @@ def test_every_file_is_opened_with_its_encoding():
 
 
 # ---------------------------------------------------------------------------------------------------- threads
-@pytest.mark.parametrize(("given", "found"), [(None, "PASSIVE"), ("ACTIVE", "ACTIVE")])
+@pytest.mark.parametrize(
+    ("given", "found"),
+    [
+        ({}, ["PASSIVE", True]),
+        ({"OMP_WAIT_POLICY": "ACTIVE"}, ["ACTIVE", False]),
+        ({"GOMP_SPINCOUNT": "7"}, [None, True]),
+    ],
+)
 def test_threads_wait_asleep_unless_the_user_says_otherwise(given, found):
     """Every module of the package has this one imported before it."""
-    environment = {k: v for k, v in os.environ.items() if k != "OMP_WAIT_POLICY"}
-    environment |= {"OMP_WAIT_POLICY": given} if given else {}
-    code = (
-        "import nanotoolrl, os, sys; assert 'torch' not in sys.modules; print(os.environ['OMP_WAIT_POLICY'])"
-    )
+    names = ("OMP_WAIT_POLICY", "GOMP_SPINCOUNT")
+    environment = {k: v for k, v in os.environ.items() if k not in names} | given
+    code = "import nanotoolrl, os, sys; assert 'torch' not in sys.modules; "
+    code += "print([os.environ.get('OMP_WAIT_POLICY'), 'GOMP_SPINCOUNT' in os.environ])"
     command = [sys.executable, "-c", code]
     done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
-    assert done.stdout.split() == [found], done.stderr
+    assert ast.literal_eval(done.stdout) == found, done.stderr
+
+
+@pytest.mark.parametrize(
+    ("load", "busy"),
+    [("0.1 0.1 0.1 1/77 9", False), ("0 0 0 3/77 9", True), ("nonsense", False), (None, False)],
+)
+def test_whether_others_are_at_work(load, busy, tmp_path):
+    if load:
+        (tmp_path / "loadavg").write_text(load)
+    assert nanotoolrl.others_at_work(tmp_path / "loadavg", pause=0) == busy
 
 
 @pytest.mark.parametrize("script", ["train.py", "sample.py", "data/make_base.py"])
