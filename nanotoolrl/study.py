@@ -217,10 +217,12 @@ def main(argv: list[str] | None = None) -> int:
 
 @contextlib.contextmanager
 def interrupting(*numbers: int) -> Iterator[None]:
-    """While it is open these signals do what Ctrl-C does (in the main thread; elsewhere nothing changes)."""
+    """While it is open these signals do what Ctrl-C does, but for those that were ignored before (nohup). In
+    the main thread; elsewhere nothing changes."""
     before = {}
     if threading.current_thread() is threading.main_thread():
-        before = {number: signal.signal(number, signal.default_int_handler) for number in numbers}
+        heard = [number for number in numbers if signal.getsignal(number) is not signal.SIG_IGN]
+        before = {number: signal.signal(number, signal.default_int_handler) for number in heard}
     try:
         yield
     finally:

@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from processes import hears_signals
 from safetensors.torch import load_file
 
 from nanotoolrl import distributed
@@ -107,7 +108,8 @@ def test_ctrl_c_saves_what_all_processes_did(tmp_path):
     command += [*SMALL.split(), "--scheme", "grpo", "--steps", "50", "--save-every", "50", "--out", str(out)]
     environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
     with (tmp_path / "log").open("w") as log:
-        going = subprocess.Popen(command, cwd=ROOT, env=environment, stdout=log, stderr=log)
+        pipes = {"stdout": log, "stderr": log}
+        going = subprocess.Popen(command, cwd=ROOT, env=environment, preexec_fn=hears_signals, **pipes)
         for _ in range(600):
             if (out / "metrics.csv").exists() and metrics(out):
                 break

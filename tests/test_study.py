@@ -9,6 +9,7 @@ import time
 
 import pytest
 import test_train
+from processes import hears_signals
 
 from nanotoolrl import study
 from nanotoolrl.report import read_run
@@ -99,7 +100,12 @@ def test_a_study_that_is_ended_ends_its_runs(name, tmp_path):
     code += f"study.STUDIES['tiny'] = {{'one': {flags!r}, 'two': {flags!r}}}; sys.exit(study.main())"
     command = ["tiny", "--jobs", "1", "--runs", str(tmp_path), "--table", str(tmp_path / "table.csv")]
     home = tmp_path / "tiny"
-    going = subprocess.Popen([sys.executable, "-c", code, *command], cwd=study.ROOT, stderr=subprocess.PIPE)
+    going = subprocess.Popen(
+        [sys.executable, "-c", code, *command],
+        cwd=study.ROOT,
+        stderr=subprocess.PIPE,
+        preexec_fn=hears_signals,
+    )
     for _ in range(600):
         if (home / "one" / "metrics.csv").exists() and logged_steps(home / "one" / "metrics.csv"):
             break

@@ -12,6 +12,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from processes import hears_signals
 from stand_ins import MODELS, policy_like
 
 import sample
@@ -234,6 +235,7 @@ def test_ctrl_c_saves_and_exits_130_and_resumes(four, tmp_path):
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
+        preexec_fn=hears_signals,
     )
     for line in process.stdout:
         if line.startswith("--- step 1"):
@@ -427,7 +429,8 @@ def test_other_signals_save_too(name, four, tmp_path):
     out, number = tmp_path / "run", getattr(signal, name)
     flags = f"{TINY} --scheme hint --steps 4 --show-every 1 --out {out}"
     command = [sys.executable, "train.py", *flags.split()]
-    going = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+    going = subprocess.Popen(command, cwd=ROOT, preexec_fn=hears_signals, **pipes)
     for line in going.stdout:
         if line.startswith("--- step 1"):
             going.send_signal(number)
