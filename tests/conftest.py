@@ -12,7 +12,7 @@ from hypothesis import settings  # noqa: E402
 
 from nanotoolrl.model import NANO, Policy, load  # noqa: E402
 
-torch.set_num_threads(2)
+torch.set_num_threads(1)  # most tests are small: a second thread would wait more than it works
 settings.register_profile("untimed", deadline=None)  # a busy machine is no failure
 settings.load_profile("untimed")
 
