@@ -11,6 +11,7 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
 import pytest
+from processes import hears_signals
 from test_supervise import FAILED, make_task, play, target
 
 from nanotoolrl import judge as judging
@@ -468,7 +469,8 @@ def test_ctrl_c_does_not_wait_for_a_judge(serve):
     """The server never answers half of the requests, and half of them wait for another chance."""
     stub = serve(*[("hang", ""), (500, "")] * 4, ("hang", ""))
     command = [sys.executable, "-c", INTERRUPTED, stub.url]
-    with subprocess.Popen(command, cwd=ROOT, stderr=subprocess.PIPE, text=True) as process:
+    pipes = {"stderr": subprocess.PIPE, "text": True}
+    with subprocess.Popen(command, cwd=ROOT, preexec_fn=hears_signals, **pipes) as process:
         try:
             for _ in range(judging.AT_ONCE):
                 assert stub.asked.acquire(timeout=120)
