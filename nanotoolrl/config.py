@@ -244,9 +244,6 @@ PRESETS: dict[str, dict] = {
 }
 
 
-# What torch.load raises on a file that is no checkpoint.
-
-
 # ---------------------------------------------------------------------------------------------- command line
 def parse(argv: list[str] | None) -> tuple[Config, set[str], bool]:
     """(config, names given as flags, whether to resume). Defaults < preset < flags; bad flags exit 2."""
