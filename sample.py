@@ -12,12 +12,17 @@ import torch
 from nanotoolrl.chat import FORMATS, readable, signature
 from nanotoolrl.cli import command, cpu_threads, number
 from nanotoolrl.env import Episode, Task, Turn, oracle
-from nanotoolrl.evaluate import Limits, add_limits, chosen_limits, rules, sampler_of
+from nanotoolrl.evaluate import LIMITS, Limits, add_limits, chosen_limits, rules, sampler_of
 from nanotoolrl.model import BUILT_IN, ModelError, load
 from nanotoolrl.sampler import Sampler, Trajectory
 from nanotoolrl.tasks import TASK_NAMES, load_tasks
 
 CHAT_TURNS = 50
+# Flags that say nothing beside --chat and --oracle; they are refused, not ignored.
+UNHEARD = {
+    "oracle": f"chat model temperature seed force_prefix {LIMITS}",
+    "chat": "force_prefix max_messages strict_empty_turn",
+}
 
 
 def play(sampler: Sampler, task: Task, args: argparse.Namespace, limits: Limits, color: bool) -> Trajectory:
@@ -37,10 +42,11 @@ def play(sampler: Sampler, task: Task, args: argparse.Namespace, limits: Limits,
 class Talk(Episode):
     """An episode whose user messages come from a person. There is no ground truth, so nothing is checked."""
 
-    def __init__(self, task: Task, format: str, first: str) -> None:
+    def __init__(self, task: Task, format: str, first: str, tool_seconds: float) -> None:
         self.color = sys.stdout.isatty()
         blank = [Turn(first, [], "")] + [Turn("", [], "") for _ in range(CHAT_TURNS)]
-        super().__init__(replace(task, id="chat", turns=blank), format, max_messages=10**6)
+        task = replace(task, id="chat", turns=blank)
+        super().__init__(task, format, max_messages=10**6, tool_seconds=tool_seconds)
 
     def step(self, text: str, overlong: bool = False) -> list[dict] | None:
         """Show what the model wrote and what the tools answer; at a turn's end, ask the person."""
@@ -75,14 +81,15 @@ def show(role: str, text: str, color: bool) -> None:
     print(readable(f"<|im_start|>{role}\n{text}<|im_end|>\n", color))
 
 
-def talk(sampler: Sampler, task: Task, args: argparse.Namespace) -> None:
+def talk(sampler: Sampler, task: Task, args: argparse.Namespace, limits: Limits) -> None:
     """Chat on the world of a task until an empty line."""
     print(f"the world of task {task.id}; its tools: {', '.join(task.tools)}. An empty line ends the chat.")
     for api, state in task.state.items():
         print(f"{api}: {str(state)[:300]}")
     first = ask()
     if first:
-        sampler.rollout([Talk(task, args.format, first)], temperature=args.temperature)
+        chat = Talk(task, args.format, first, limits.tool_seconds)
+        sampler.rollout([chat], temperature=args.temperature)
 
 
 def paint(text: str, code: int, color: bool) -> str:
@@ -116,6 +123,10 @@ def main(argv: list[str] | None = None) -> int:
     torch.set_num_threads(cpu_threads())
     color = sys.stdout.isatty()
     try:
+        for way, names in UNHEARD.items():
+            for name in names.split():
+                if getattr(args, way) and getattr(args, name) != parser.get_default(name):
+                    raise ValueError(f"--{name.replace('_', '-')} says nothing with --{way}")
         tasks = {task.id: task for task in load_tasks(args.tasks)}
         if args.task and args.task not in tasks:
             raise ValueError(
@@ -129,7 +140,7 @@ def main(argv: list[str] | None = None) -> int:
             return 0
         limits = chosen_limits(args)
         sampler = sampler_of(load(args.model), limits, args.seed)
-        talk(sampler, task, args) if args.chat else play(sampler, task, args, limits, color)
+        talk(sampler, task, args, limits) if args.chat else play(sampler, task, args, limits, color)
     except (ModelError, OSError, ValueError) as error:
         print(f"sample.py: {error}", file=sys.stderr)
         return 2

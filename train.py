@@ -31,7 +31,7 @@ from nanotoolrl.files import finite, write_atomically
 from nanotoolrl.judge import Judge
 from nanotoolrl.masters import Masters
 from nanotoolrl.memory import available, describe, plan
-from nanotoolrl.model import DTYPES, ModelError, Policy, finite_weights, load
+from nanotoolrl.model import DTYPES, ModelError, Policy, finite_logits, finite_weights, load
 from nanotoolrl.probes import ProbeSet, advantage_mass, displacement_own, survival
 from nanotoolrl.rundir import RunDirectory
 from nanotoolrl.sampler import Sampler, Trajectory
@@ -167,23 +167,27 @@ def spoiled(run: Run, step: Step) -> str:
     that is all NaN have no contrast, hence no loss."""
     if not finite_weights(run.policy.model):
         return "weights"
+    if not finite_logits(run.policy):
+        return "logits"
     logprobs = (x for row in step.trajectories for x in row.logprobs)
     return "" if all(map(math.isfinite, logprobs)) else "log-probs of what was sampled"
 
 
-def train(config: Config, resume: bool, given: set[str]) -> int:
+def train(config: Config, resume: bool, given: set[str], stop: "StopSignal") -> int:
     """Run the loop; returns the exit code."""
     directory = RunDirectory(config.out)
     try:
         saved = None
         if resume:
             config, saved = directory.reopen(config, given)
-        return train_in(directory, config, resume, saved)
+        return train_in(directory, config, resume, saved, stop)
     finally:
         directory.release()
 
 
-def train_in(directory: RunDirectory, config: Config, resume: bool, saved: dict | None) -> int:
+def train_in(
+    directory: RunDirectory, config: Config, resume: bool, saved: dict | None, stop: "StopSignal"
+) -> int:
     """`train`, in a directory that this run owns once it is set up; saved: the checkpoint it goes on from."""
     run, held, left_out = setup(config)
     if saved is None:
@@ -202,12 +206,12 @@ def train_in(directory: RunDirectory, config: Config, resume: bool, saved: dict 
     if saved and saved["before"]:
         before = Scores(**saved["before"])
     else:
-        before = score_tasks(run, held, "before") if run.step == 0 else None
+        before = opening_scores(run, held, directory) if run.step == 0 else None
     if run.step == 0:
         directory.save(run, before)
     code, part = 0, held[: config.eval_part]
     bar = tqdm(total=config.steps, initial=run.step, unit="step", dynamic_ncols=True)
-    with bar, StopSignal() as stop:
+    with bar, stop.after_the_step():
         while run.step < config.steps and code == 0:
             run.step += 1
             run.sampled_tokens, run.sample_seconds, run.skipped_updates = 0, 0.0, 0
@@ -285,6 +289,15 @@ def score_tasks(run: Run, held: list[Task], when: str) -> Scores | None:
     return greedy(run, held)
 
 
+def opening_scores(run: Run, held: list[Task], directory: RunDirectory) -> Scores | None:
+    """`score_tasks` before training. Whoever stops the run here has a model to look at, too."""
+    try:
+        return score_tasks(run, held, "before")
+    except KeyboardInterrupt:
+        directory.save_model(run.policy)
+        raise
+
+
 def greedy(run: Run, tasks: list[Task]) -> Scores:
     """Scores of the policy as it is, in the run's format."""
     return evaluate(run.sampler, tasks, run.config.format, **rules(limits_of(run.config)))
@@ -315,8 +328,9 @@ def restore(run: Run, saved: dict, directory: RunDirectory) -> None:
         run.optimizer.load_state_dict(saved["optimizer"])
         run.masters.load(saved["masters"])
         for weight, moments in run.optimizer.state.items():
-            if any(x.shape not in ((), weight.shape) for x in moments.values()):
-                raise ValueError("the optimiser's moments have other shapes than the weights")
+            shapes = {name: x.shape for name, x in moments.items()}
+            if shapes != {"step": (), "exp_avg": weight.shape, "exp_avg_sq": weight.shape}:
+                raise ValueError("the optimiser's moments have other names or shapes than AdamW's")
         run.step, run.state = saved["step"], dict(saved["state"])
         torch.set_rng_state(saved["torch_rng"])
     except (RuntimeError, ValueError, LookupError, TypeError, AttributeError) as error:
@@ -351,12 +365,12 @@ def talking_once() -> Iterator[None]:
 
 
 class StopSignal:
-    """While it is open, Ctrl-C, SIGTERM (Slurm, docker stop) and SIGHUP (a closed terminal) ask the loop to
-    save after the current step; a second one stops at once. `signal` is the first one's number, else 0. What
-    was ignored at the start (nohup) stays so."""
+    """While it is open, Ctrl-C, SIGTERM (Slurm, docker stop) and SIGHUP (a closed terminal) raise
+    KeyboardInterrupt with their number. In `after_the_step` the first one only asks the loop to save after
+    the current step: `signal` is its number, else 0. What was ignored at the start (nohup) stays so."""
 
     def __enter__(self) -> "StopSignal":
-        self.signal, self.old = 0, {}
+        self.signal, self.patient, self.old = 0, False, {}
         if threading.current_thread() is threading.main_thread():  # elsewhere they stay as they are
             for number in STOPPING:
                 if signal.getsignal(number) is not signal.SIG_IGN:
@@ -367,9 +381,15 @@ class StopSignal:
         for number, handler in self.old.items():
             signal.signal(number, handler)
 
+    @contextlib.contextmanager
+    def after_the_step(self) -> Iterator[None]:
+        self.patient = True
+        yield
+        self.patient = False
+
     def _handle(self, number: int, _: object) -> None:
-        if self.signal:
-            raise KeyboardInterrupt
+        if self.signal or not self.patient:
+            raise KeyboardInterrupt(number)
         self.signal = number
         if distributed.first():
             print("\nfinishing this step, then saving; once more stops at once", file=sys.stderr)
@@ -382,19 +402,19 @@ def main(argv: list[str] | None = None) -> int:
     config, given, resume = parse(argv)
     try:
         distributed.start()
-        with talking_once():
-            code = train(config, resume, given)
+        with talking_once(), StopSignal() as stop:
+            code = train(config, resume, given, stop)
         distributed.stop()
         return code
     except (Refused, distributed.TooManyProcesses) as error:
         if distributed.first():
             print(f"train.py: {error}", file=sys.stderr)
         return 2
-    except KeyboardInterrupt:
+    except KeyboardInterrupt as stopped:
         saved = RunDirectory(config.out).checkpoint.is_file()
         what = "--resume goes on from the last checkpoint" if saved else "nothing was saved yet"
         print(f"\nstopped at once; {what}", file=sys.stderr)
-        return 130
+        return 128 + (stopped.args[0] if stopped.args else signal.SIGINT)
     except OSError as error:
         print(f"train.py: {error}; what was saved before is whole", file=sys.stderr)
         return 1

@@ -13,6 +13,7 @@ Peers: TRL, Liger and cut-cross-entropy if installed, and what one would write w
 import argparse
 import copy
 import ctypes
+import functools
 import gc
 import importlib.metadata
 import importlib.util
@@ -47,7 +48,7 @@ from nanotoolrl.cli import MOST_THREADS, available_cores, command, cpu_threads, 
 from nanotoolrl.config import parse
 from nanotoolrl.decode import Decoder, cache_argument
 from nanotoolrl.env import Episode, Task
-from nanotoolrl.files import finite
+from nanotoolrl.files import check_writable, finite
 from nanotoolrl.logprob import token_logprob
 from nanotoolrl.masters import Masters
 from nanotoolrl.memory import plan
@@ -68,6 +69,7 @@ REAL_MODELS = {  # architecture, SHAPE
     "Llama-3.2-1B": (LlamaConfig, 2048, 8192, 16, 32, 8, 64, 128_256),
 }
 OURS = "nanotoolrl"
+LIBGOMP_SPINS = "300000"  # what libgomp takes where no variable says anything
 ROOT = Path(__file__).resolve().parent.parent
 
 
@@ -600,25 +602,42 @@ def new_run(config: object, device: torch.device) -> Run:
 
 # ------------------------------------------------------------------------------------------------------- busy
 def busy(device: torch.device, repeats: int, small: bool) -> list[Row]:
-    """The default run as a command, alone and beside other work: one busy process for every core."""
-    flags = "--preset smoke" if small else "--scheme hint"
+    """The default run as a command, alone and beside other work: one busy process for every core. And a short
+    run with the ways in which torch's threads can wait for each other (nanotoolrl/__init__.py)."""
+    whole, short = "--scheme hint", "--scheme hint --steps 3 --eval-count 0"
+    if small:
+        whole, short = "--preset smoke", "--preset smoke --steps 1 --eval-count 0"
     cores = available_cores()
-    row = Row(f"python train.py {flags}", [Arm(OURS), Arm(f"beside {cores} busy processes")])
+    unset = {k: v for k, v in os.environ.items() if k not in ("OMP_WAIT_POLICY", "GOMP_SPINCOUNT")}
 
-    default = {k: v for k, v in os.environ.items() if k not in ("OMP_WAIT_POLICY", "GOMP_SPINCOUNT")}
-
-    def run(busy_processes: int = 0) -> None:
-        loops = [subprocess.Popen([sys.executable, "-c", "while True: pass"]) for _ in range(busy_processes)]
+    def run(flags: str, busy_processes: int = 0, after: float = 0, **waiting: str) -> None:
+        wait = f"import time; time.sleep({after})\nwhile True: pass"
+        loops = [subprocess.Popen([sys.executable, "-c", wait]) for _ in range(busy_processes)]
         try:
             with tempfile.TemporaryDirectory() as folder:
                 command = [sys.executable, "train.py", *flags.split(), "--out", f"{folder}/run"]
-                subprocess.run(command, cwd=ROOT, env=default, check=True, capture_output=True)
+                subprocess.run(command, cwd=ROOT, env=unset | waiting, check=True, capture_output=True)
         finally:
             for loop in loops:
                 loop.kill()
 
-    timed(row, {row.arms[0].name: run, row.arms[1].name: lambda: run(cores)}, repeats, device, warm_up=False)
-    return [row]
+    beside = f"beside {cores} busy processes"
+    ways = {
+        whole: {OURS: {}, beside: {"busy_processes": cores}},
+        short: {
+            OURS: {},
+            "waiting as libgomp does by itself": {"GOMP_SPINCOUNT": LIBGOMP_SPINS},
+            "asleep at once": {"OMP_WAIT_POLICY": "PASSIVE", "GOMP_SPINCOUNT": "0"},
+            f"{beside} that begin 5 s later": {"busy_processes": cores, "after": 5},
+        },
+    }
+    rows = []
+    for flags, arms in ways.items():
+        rows.append(Row(f"python train.py {flags}", [Arm(name) for name in arms]))
+        works = {name: functools.partial(run, flags, **how) for name, how in arms.items()}
+        times = repeats if flags == whole or small else 3 * repeats
+        timed(rows[-1], works, times, device, warm_up=False)
+    return rows
 
 
 # ----------------------------------------------------------------------------------------------------- parity
@@ -773,7 +792,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument(
         "--repeats",
         type=number(int, above=0),
-        help="timed runs of every arm (default: 5 on a CPU, 20 on a GPU, 1 of busy)",
+        help="timed runs of every arm (default: 5 on a CPU, 20 on a GPU; of busy 1, of its short runs 3)",
     )
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     threads = number(int, above=0, most=MOST_THREADS)
@@ -786,10 +805,16 @@ def main(argv: list[str] | None = None) -> int:
     if args.what == "memory":
         print(memory_table())
         return 0
-    device = torch.device(args.device)
     torch.set_num_threads(args.threads)
-    repeats = args.repeats or (1 if args.what == "busy" else 20 if device.type == "cuda" else 5)
     try:
+        device = torch.empty(0, device=args.device).device
+        if args.json:
+            args.json.parent.mkdir(parents=True, exist_ok=True)
+            check_writable(args.json)
+    except (OSError, RuntimeError, AssertionError) as error:  # the last: no CUDA
+        parser.error(str(error))
+    try:
+        repeats = args.repeats or (1 if args.what == "busy" else 20 if device.type == "cuda" else 5)
         if args.parity:
             policy = load(args.model, device=args.device)
             parity = check_parity(policy, load_tasks("train")[::19])
@@ -807,7 +832,6 @@ def main(argv: list[str] | None = None) -> int:
         print(f"bench: {error}", file=sys.stderr)
         return 2
     if args.json:
-        args.json.parent.mkdir(parents=True, exist_ok=True)
         given = [x for x in argv or sys.argv[1:] if x not in ("--json", str(args.json))]
         line = "python -m nanotoolrl.bench " + " ".join(given)
         args.json.write_text(

@@ -30,7 +30,8 @@ from nanotoolrl.tools import API, API_CLASSES, ToolError, owner_of, schema
 
 MAX_MESSAGES = 30  # assistant messages per episode, as published
 MAX_CALLS = 16  # calls executed per message; the rest get one error
-TOOL_SECONDS = 10.0  # that one call may take
+TOOL_SECONDS = 10.0  # that one call of a model may take
+TRUTH_SECONDS = 60.0  # that one of the ground truth may take, whatever a model is given
 MAX_RESULT = 20_000  # characters of an observation; a longer one becomes an error
 FAILED = ('{"error": ', "Error during execution: ")  # so begins the answer to a failed call: ours, BFCL's
 JSON = json.JSONEncoder(ensure_ascii=False, allow_nan=False)
@@ -122,7 +123,7 @@ class Task:
         """Per turn: the world after the ground truth, and the results of its calls."""
         world, turns = self.new_world(), []
         for turn in self.turns:
-            results = [observe(self.execute, world, call, TOOL_SECONDS) for call in turn.calls]
+            results = [observe(self.execute, world, call, TRUTH_SECONDS) for call in turn.calls]
             turns.append((copy.deepcopy(world), results))
         return turns
 
@@ -164,7 +165,7 @@ def to_json(value: object) -> str:
 def call_tool(world: dict[str, API], call: Call) -> object:
     """Execute one call on the world and return its result, which shares nothing with the world; every failure
     is a result too: {"error": text}."""
-    return json.loads(observe(_carry_out, world, call, TOOL_SECONDS))
+    return json.loads(observe(_carry_out, world, call, TRUTH_SECONDS))
 
 
 def observe(
@@ -358,7 +359,7 @@ def oracle(task: Task, format: str = "hermes") -> list[dict]:
 
     Assistant contents are rendered in `format`; fed to `Episode.step` in order they give reward 1.
     """
-    episode = Episode(task, format)
+    episode = Episode(task, format, tool_seconds=TRUTH_SECONDS)
     messages = episode.prompt()[0]
     for turn, parts in zip(task.turns, _packed(task, [turn.calls for turn in task.turns]), strict=True):
         for text in [*(render_calls(part, format) for part in parts), turn.reply]:
@@ -373,7 +374,7 @@ def replay(task: Task, calls: list[list[Call]], format: str = "hermes") -> float
 
 
 def _played(task: Task, calls: list[list[Call]], format: str) -> Episode:
-    episode = Episode(task, format)
+    episode = Episode(task, format, tool_seconds=TRUTH_SECONDS)
     for parts in _packed(task, calls):
         for part in parts:
             episode.step(render_calls(part, format))
@@ -383,19 +384,19 @@ def _played(task: Task, calls: list[list[Call]], format: str) -> Episode:
 
 def _packed(task: Task, calls: list[list[Call]]) -> list[list[list[Call]]]:
     """Per turn: its calls one by one, or in larger parts where the ground truth has too many for that."""
-    fitting = (size for size in range(1, MAX_CALLS) if _messages(task, size) <= MAX_MESSAGES)
+    fitting = (size for size in range(1, MAX_CALLS) if messages_needed(task, size) <= MAX_MESSAGES)
     size = next(fitting, MAX_CALLS)
     return [[turn[i : i + size] for i in range(0, len(turn), size)] for turn in calls]
 
 
-def _messages(task: Task, size: int) -> int:
+def messages_needed(task: Task, size: int = MAX_CALLS) -> int:
     """Assistant messages of the ground truth with so many calls a message."""
     return sum(math.ceil(len(turn.calls) / size) + 1 for turn in task.turns)
 
 
 def _check_truth(task: Task) -> None:
     """Raise ValueError unless the ground truth can be played, without an error, and earns reward 1."""
-    if _messages(task, MAX_CALLS) > MAX_MESSAGES:
+    if messages_needed(task) > MAX_MESSAGES:
         raise ValueError(
             f"its turns and their calls, {MAX_CALLS} a message, take more than the {MAX_MESSAGES} messages "
             "of an episode"

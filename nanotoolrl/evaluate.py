@@ -19,9 +19,9 @@ import torch
 from tqdm import tqdm
 
 from nanotoolrl.chat import FORMATS, MESSAGE_STATES, Chat
-from nanotoolrl.cli import command, cpu_threads, number
+from nanotoolrl.cli import command, cpu_threads, number, out_of_bounds
 from nanotoolrl.doctor import FORCED, Checkup, page, read_transcripts, transcripts_page, verdict
-from nanotoolrl.env import CATEGORIES, MAX_MESSAGES, TOOL_SECONDS, Episode, Task
+from nanotoolrl.env import CATEGORIES, MAX_MESSAGES, TOOL_SECONDS, Episode, Task, messages_needed
 from nanotoolrl.files import check_writable, finite
 from nanotoolrl.model import BUILT_IN, ModelError, Policy, load
 from nanotoolrl.probes import ProbeSet
@@ -47,6 +47,7 @@ class Limits:
 
 OUR_LIMITS = Limits()  # of our own tasks; no ground truth has more than 14 messages
 BFCL_LIMITS = Limits(max_new_tokens=1024, max_messages=MAX_MESSAGES, context=8192)  # published
+COUNTS, SECONDS = {"above": 0, "most": 2**31 - 1}, {"least": 0, "most": 86_400}  # bounds of a limit
 
 
 @dataclass
@@ -174,7 +175,8 @@ def prompt_length(chat: Chat, task: Task, format: str, hint: str = "") -> int:
 
 def obstacle(chat: Chat, task: Task, format: str, limits: Limits, room: int, hint: str = "") -> str:
     """Why no rollout can solve a task, or "": its prompt (with a hint) or its ground truth has more than
-    `room` tokens, or a ground-truth call more than a message may have (what it answers may be shorter)."""
+    `room` tokens, or a ground-truth call more than a message may have (a reply may be shorter than it is
+    there), or its calls and replies take more messages than an episode may have."""
     if (length := prompt_length(chat, task, format, hint)) > room:
         return f"its prompt has {length} tokens; there is room for {room}"
     truth = demonstration(chat, task, format)
@@ -184,6 +186,9 @@ def obstacle(chat: Chat, task: Task, format: str, limits: Limits, room: int, hin
     longest = max(n for n, state in zip(lengths, truth.states, strict=True) if state != "reply")
     if longest > limits.max_new_tokens:
         return f"a ground-truth call has {longest} tokens, and may have {limits.max_new_tokens}"
+    most = task.caps(limits.max_messages)[0]
+    if (least := messages_needed(task)) > most:
+        return f"its ground truth takes at least {least} messages; an episode may have {most}"
     return ""
 
 
@@ -233,7 +238,7 @@ def add_limits(parser: argparse.ArgumentParser) -> None:
     }
     for name, text in about.items():
         kind = type(getattr(OUR_LIMITS, name))
-        bounds = {"least": 0, "most": 86_400} if kind is float else {"above": 0, "most": 2**31 - 1}
+        bounds = SECONDS if kind is float else COUNTS
         usual = where.format(getattr(OUR_LIMITS, name), getattr(BFCL_LIMITS, name))
         flag = "--" + name.replace("_", "-")
         parser.add_argument(flag, type=number(kind, **bounds), help=f"{text} {usual}")
@@ -245,13 +250,13 @@ def add_limits(parser: argparse.ArgumentParser) -> None:
 
 
 def chosen_limits(args: argparse.Namespace) -> Limits:
-    """Flags, before the limits of the run that made the model if its tasks were of the same kind, before
-    those of our own tasks or of the benchmark's."""
+    """Flags, before the limits of the run that made the model, before those of our own tasks or of the
+    benchmark's. Where the run's tasks were of the other kind, the larger of these two."""
     usual, run = BFCL_LIMITS if is_bfcl(args.tasks) else OUR_LIMITS, run_settings(args.model)
-    found = {}
+    alike, found = is_bfcl(run.get("tasks", "")) == is_bfcl(args.tasks), {}
     for name, value in dataclasses.asdict(usual).items():
-        given, alike = getattr(args, name), is_bfcl(run.get("tasks", "")) == is_bfcl(args.tasks)
-        found[name] = given if given is not None else run.get(name, value) if alike else value
+        given, trained = getattr(args, name), run.get(name, value)
+        found[name] = given if given is not None else trained if alike else max(trained, value)
     return Limits(**found)
 
 
@@ -428,19 +433,35 @@ def doctor(args: argparse.Namespace) -> tuple[str, dict]:
 
 
 def run_settings(model: str) -> dict:
-    """Model, format, tasks and limits of the run that made a model, as far as they are told; nothing if
-    `model` is neither a run nor in one (RUN/model, RUN/models/step-N)."""
+    """Model, format, tasks and limits of the run that made a model; nothing if `model` is neither a run nor
+    in one (RUN/model, RUN/models/step-N). Settings that the run did not have yet are left out. Raises
+    ValueError for one that no run can have."""
     kinds = {"model": str, "format": str, "tasks": str}
     kinds |= {name: type(value) for name, value in dataclasses.asdict(OUR_LIMITS).items()}
-    for folder in (Path(model), Path(model).parent, Path(model).parent.parent):
+    path = Path(model)
+    folders = (path, path.parent, path.parent.parent) if model != BUILT_IN and path.exists() else ()
+    for folder in folders:
         try:
             found = json.loads((folder / "config.json").read_text(encoding="utf-8"))
         except (OSError, ValueError, RecursionError):
             continue
-        if isinstance(found, dict) and "model_type" not in found:  # that would be a model's own
-            told = {name: found[name] for name, kind in kinds.items() if type(found.get(name)) is kind}
-            return {k: v for k, v in told.items() if (v in FORMATS if k == "format" else v or v is False)}
+        if isinstance(found, dict) and {"scheme", "format", "tasks"} <= found.keys():  # no model's own
+            told = {name: found[name] for name in kinds if name in found}
+            for name, value in told.items():
+                if problem := _no_setting(name, value, kinds[name]):
+                    raise ValueError(f"{folder / 'config.json'}: {name} {problem}; it is {value!r}")
+            return told
     return {}
+
+
+def _no_setting(name: str, value: object, kind: type) -> str:
+    """Why a run cannot have had this setting, or ""."""
+    if type(value) is not kind:
+        return f"must be of type {kind.__name__}"
+    if name == "format" and value not in FORMATS:
+        return f"must be one of {', '.join(FORMATS)}"
+    bounds = {int: COUNTS, float: SECONDS}.get(kind)
+    return out_of_bounds(value, **bounds) if bounds else ""
 
 
 def logged(args: argparse.Namespace) -> tuple[str, dict]:

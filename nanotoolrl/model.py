@@ -210,8 +210,10 @@ def _refuse_what_is_different(policy: Policy) -> None:
     ids = torch.arange(8, device=policy.device)[None]
     expected = policy.model(input_ids=ids, use_cache=False).logits.float()[..., : policy.known_ids]
     found = policy.logits(policy.hidden(ids)[0])
-    if not finite_weights(policy.model) or not expected.isfinite().all():
+    if not finite_weights(policy.model):
         raise ValueError("its logits are not finite: the weights hold NaN or infinity")
+    if not expected.isfinite().all():
+        raise ValueError("its logits are not finite: the weights are too large")
     if (found - expected).abs().max() > 0.05 * expected.abs().max():
         raise ValueError(
             "its logits are not hidden states times output embedding (scaled, capped or biased?)"
@@ -221,6 +223,12 @@ def _refuse_what_is_different(policy: Policy) -> None:
 def finite_weights(model: torch.nn.Module) -> bool:
     """Whether no weight is NaN or infinite."""
     return bool(torch.stack([weight.isfinite().all() for weight in model.parameters()]).all())
+
+
+@torch.no_grad()
+def finite_logits(policy: Policy) -> bool:
+    """Whether the model says anything: weights may be finite and too large to be multiplied."""
+    return bool(policy.logits(policy.hidden(torch.arange(8, device=policy.device)[None])[0]).isfinite().all())
 
 
 def load_chat(name_or_dir: str | os.PathLike) -> Chat:

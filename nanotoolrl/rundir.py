@@ -18,6 +18,7 @@ from zipfile import BadZipFile
 
 import torch
 import transformers
+from safetensors import SafetensorError
 
 from nanotoolrl import distributed
 from nanotoolrl.chat import MESSAGE_STATES
@@ -108,7 +109,8 @@ class RunDirectory:
         self.start(config)
 
     def _refuse_unless_empty(self) -> None:
-        there = {entry.name for entry in self.path.iterdir()} - {self.owner.name}
+        half = self.config.name + ".tmp"  # of a run that was killed while it began
+        there = {entry.name for entry in self.path.iterdir()} - {self.owner.name, half}
         if there:
             advice = ", or go on with --resume" if self.config.name in there else ""
             raise Refused(f"{self.path} exists: choose another --out{advice}")
@@ -228,9 +230,15 @@ class RunDirectory:
         half = target.with_name(target.name + ".tmp")
         with contextlib.ExitStack() as last:
             last.callback(shutil.rmtree, half, ignore_errors=True)
-            policy.save(half)
+            try:
+                policy.save(half)
+            except SafetensorError as error:  # of a full disk
+                raise OSError(f"cannot write {target}: {error}") from None
+            for path in (*half.iterdir(), half):
+                sync(path)
             shutil.rmtree(target, ignore_errors=True)
             os.replace(half, target)
+            sync(target.parent)
 
     def log_probes(self, details: dict) -> None:
         """One line of probes.jsonl."""

@@ -25,6 +25,7 @@ from nanotoolrl.chat import MESSAGE_STATES
 from nanotoolrl.cli import available_cores, command, number
 from nanotoolrl.config import Refused, parse, stored_config
 from nanotoolrl.evaluate import Scores
+from nanotoolrl.files import check_writable
 from nanotoolrl.report import RunFiles, Unreadable, read_run
 from nanotoolrl.rundir import logged_steps
 
@@ -176,7 +177,7 @@ def text(value: object) -> object:
 
 @command
 def main(argv: list[str] | None = None) -> int:
-    """The command: returns 1 if a run failed (its log says why), 130 if it was ended, else 0."""
+    """The command: returns 1 if a run failed (its log says why), 2 if refused, 130 if ended, else 0."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("study", choices=STUDIES)
     jobs = number(int, above=0, most=1024)
@@ -188,7 +189,12 @@ def main(argv: list[str] | None = None) -> int:
     args = parser.parse_args(argv)
     home = Path(args.runs).resolve() / args.study
     table = Path(args.table or ROOT / "data" / "results" / f"{args.study.replace('-', '_')}.csv")
-    table.parent.mkdir(parents=True, exist_ok=True)
+    try:
+        table.parent.mkdir(parents=True, exist_ok=True)
+        check_writable(table)
+    except OSError as error:
+        print(f"study: {error}", file=sys.stderr)
+        return 2
     study, codes, children = dict(STUDIES[args.study]), {}, Children()
     with (
         interrupting(signal.SIGTERM, getattr(signal, "SIGHUP", signal.SIGTERM)),

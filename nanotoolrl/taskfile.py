@@ -52,7 +52,7 @@ def read_task(line: str) -> dict:
         task = json.loads(line, object_pairs_hook=_object)
         _check_plain(task, "")
     except json.JSONDecodeError as error:
-        raise ValueError(f"bad JSON: {error.msg} at character {error.pos}") from None
+        raise ValueError(f"bad JSON: {error.msg.removesuffix(' at')} at character {error.pos}") from None
     except RecursionError:
         raise ValueError("nested too deeply") from None
     _check_fields(task, "the task", TASK)

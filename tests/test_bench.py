@@ -1,6 +1,7 @@
 """The benchmark at tiny sizes: what it measures is right, what is wrong is called wrong."""
 
 import json
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -92,6 +93,37 @@ def test_parity(policy, capsys):
     assert "100.000% of the ratios" in str(parity)
     assert parity.itself <= 2e-5
     assert parity.wrong(torch.float32) and parity.wrong(torch.bfloat16)
+
+
+def test_bad_flags_are_refused(capsys):
+    for flags in (["--device", "nope"], ["--device", "cuda:99"]):
+        with pytest.raises(SystemExit) as stop:
+            bench.main(["kernel", *flags])
+        assert stop.value.code == 2 and "bench: error: " in capsys.readouterr().err
+
+
+def test_busy_runs_what_it_says(monkeypatch):
+    """Processes are only noted: which command, in which environment, beside how many others."""
+    monkeypatch.setenv("GOMP_SPINCOUNT", "5")
+    monkeypatch.setattr(bench, "available_cores", lambda: 3)
+    going, ran = [], []
+
+    def start(command):
+        going.append(command)
+        return SimpleNamespace(kill=going.pop)
+
+    def run(command, env, **_):
+        named = {name: env[name] for name in ("OMP_WAIT_POLICY", "GOMP_SPINCOUNT") if name in env}
+        ran.append((command[1:4], named, len(going)))
+
+    monkeypatch.setattr(bench, "subprocess", SimpleNamespace(Popen=start, run=run))
+    whole, short = bench.busy(CPU, repeats=1, small=False)
+    default = ["train.py", "--scheme", "hint"]
+    assert ran[:2] == [(default, {}, 0), (default, {}, 3)] and not going
+    asleep = {"OMP_WAIT_POLICY": "PASSIVE", "GOMP_SPINCOUNT": "0"}
+    ways = [({}, 0), ({"GOMP_SPINCOUNT": "300000"}, 0), (asleep, 0), ({}, 3)]
+    assert ran[2:] == [(default, *way) for way in ways] * 3
+    assert [len(arm.seconds) for row in (whole, short) for arm in row.arms] == [1, 1, 3, 3, 3, 3]
 
 
 def test_messages_of(policy):

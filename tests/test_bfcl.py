@@ -49,6 +49,19 @@ def test_the_split_is_the_published_one():
     assert bfcl.split_indices("test")[:5] == [1, 4, 6, 7, 8]
 
 
+def test_ground_truth_that_needs_the_benchmarks_limits(policy):
+    """Calls of up to 304 tokens: nobody can make them under our own limits."""
+    tasks, chat = load_tasks("bfcl:train"), policy.chat
+
+    def found(limits):
+        why = [evaluate.obstacle(chat, task, "hermes", limits, 10**6) for task in tasks]
+        return [one for one in why if one]
+
+    ours, theirs = found(evaluate.OUR_LIMITS), found(evaluate.BFCL_LIMITS)
+    assert len(ours) > len(theirs) == 0
+    assert any("a ground-truth call has" in one and "may have 128" in one for one in ours)
+
+
 @pytest.mark.parametrize(
     "name, count, categories",
     [

@@ -2,15 +2,20 @@
 
 import argparse
 import ast
+import json
 import os
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+import torch
+from stand_ins import policy_like
 
 import nanotoolrl
-from nanotoolrl import cli
+import sample
+import train
+from nanotoolrl import cli, evaluate
 from nanotoolrl.cli import available_cores, cpu_threads, number, out_of_bounds
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -101,6 +106,18 @@ def test_output_that_is_not_utf8(encoding, tmp_path):
     assert b"?" in done.stdout and (tmp_path / "report.html").read_text(encoding="utf-8")
 
 
+def test_a_model_that_writes_what_the_terminal_lacks_is_trained_to_the_end(tmp_path):
+    """Random weights: U+FFFD in its rollouts, on a terminal that is not UTF-8."""
+    policy_like("qwen2.5").save(tmp_path / "model")
+    flags = (
+        f"{STAYS} --show-every 1 --max-new-tokens 60 --model {tmp_path / 'model'} --out {tmp_path / 'run'}"
+    )
+    done = shell(f"python {flags}", PYTHONIOENCODING="cp1252")
+    assert done.returncode == 0, done.stderr
+    lines = (tmp_path / "run" / "rollouts.jsonl").read_text(encoding="utf-8").splitlines()
+    assert "\ufffd" in json.loads(lines[-1])["text"] and b"?" in done.stdout
+
+
 NO_FILES = ("decoder.open", "os.open", "opener.open")  # of memory, of a descriptor, of a URL
 
 
@@ -111,7 +128,8 @@ def test_every_file_is_opened_with_its_encoding():
             called = ast.unparse(node.func) if isinstance(node, ast.Call) else ""
             opens = called == "open" or called.endswith((".open", ".read_text", ".write_text"))
             if opens and not called.endswith(NO_FILES):
-                binary = any(isinstance(a, ast.Constant) and "b" in str(a.value) for a in node.args)
+                modes = [a.value for a in node.args if isinstance(a, ast.Constant)]
+                binary = any(mode in ("rb", "wb", "ab", "r+b", "xb") for mode in modes)
                 said = {keyword.arg for keyword in node.keywords}
                 assert binary or "encoding" in said, f"{path.name}:{node.lineno}"
 
@@ -191,6 +209,17 @@ def test_cores_that_a_process_may_use(groups, cores, tmp_path, monkeypatch):
     monkeypatch.setattr(os, "sched_getaffinity", lambda _: set(range(8)), raising=False)
     files(tmp_path, groups)
     assert available_cores(tmp_path) == cores
+
+
+def test_every_command_takes_that_many_threads(monkeypatch, tmp_path):
+    found = []
+    for module in (train, sample, evaluate):
+        monkeypatch.setattr(module, "cpu_threads", lambda *_: 3)
+    monkeypatch.setattr(torch, "set_num_threads", found.append)
+    assert train.main([*STAYS.split()[1:], "--out", str(tmp_path / "run")]) == 0
+    assert sample.main(["--max-messages", "1"]) == 0
+    assert evaluate.main(["--count", "1", "--max-messages", "1", "--format", "hermes"]) == 0
+    assert found == [3, 3, 3]
 
 
 def test_threads_of_a_command(monkeypatch):

@@ -121,6 +121,33 @@ def test_ctrl_c_saves_what_all_processes_did(tmp_path):
     assert 0 < last < 50 and torch.load(out / "checkpoint.pt", weights_only=True)["saved"]["step"] == last
 
 
+def test_a_killed_process_ends_the_others(tmp_path):
+    """None is left waiting for it."""
+    out, dying = tmp_path / "x", tmp_path / "dying.py"
+    dying.write_text(
+        "import os, signal, sys, train\n"
+        "log = train.RunDirectory.log\n"
+        "def dies(*a):\n"
+        "    log(*a)\n"
+        "    if not train.distributed.first():\n"
+        "        os.kill(os.getpid(), signal.SIGKILL)\n"
+        "train.RunDirectory.log = dies\n"
+        "sys.exit(train.main())\n"
+    )
+    command = [
+        sys.executable,
+        "-m",
+        "torch.distributed.run",
+        "--standalone",
+        "--nproc_per_node=2",
+        str(dying),
+    ]
+    command += [*SMALL.split(), "--scheme", "grpo", "--steps", "50", "--out", str(out)]
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
+    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, timeout=300)
+    assert done.returncode != 0 and len(metrics(out)) < 50
+
+
 def test_alone_everything_is_the_identity():
     assert list(distributed.share(5)) == [0, 1, 2, 3, 4] and distributed.first()
     assert distributed.gathered([1, 2]) == [1, 2] and distributed.total(0.5) == 0.5

@@ -4,9 +4,13 @@
 Every case runs the commands that would read it. Task files have their own list in test_tasks.py.
 """
 
+import csv
 import json
 import os
 import shutil
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -17,11 +21,12 @@ import sample
 import train
 from nanotoolrl import evaluate, report
 from nanotoolrl.config import Refused, stored_config
-from nanotoolrl.model import ModelError, load
+from nanotoolrl.model import ModelError, load, load_chat
 from nanotoolrl.rundir import METRICS, RunDirectory, checksum
 
 SMALL = "--preset smoke --scheme grpo --eval-count 0 --prompts 2 --group 2 --probe-tasks 2 --max-messages 4 --threads 1"
 HUGE = "[" * 100_000
+ROOT = Path(train.__file__).parent
 
 
 def said_by(main, flags, capsys):
@@ -116,6 +121,20 @@ def other_moments(saved):
         moments["exp_avg"] = moments["exp_avg"].reshape(-1)[:1]
 
 
+def scalar_moments(saved):
+    for moments in saved["optimizer"]["state"].values():
+        moments["exp_avg"] = moments["exp_avg"].reshape(-1)[0]
+
+
+def no_moments(saved):
+    for moments in saved["optimizer"]["state"].values():
+        del moments["exp_avg_sq"]
+
+
+def runs_code(run):
+    torch.save({"saved": Pickled(run), "checksum": 0}, run / "checkpoint.pt")
+
+
 def row(number, cell, column=0):
     """Change one cell of metrics.csv."""
 
@@ -178,6 +197,9 @@ REFUSED = {
     "weights are a list": checkpoint(lambda saved: saved.update(model=[])),
     "moments of another shape": checkpoint(other_moments),
     "moments of another shape, made on purpose": checkpoint(other_moments, sound=True),
+    "moments that are numbers, made on purpose": checkpoint(scalar_moments, sound=True),
+    "moments that are missing, made on purpose": checkpoint(no_moments, sound=True),
+    "checkpoint that brings code": runs_code,
     "weights that are NaN, made on purpose": checkpoint(nan_weights, sound=True),
     "weights that are gone, made on purpose": checkpoint(lambda saved: saved["model"].popitem(), sound=True),
     "a learning rate of the optimiser": checkpoint(lambda saved: saved["optimizer"]["param_groups"][0].update(lr=1.0)),
@@ -225,6 +247,7 @@ FINE = {
     "nothing": lambda run: None,
     "rollouts were deleted": gone("rollouts.jsonl"),
     "rollouts are empty": written("rollouts.jsonl", ""),
+    "metrics: a step in quotes": row(2, '"2"'),
     "a row of a step to come": changed("metrics.csv", lambda lines: [*lines, lines[-1].replace("3", "4", 1)]),
     "half a row of a step to come": changed("metrics.csv", lambda lines: [*lines, "4,0.1"]),
     "half a line of probes to come": changed("probes.jsonl", lambda lines: [*lines, '{"step": 4, "sur']),
@@ -261,9 +284,33 @@ def test_a_run_that_cannot_go_on_says_so_and_loses_nothing(name, made, tmp_path,
     before = snapshot(run)
     code, said = said_by(train.main, ["--resume", "--out", run], capsys)
     assert code == 2 and "Traceback" not in said and said.strip()
-    assert snapshot(run) == before
+    assert snapshot(run) == before and not (run / "ran").exists()
     code, said = said_by(report.main, [run, "--out", tmp_path / "page"], capsys)
     assert code in (0, 2) and (code == 0 or said.startswith("report: "))
+
+
+LIMIT_EDITS = {
+    "max_new_tokens": (-5, 0, 2**40, "many", 1.5, None),
+    "max_messages": (-3, 0, "4"),
+    "context": (-1, 0, True),
+    "tool_seconds": (-1.0, 1e9, float("nan"), "1"),
+    "strict_empty_turn": (1, "no"),
+    "format": ("yaml", 3),
+    "tasks": (["train"], None),
+    "model": (5,),
+}
+
+
+@pytest.mark.parametrize(
+    ("name", "value"), [(name, value) for name, values in LIMIT_EDITS.items() for value in values]
+)
+def test_no_model_is_scored_under_limits_that_no_run_has(name, value, made, tmp_path, capsys):
+    run = copied(made, tmp_path)
+    setting(name, value)(run)
+    for model in (run, run / "model"):
+        for main in (evaluate.main, sample.main):
+            code, said = said_by(main, ["--model", model], capsys)
+            assert code == 2 and f"{run / 'config.json'}: {name} must be" in said
 
 
 @pytest.mark.parametrize("name", FINE)
@@ -273,8 +320,10 @@ def test_a_run_goes_on_from_what_is_whole(name, made, tmp_path, capsys):
     code, said = said_by(train.main, ["--resume", "--out", run, "--steps", 4], capsys)
     assert code == 0, said
     lines = (run / "metrics.csv").read_text(encoding="utf-8").splitlines()
-    assert [line.split(",")[0] for line in lines] == ["step", "1", "2", "3", "4"]
-    assert lines[:4] == (made / "run" / "metrics.csv").read_text(encoding="utf-8").splitlines()
+    assert [next(csv.reader([line]))[0] for line in lines] == ["step", "1", "2", "3", "4"]
+    assert [next(csv.reader([line])) for line in lines[:4]] == [
+        line.split(",") for line in (made / "run" / "metrics.csv").read_text(encoding="utf-8").splitlines()
+    ]
 
 
 @pytest.mark.parametrize(
@@ -298,6 +347,9 @@ def test_one_run_owns_a_directory(made, tmp_path, capsys):
     before = snapshot(run)
     code, said = said_by(train.main, ["--resume", "--out", run, "--steps", 4], capsys)
     assert code == 2 and f"process {os.getpid()}" in said
+    command = [sys.executable, "train.py", "--resume", "--out", str(run), "--steps", "4"]
+    other = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    assert other.returncode == 2 and f"process {os.getpid()}" in other.stderr
     code, said = said_by(train.main, [*SMALL.split(), "--out", run], capsys)
     assert code == 2 and "exists" in said
     assert snapshot(run) == before
@@ -318,6 +370,10 @@ def test_a_run_killed_before_its_first_checkpoint(made, tmp_path, capsys):
     for path in list(run.iterdir()):
         if path.name != "config.json":
             shutil.rmtree(path) if path.is_dir() else path.unlink()
+    begun = tmp_path / "begun"
+    begun.mkdir()
+    (begun / "config.json.tmp").write_text("{")  # killed even before that: a new start is all it takes
+    assert train.main([*SMALL.split(), "--steps", "1", "--out", str(begun)]) == 0
     code, said = said_by(train.main, [*SMALL.split(), "--out", run], capsys)
     assert code == 2 and "--resume" in said
     assert train.main(["--resume", "--out", str(run)]) == 0
@@ -410,6 +466,13 @@ def template(text):
     )
 
 
+def null_tokens(path):
+    """A tokenizer that says it has no end of text; where the key is missing, transformers would make one."""
+    content = json.loads((path / "tokenizer_config.json").read_text(encoding="utf-8"))
+    content |= {"eos_token": None, "pad_token": None}
+    (path / "tokenizer_config.json").write_text(json.dumps(content), encoding="utf-8")
+
+
 BROKEN_MODELS = {
     **{f"{name} is gone": gone(name) for name in ("config.json", "model.safetensors", "tokenizer.json", "chat_template.jinja")},
     **{f"{name} is empty": written(name, "") for name in ("config.json", "model.safetensors", "tokenizer.json", "chat_template.jinja")},
@@ -469,11 +532,7 @@ BROKEN_MODELS = {
 }  # fmt: skip
 FINE_MODELS = {
     "nothing": lambda path: None,
-    "no end of text": lambda path: [
-        key("tokenizer_config.json", name, None)(path)
-        for name in ("eos_token", "pad_token")
-        if name in json.loads((path / "tokenizer_config.json").read_text(encoding="utf-8"))
-    ],
+    "no end of text": null_tokens,
     "half precision": weights(lambda tensors: tensors.update({k: v.half() for k, v in tensors.items()})),
     "a key nobody knows": config("mine", 1),
     "a tokenizer with code of its own": remote_tokenizer,
@@ -504,6 +563,22 @@ def test_a_model_that_lacks_nothing_it_needs(name, edited):
     FINE_MODELS[name](edited)
     assert load(edited).chat.stop_ids
     assert not (edited / "ran").exists(), "nothing that was downloaded is executed"
+
+
+def test_a_tokenizer_without_an_end_of_text_plays(edited):
+    null_tokens(edited)
+    assert load(edited).tokenizer.eos_token_id is None
+    assert sample.main(["--model", str(edited), "--max-new-tokens", "3", "--max-messages", "2"]) == 0
+
+
+def test_a_report_runs_no_code_of_a_model(edited, made, tmp_path, capsys):
+    remote_tokenizer(edited)
+    run = copied(made, tmp_path)
+    setting("model", str(edited))(run)
+    shutil.rmtree(run / "model")
+    code, said = said_by(report.main, [run, "--out", tmp_path / "page"], capsys)
+    assert code == 0, said
+    assert load_chat(edited).stop_ids and not (edited / "ran").exists()
 
 
 def test_why_weights_that_are_not_finite_are_refused(edited):
@@ -555,7 +630,7 @@ SAMPLE = [
 def test_train_refuses(flags, tmp_path, monkeypatch, capsys):
     out = [] if "--out" in flags else ["--out", tmp_path / "run"]
     code, said = said_by(train.main, [*SMALL.split(), *out, *flags.split()], capsys)
-    assert code == 2 and "error: " in said or said.startswith("train.py: "), said
+    assert code == 2 and ("error: " in said or said.startswith("train.py: ")), said
     assert not (tmp_path / "run").exists()
 
 

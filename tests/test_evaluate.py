@@ -2,13 +2,15 @@
 
 import json
 import math
+import shutil
 from dataclasses import replace
 
 import pytest
 import torch
 
-from nanotoolrl.chat import control_tokens
-from nanotoolrl.env import oracle
+from nanotoolrl import bench, study
+from nanotoolrl.chat import control_tokens, render_calls
+from nanotoolrl.env import Episode, oracle
 from nanotoolrl.evaluate import (
     OUR_LIMITS,
     Scores,
@@ -75,7 +77,18 @@ def test_what_keeps_a_task_from_being_solved(policy):
     def why(room=whole, **changes):
         return obstacle(chat, task, "hermes", replace(OUR_LIMITS, **changes), room)
 
-    assert why() == why(max_new_tokens=longest) == why(max_messages=1) == ""  # calls can share a message
+    least = sum(1 + bool(turn.calls) for turn in task.turns)  # calls can share a message
+    assert why() == why(max_new_tokens=longest) == why(max_messages=least) == ""
+    few = f"its ground truth takes at least {least} messages; an episode may have {least - 1}"
+    assert why(max_messages=least - 1) == few
+    calls_at_once = [[turn.calls] if turn.calls else [] for turn in task.turns]
+    for most, reward in ((least, 1.0), (least - 1, 0.0)):
+        episode = Episode(task, max_messages=most)
+        for turn in calls_at_once:
+            for calls_of_turn in turn:
+                episode.step(render_calls(calls_of_turn, "hermes"))
+            episode.step("done")
+        assert episode.reward == reward
     assert why(truth.prompt_length - 1).startswith(f"its prompt has {truth.prompt_length} tokens")
     assert why(whole - 1) == f"its ground truth has {whole} tokens; there is room for {whole - 1}"
     assert why(max_new_tokens=longest - 1).startswith(f"a ground-truth call has {longest} tokens")
@@ -176,6 +189,37 @@ def test_transcripts_command(tmp_path, capsys):
     assert "structure is broken" in capsys.readouterr().out
     stored = json.loads(out.read_text())
     assert stored["states"] == {"bare": 2, "reply": 1} and stored["breakages"] == [["bare", "<tool_call>", 2]]
+
+
+def test_the_doctor_of_a_run_whose_start_is_gone(tmp_path, capsys):
+    """Copied to another machine: there is a page, and a line that says what it lacks."""
+    settings = {"scheme": "grpo", "format": "hermes", "tasks": "train", "model": str(tmp_path / "gone")}
+    (tmp_path / "config.json").write_text(json.dumps(settings))
+    shutil.copytree(NANO, tmp_path / "model")
+    assert main(["--doctor", *FEW, "--model", str(tmp_path)]) == 0
+    printed = capsys.readouterr()
+    assert "nothing to compare with: " in printed.err and "gone" in printed.err
+    assert printed.out.startswith("verdict: ")
+
+
+@pytest.mark.parametrize("command", ["evaluate", "bench", "study"])
+def test_where_nothing_can_be_written_is_found_out_first(command, tmp_path, monkeypatch, capsys):
+    def worked(*_, **__):
+        raise AssertionError("the work was done before")
+
+    for work in ("evaluate.load", "bench.kernel", "study.run"):
+        monkeypatch.setattr(f"nanotoolrl.{work}", worked)
+    line = {
+        "evaluate": (main, ["--json", str(tmp_path)]),
+        "bench": (bench.main, ["kernel", "--json", str(tmp_path)]),
+        "study": (study.main, ["collapse", "--table", str(tmp_path)]),
+    }
+    called, flags = line[command]
+    try:
+        code = called(flags)
+    except SystemExit as stop:  # of argparse
+        code = stop.code
+    assert code == 2 and str(tmp_path) in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(

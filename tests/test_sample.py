@@ -43,6 +43,10 @@ def test_end_of_input_ends_the_chat(monkeypatch):
         (["--tasks", "nope"], "train, test, foreign, ood"),
         (["--model", "data/nan0"], "data/nan0"),
         (["--temperature", "-1"], "--temperature"),
+        (["--chat", "--max-messages", "3"], "--max-messages says nothing with --chat"),
+        (["--chat", "--strict-empty-turn"], "--strict-empty-turn says nothing with --chat"),
+        (["--oracle", "--tool-seconds", "3"], "--tool-seconds says nothing with --oracle"),
+        (["--oracle", "--chat"], "--chat says nothing with --oracle"),
     ],
 )
 def test_bad_input_is_refused_by_name(flags, said, capsys):

@@ -1,12 +1,13 @@
 """The batched, cached sampler against the slow obvious way: a full uncached forward for every token."""
 
+import inspect
 from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
 from test_model import tiny_policy
-from transformers import AutoModelForCausalLM, LlamaConfig, Qwen2Config, Qwen3Config
+from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM, Qwen2Config, Qwen3Config
 
 from nanotoolrl import decode
 from nanotoolrl import sampler as sampler_module
@@ -127,6 +128,22 @@ def same_rows(rows, others):
 
 def sampled(row):
     return [token for token, mask in zip(row.tokens, row.loss_mask, strict=True) if mask]
+
+
+def test_the_cache_goes_by_the_name_that_transformers_gives_it():
+    """ "past_key_values" before 5.24; further arguments of an update mean nothing here."""
+    assert decode.cache_argument(lambda cache: 0) == "cache"
+    assert decode.cache_argument(lambda past_key_values: 0) == "past_key_values"
+    names = set(inspect.signature(LlamaForCausalLM.forward).parameters)
+    assert decode.cache_argument(LlamaForCausalLM.forward) in names
+    new = torch.ones(1, 1, 2, 4)
+    found = []
+    for further in ({}, {"kwargs": {}}):
+        cache = decode.Cache()
+        cache.grow(1, 8)
+        cache.at(torch.tensor([0]), torch.tensor([[0, 1]]), None)
+        found.append(cache.update(new, new, 0, **further)[0])
+    assert torch.equal(found[0], found[1])
 
 
 # -------------------------------------------------------------------------------- cached = uncached = batched

@@ -596,6 +596,16 @@ def test_trained_reward_by_hand():
     assert updates.trained_reward(config, graded([True], 1, [], 1.0)) == 1.0
 
 
+def test_a_tag_penalty_pushes_as_hard_however_small_where_a_group_fails():
+    """Divided by the group's own spread, only the order is left of it (said beside the setting)."""
+    rows = [graded([False], 1, states) for states in (["bare"], ["bare", "call"], ["call"], ["call"])]
+    found = []
+    for penalty in (0.001, 0.5):
+        config = SimpleNamespace(graded_reward=False, tag_penalty=penalty, group=4, adv_std=True)
+        found.append(updates.advantages(SimpleNamespace(config=config), rows))
+    assert torch.allclose(found[0], found[1], atol=0.02) and found[0].abs().max() > 1
+
+
 def test_advantages_use_the_trained_reward(tiny):
     rows = [graded([True] * k + [False] * (3 - k), 3, ["call"]) for k in range(4)]
     run = make_run(tiny, adv_std=False)

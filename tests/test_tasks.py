@@ -241,6 +241,7 @@ MALFORMED = {
     written('"degrees": 20', '"degrees": 020'): "bad JSON",
     written('"id": "t"', "'id': 't'"): "bad JSON",
     written("]}]}", "]}]"): "bad JSON",
+    '{"id": "t': "bad JSON: Unterminated string starting at character 7",
     written("]}]}", "]}],}"): "bad JSON",
     written('"degrees": 20', '"degrees": ' + "[" * 100_000 + "]" * 100_000): "nested too deeply",
     json.dumps(by_hand()) * 2: "bad JSON: Extra data",

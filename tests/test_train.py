@@ -1,6 +1,7 @@
 """The command line, the run directory, and the promise that an interrupted run ends like any other."""
 
 import csv
+import dataclasses
 import json
 import os
 import re
@@ -8,6 +9,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -17,10 +19,10 @@ from stand_ins import MODELS, policy_like
 
 import sample
 import train
-from nanotoolrl import evaluate, logprob, report, schemes
+from nanotoolrl import env, evaluate, logprob, report, schemes
 from nanotoolrl.chat import control_tokens
 from nanotoolrl.config import PRESETS, Config, parse
-from nanotoolrl.env import Episode
+from nanotoolrl.env import Episode, Task
 from nanotoolrl.evaluate import MOST_NAMED, Scores
 from nanotoolrl.judge import Judge
 from nanotoolrl.model import NANO, load
@@ -199,6 +201,7 @@ def test_interrupt_before_the_first_step_loses_nothing(tmp_path, monkeypatch, ca
         patch.setattr(train, "evaluate", interrupted)
         assert run("--scheme", "hint", *evaluated, out=out) == 130
     assert "--resume goes on" in capsys.readouterr().err
+    assert load(out).context, "a model to look at, even here"
     assert run("--scheme", "hint", *evaluated, "--resume", out=out) == 0
     assert len(rows(out)) == 2 and (out / "result.json").is_file()
 
@@ -397,12 +400,17 @@ def test_three_bad_updates_in_a_row_stop_with_the_last_good_state(tmp_path, monk
     out = tmp_path / "run"
     assert run("--scheme", "grpo", "--steps", 5, out=out) == 1
     assert "three updates in a row" in capsys.readouterr().err
+    left = load(out).model.state_dict()
+    assert all(torch.equal(left[name], tensor) for name, tensor in weights(out).items())
     start = load(NANO).model.state_dict()
     assert all(torch.equal(tensor, start[name]) for name, tensor in weights(out).items())
     assert [row["skipped_updates"] for row in rows(out)] == ["2", "2"]
 
 
-@pytest.mark.parametrize("flags", [["--lr", 1e308], ["--lr", 1e308, "--entropy", 0.01], ["--lr", 1e38]])
+@pytest.mark.parametrize(
+    "flags",
+    [["--lr", 1e308], ["--lr", 1e308, "--entropy", 0.01], ["--lr", 1e38], ["--lr", 1e30]],  # the last: finite
+)
 def test_weights_that_are_not_finite_end_the_run_with_the_last_that_were(flags, few, tmp_path, capsys):
     """Adam steps far out of fp32: the run stops at once, keeps its last sound checkpoint and model, writes
     no NaN, and its advice can be followed."""
@@ -487,15 +495,94 @@ sys.exit(train.main({[*TINY.split(), "--scheme", "grpo", "--steps", "1", "--out"
     assert train.main(["--resume", "--out", str(out)]) == 0
 
 
+def test_a_disk_that_is_full_for_the_model_is_said(tmp_path):
+    out = tmp_path / "run"
+    code = f"""
+import resource, signal, sys, train
+save = train.RunDirectory.save_model
+def full(self, *arguments):
+    resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, 100_000))
+    save(self, *arguments)
+signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+train.RunDirectory.save_model = full
+sys.exit(train.main({[*TINY.split(), "--scheme", "grpo", "--steps", "1", "--out", str(out)]!r}))
+"""
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 1 and "Traceback" not in done.stderr, done.stderr
+    assert f"train.py: cannot write {out / 'model'}" in done.stderr
+    assert not list(out.glob("*.tmp")) and not (out / "model").exists()
+
+
+def test_what_is_written_is_on_the_disk_before_it_takes_its_place(tmp_path, monkeypatch):
+    """In that order: the new file, the exchange, the directory that tells of it."""
+    seen, fsync, exchange = [], os.fsync, os.replace
+
+    def noting(number):
+        seen.append(os.readlink(f"/proc/self/fd/{number}"))
+        fsync(number)
+
+    def replacing(old, new):
+        seen.append(f"{old} > {new}")
+        exchange(old, new)
+
+    monkeypatch.setattr(os, "fsync", noting)
+    monkeypatch.setattr(os, "replace", replacing)
+    out = tmp_path / "run"
+    assert run("--scheme", "grpo", "--steps", 1, out=out) == 0
+    for name in ("config.json", "metrics.csv", "checkpoint.pt", "model"):
+        new, old = f"{out / name}.tmp", str(out / name)
+        at = seen.index(f"{new} > {old}")
+        assert new in seen[:at] and str(out) in seen[at:]
+    assert f"{out}/model.tmp/model.safetensors" in seen
+
+
+@pytest.mark.parametrize("name", ["SIGTERM", "SIGHUP", "SIGINT"])
+def test_a_signal_before_the_first_step_leaves_a_run_to_go_on_with(name, tmp_path):
+    out, number = tmp_path / "run", getattr(signal, name)
+    flags = f"{TINY} --scheme grpo --eval-count 400 --steps 1 --out {out}"
+    command = [sys.executable, "train.py", *flags.split()]
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+    going = subprocess.Popen(command, cwd=ROOT, preexec_fn=hears_signals, **pipes)
+    for line in going.stdout:
+        if line.startswith("evaluating before"):
+            going.send_signal(number)
+            break
+    _, errors = going.communicate(timeout=120)
+    assert going.returncode == 128 + number, errors
+    assert "--resume goes on from the last checkpoint" in errors and "Traceback" not in errors
+    assert load(out).context
+
+
+def test_sigkill_loses_nothing_that_was_saved(four, tmp_path):
+    """A real process, killed at its second step."""
+    out = tmp_path / "run"
+    flags = f"{TINY} --scheme hint --steps 4 --show-every 1 --save-every 1 --out {out}"
+    command = [sys.executable, "train.py", *flags.split()]
+    going = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True)
+    for line in going.stdout:
+        if line.startswith("--- step 2"):
+            break
+    going.kill()
+    going.communicate(timeout=60)
+    assert train.main(["--resume", "--out", str(out)]) == 0
+    same_run(four, out)
+
+
 def test_evaluation_is_under_the_limits_of_training(tmp_path, capsys):
     """A run that cut messages at 24 tokens is scored as it scored itself, by evaluate and by the doctor."""
     out, stored = tmp_path / "run", tmp_path / "scores.json"
     flags = f"--preset smoke --steps 1 --scheme grpo --max-new-tokens 24 --eval-count 16 --out {out}"
     assert train.main(flags.split()) == 0
     assert "cannot be solved: task test-" in capsys.readouterr().err
+    shown = ["--doctor", "--count", "16", "--model", str(out), "--json", str(stored)]
+    assert evaluate.main(shown) == 0
+    assert "cannot be solved: task test-" in capsys.readouterr().err
     after = json.loads((out / "result.json").read_text())["after"]
+    page = json.loads(stored.read_text())
+    assert page["model"]["states"] == after["states"] and page["arguments"]["max_new_tokens"] == 24
     command = ["--count", "16", "--format", "hermes", "--model", str(out), "--json", str(stored)]
     assert evaluate.main(command) == 0
+    assert "cannot be solved: task test-" in capsys.readouterr().err
     again = json.loads(stored.read_text())
     assert again["scores"]["hermes"]["rewards"] == after["rewards"]
     assert again["scores"]["hermes"]["states"] == after["states"]
@@ -507,7 +594,10 @@ def test_evaluation_is_under_the_limits_of_training(tmp_path, capsys):
 
 
 def test_limits_come_from_flags_then_the_run_then_the_kind_of_tasks(tmp_path):
+    (tmp_path / "model").mkdir()
+
     def limits(*flags, **settings):
+        settings = {"scheme": "hint", "format": "xml", "tasks": "train"} | settings
         (tmp_path / "config.json").write_text(json.dumps(settings))
         args = evaluate.command_line().parse_args(["--model", str(tmp_path / "model"), *flags])
         return evaluate.chosen_limits(args)
@@ -518,10 +608,14 @@ def test_limits_come_from_flags_then_the_run_then_the_kind_of_tasks(tmp_path):
     found = limits(**run, strict_empty_turn=True)
     assert (found.max_new_tokens, found.max_messages, found.context) == (50, 9, 700)
     assert found.strict_empty_turn and found.tool_seconds == 3.0
-    assert limits("--tasks", "bfcl", **run) == evaluate.BFCL_LIMITS, "the run's tasks were of another kind"
+    other = limits("--tasks", "bfcl", **run)
+    assert other == evaluate.BFCL_LIMITS, "the run's tasks were of another kind: the larger holds"
+    trained = limits(tasks="bfcl:train", **dataclasses.asdict(evaluate.BFCL_LIMITS))
+    assert trained == evaluate.BFCL_LIMITS, "on tasks of ours, too"
     assert limits("--tasks", "bfcl", **run | {"tasks": "bfcl:train"}).max_new_tokens == 50
+    assert limits(tool_seconds=0.0).tool_seconds == 0, "never is a limit, too"
     assert limits("--context", "900", "--no-strict-empty-turn", **run, strict_empty_turn=True).context == 900
-    assert limits(tasks=3, max_new_tokens="many", context=True, max_messages=0) == evaluate.OUR_LIMITS
+    assert evaluate.run_settings("nano") == {}, "wherever one stands"
 
 
 def test_bfcl_is_trained_under_its_own_limits():
@@ -556,6 +650,21 @@ def test_tools_are_given_up_after_the_set_time(few, tmp_path, monkeypatch):
     ]
     assert run(*flags, out=tmp_path / "run") == 0
     assert seen.count(7.0) == 2 * 2 + 2 * 2  # rollouts, and two evaluations
+
+
+def test_the_ground_truth_may_take_longer_than_a_call_usually_may(monkeypatch):
+    """A slow tool of somebody: its task loads, and is solved where a run gives it the time."""
+    task = load_tasks("train")[0]
+    carry_out = env._carry_out
+    monkeypatch.setattr(env, "_carry_out", lambda *what: (time.sleep(0.05), carry_out(*what))[1])
+    monkeypatch.setattr(env, "TOOL_SECONDS", 0.01)
+    again = Task.from_json(task.to_json())
+    for seconds, reward in ((5.0, 1.0), (0.01, 0.0)):
+        episode = Episode(again, tool_seconds=seconds)
+        for message in env.oracle(again):
+            if message["role"] == "assistant":
+                episode.step(message["content"])
+        assert episode.reward == reward
 
 
 def test_long_prompts_are_named_skipped_and_counted(tmp_path, capsys):

@@ -38,7 +38,14 @@ def test_what_is_imported_is_required_and_the_other_way_round():
 
 def test_a_whole_run_warns_of_nothing(tmp_path):
     """As typed: transformers and torch say on stderr what their next releases will refuse."""
-    command = f"train.py --preset smoke --steps 1 --eval-count 4 --out {tmp_path / 'run'}"
-    done = subprocess.run([sys.executable, *command.split()], cwd=ROOT, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
-    assert "warning" not in (done.stdout + done.stderr).lower()
+    run = tmp_path / "run"
+    for command in (
+        f"train.py --preset smoke --steps 1 --eval-count 4 --out {run}",
+        f"train.py --resume --steps 2 --out {run}",
+        f"sample.py --model {run}",
+        f"-m nanotoolrl.evaluate --count 4 --model {run}",
+        f"-m nanotoolrl.report {run} --out {tmp_path / 'page'}",
+    ):
+        done = subprocess.run([sys.executable, *command.split()], cwd=ROOT, capture_output=True, text=True)
+        assert done.returncode == 0, done.stderr
+        assert "warning" not in (done.stdout + done.stderr).lower(), command
