@@ -173,14 +173,15 @@ def spoiled(run: Run, step: Step) -> str:
     return "" if all(map(math.isfinite, logprobs)) else "log-probs of what was sampled"
 
 
-def train(config: Config, resume: bool, given: set[str], stop: "StopSignal") -> int:
+def train(config: Config, resume: bool, given: set[str]) -> int:
     """Run the loop; returns the exit code."""
     directory = RunDirectory(config.out)
     try:
-        saved = None
-        if resume:
-            config, saved = directory.reopen(config, given)
-        return train_in(directory, config, resume, saved, stop)
+        with StopSignal() as stop:
+            saved = None
+            if resume:
+                config, saved = directory.reopen(config, given)
+            return train_in(directory, config, resume, saved, stop)
     finally:
         directory.release()
 
@@ -402,8 +403,8 @@ def main(argv: list[str] | None = None) -> int:
     config, given, resume = parse(argv)
     try:
         distributed.start()
-        with talking_once(), StopSignal() as stop:
-            code = train(config, resume, given, stop)
+        with talking_once():
+            code = train(config, resume, given)
         distributed.stop()
         return code
     except (Refused, distributed.TooManyProcesses) as error:

@@ -310,7 +310,7 @@ def test_no_model_is_scored_under_limits_that_no_run_has(name, value, made, tmp_
     for model in (run, run / "model"):
         for main in (evaluate.main, sample.main):
             code, said = said_by(main, ["--model", model], capsys)
-            assert code == 2 and f"{run / 'config.json'}: {name} must be" in said
+            assert code == 2 and f"{run / 'config.json'}: {name} must " in said
 
 
 @pytest.mark.parametrize("name", FINE)

@@ -25,7 +25,9 @@ def blocks(language):
 def test_the_two_commands_stand_where_ci_looks():
     lines = README.splitlines()
     assert "pip install -r requirements.txt && python train.py --scheme hint" in lines
-    assert "pip install -r requirements.txt pytest hypothesis && python -m pytest" in lines
+    assert (
+        "pip install -r requirements.txt pytest pytest-xdist hypothesis && python -m pytest -n auto" in lines
+    )
 
 
 def test_add_a_tool(monkeypatch):

@@ -744,7 +744,7 @@ def test_the_layout_of_a_real_model_trains(name, few, tmp_path, capsys):
 def test_bfcl_trains(tmp_path, capsys):
     """`--preset smoke --tasks bfcl` with the built-in model, smaller: it fails every task, and is helped."""
     pytest.importorskip("bfcl_eval", reason="pip install --no-deps bfcl-eval mpmath")
-    flags = ["--scheme", "ets", "--schedule", "sync", "--tasks", "bfcl", "--steps", 1, "--max-messages", 2]
+    flags = ["--scheme", "ets", "--schedule", "sync", "--tasks", "bfcl", "--steps", 1, "--max-messages", 7]
     assert run(*flags, "--eval-count", 4, out=tmp_path / "run") == 0
     said = capsys.readouterr().out
     assert re.search(r"skipped: \d+ more such tasks", said) and "after" in said
