@@ -752,7 +752,7 @@ def test_worlds_of_another_kind_are_guarded_as_well():
 
 
 def test_a_ground_truth_that_hangs_is_refused(odd, monkeypatch):
-    monkeypatch.setattr(env, "TOOL_SECONDS", 0.05)
+    monkeypatch.setattr(env, "TRUTH_SECONDS", 0.05)
     line = odd(busy).to_json()
     with pytest.raises(ValueError, match="calls.0., do, is answered with .* took more than 0.05 s"):
         Task.from_json(line)

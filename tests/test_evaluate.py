@@ -96,6 +96,7 @@ def test_what_keeps_a_task_from_being_solved(policy):
     assert obstacle(chat, task, "hermes", OUR_LIMITS, whole, hint).startswith("its prompt has")
 
 
+RUN = {"scheme": "grpo", "format": "hermes", "tasks": "train", "model": "nano"}  # of its settings
 FEW = "--count 4 --max-messages 4".split()
 
 
@@ -154,7 +155,7 @@ def test_grid_command(tmp_path, capsys):
 def test_doctor_command_finds_what_broke(broken, tmp_path, capsys):
     """A model that opens no call, against the one it was made from, which is found in its run's settings."""
     broken.save(tmp_path / "run" / "model")
-    (tmp_path / "run" / "config.json").write_text(json.dumps({"model": "nano"}))
+    (tmp_path / "run" / "config.json").write_text(json.dumps(RUN))
     out = tmp_path / "doctor.json"
     assert main(["--doctor", "--model", str(tmp_path / "run" / "model"), *FEW, "--json", str(out)]) == 0
     printed, said = capsys.readouterr()
@@ -175,7 +176,7 @@ def test_doctor_without_anything_to_compare_with(capsys):
 
 
 def test_the_format_of_training_is_that_of_the_run(tmp_path, capsys):
-    (tmp_path / "config.json").write_text(json.dumps({"model": "nano", "format": "python"}))
+    (tmp_path / "config.json").write_text(json.dumps(RUN | {"format": "python"}))
     load(NANO).save(tmp_path / "model")
     assert main(["--doctor", "--model", str(tmp_path / "model"), *FEW]) == 0
     assert "no collapse in python" in capsys.readouterr().out
@@ -193,8 +194,7 @@ def test_transcripts_command(tmp_path, capsys):
 
 def test_the_doctor_of_a_run_whose_start_is_gone(tmp_path, capsys):
     """Copied to another machine: there is a page, and a line that says what it lacks."""
-    settings = {"scheme": "grpo", "format": "hermes", "tasks": "train", "model": str(tmp_path / "gone")}
-    (tmp_path / "config.json").write_text(json.dumps(settings))
+    (tmp_path / "config.json").write_text(json.dumps(RUN | {"model": str(tmp_path / "gone")}))
     shutil.copytree(NANO, tmp_path / "model")
     assert main(["--doctor", *FEW, "--model", str(tmp_path)]) == 0
     printed = capsys.readouterr()
