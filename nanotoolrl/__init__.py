@@ -2,8 +2,9 @@
 
 Import it before torch: it decides how torch's threads wait for each other. By default they spin for
 milliseconds, which beside any other work makes a run many times slower. Here they spin for some microseconds,
-which loses nothing on an idle machine, and where others are at work they sleep at once. How they wait changes
-no result, so the load of the machine may decide it. `python -m nanotoolrl.bench busy` measures it.
+which loses nothing on an idle machine. Where others are at work at the start they sleep at once: an idle
+machine would lose a third of its speed by that, beside others it is the fastest. How they wait changes no
+result, so the load of the machine may decide it. `python -m nanotoolrl.bench busy` measures all of this.
 """
 
 import os
@@ -13,8 +14,9 @@ from pathlib import Path
 SPINS = 10_000  # of libgomp, before a waiting thread sleeps; fewer cost an idle machine time
 
 
-def others_at_work(load: Path = Path("/proc/loadavg"), looks: int = 5, pause: float = 0.01) -> bool:
-    """Whether another process runs whenever one looks (Linux; elsewhere nobody seems to)."""
+def others_at_work(load: Path = Path("/proc/loadavg"), looks: int = 50, pause: float = 0.02) -> bool:
+    """Whether another process runs whenever one looks, for a second (Linux; elsewhere nobody seems to). The
+    first look that finds none ends it: an idle machine loses no time."""
     try:
         for _ in range(looks):
             running = load.read_text(encoding="utf-8").split()[3].partition("/")[0]
