@@ -42,6 +42,19 @@ def run(*flags, out):
     return train.main([*TINY.split(), "--out", str(out), *map(str, flags)])
 
 
+def sent(number, line, *flags, out):
+    """(exit code, stderr) of a process of its own that gets a signal when it prints a line that begins so."""
+    command = [sys.executable, "train.py", *TINY.split(), *map(str, flags), "--out", str(out)]
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+    going = subprocess.Popen(command, cwd=ROOT, preexec_fn=hears_signals, **pipes)
+    for printed in going.stdout:
+        if printed.startswith(line):
+            going.send_signal(number)
+            break
+    _, errors = going.communicate(timeout=120)
+    return going.returncode, errors
+
+
 def weights(out):
     return torch.load(Path(out) / "checkpoint.pt", weights_only=True)["saved"]["model"]
 
@@ -231,21 +244,9 @@ def test_kill_between_checkpoints_and_resume(four, tmp_path, monkeypatch):
 def test_ctrl_c_saves_and_exits_130_and_resumes(four, tmp_path):
     """A real process and a real signal."""
     out = tmp_path / "run"
-    flags = f"{TINY} --scheme hint --steps 4 --show-every 1".split()
-    process = subprocess.Popen(
-        [sys.executable, "train.py", *flags, "--out", str(out)],
-        cwd=ROOT,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-        preexec_fn=hears_signals,
-    )
-    for line in process.stdout:
-        if line.startswith("--- step 1"):
-            process.send_signal(signal.SIGINT)
-            break
-    _, errors = process.communicate(timeout=120)
-    assert process.returncode == 130, errors
+    flags = ["--scheme", "hint", "--steps", 4, "--show-every", 1]
+    code, errors = sent(signal.SIGINT, "--- step 1", *flags, out=out)
+    assert code == 130, errors
     assert "--resume" in errors
     assert len(rows(out)) < 4
     assert train.main(["--resume", "--out", str(out)]) == 0
@@ -435,16 +436,9 @@ def test_weights_that_are_not_finite_end_the_run_with_the_last_that_were(flags, 
 def test_other_signals_save_too(name, four, tmp_path):
     """Slurm, docker stop, a closed terminal: saved, resumable, with a model to evaluate."""
     out, number = tmp_path / "run", getattr(signal, name)
-    flags = f"{TINY} --scheme hint --steps 4 --show-every 1 --out {out}"
-    command = [sys.executable, "train.py", *flags.split()]
-    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
-    going = subprocess.Popen(command, cwd=ROOT, preexec_fn=hears_signals, **pipes)
-    for line in going.stdout:
-        if line.startswith("--- step 1"):
-            going.send_signal(number)
-            break
-    _, errors = going.communicate(timeout=120)
-    assert going.returncode == 128 + number, errors
+    flags = ["--scheme", "hint", "--steps", 4, "--show-every", 1]
+    code, errors = sent(number, "--- step 1", *flags, out=out)
+    assert code == 128 + number, errors
     assert f"Stopped: {name}. Go on with --resume." in errors and len(rows(out)) < 4
     assert load(out).context
     assert train.main(["--resume", "--out", str(out)]) == 0
@@ -539,16 +533,9 @@ def test_what_is_written_is_on_the_disk_before_it_takes_its_place(tmp_path, monk
 @pytest.mark.parametrize("name", ["SIGTERM", "SIGHUP", "SIGINT"])
 def test_a_signal_before_the_first_step_leaves_a_run_to_go_on_with(name, tmp_path):
     out, number = tmp_path / "run", getattr(signal, name)
-    flags = f"{TINY} --scheme grpo --eval-count 400 --steps 1 --out {out}"
-    command = [sys.executable, "train.py", *flags.split()]
-    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
-    going = subprocess.Popen(command, cwd=ROOT, preexec_fn=hears_signals, **pipes)
-    for line in going.stdout:
-        if line.startswith("evaluating before"):
-            going.send_signal(number)
-            break
-    _, errors = going.communicate(timeout=120)
-    assert going.returncode == 128 + number, errors
+    flags = ["--scheme", "grpo", "--eval-count", 400, "--steps", 1]
+    code, errors = sent(number, "evaluating before", *flags, out=out)
+    assert code == 128 + number, errors
     assert "--resume goes on from the last checkpoint" in errors and "Traceback" not in errors
     assert load(out).context
 
@@ -556,14 +543,8 @@ def test_a_signal_before_the_first_step_leaves_a_run_to_go_on_with(name, tmp_pat
 def test_sigkill_loses_nothing_that_was_saved(four, tmp_path):
     """A real process, killed at its second step."""
     out = tmp_path / "run"
-    flags = f"{TINY} --scheme hint --steps 4 --show-every 1 --save-every 1 --out {out}"
-    command = [sys.executable, "train.py", *flags.split()]
-    going = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True)
-    for line in going.stdout:
-        if line.startswith("--- step 2"):
-            break
-    going.kill()
-    going.communicate(timeout=60)
+    flags = ["--scheme", "hint", "--steps", 4, "--show-every", 1, "--save-every", 1]
+    assert sent(signal.SIGKILL, "--- step 2", *flags, out=out)[0] == -signal.SIGKILL
     assert train.main(["--resume", "--out", str(out)]) == 0
     same_run(four, out)
 
