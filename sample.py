@@ -10,7 +10,7 @@ import nanotoolrl  # noqa: F401  (before torch)
 import torch
 
 from nanotoolrl.chat import FORMATS, readable, signature
-from nanotoolrl.cli import command, cpu_threads, number
+from nanotoolrl.cli import command, cpu_threads, number, refuse_unheard
 from nanotoolrl.env import Episode, Task, Turn, oracle
 from nanotoolrl.evaluate import LIMITS, Limits, add_limits, chosen_limits, rules, sampler_of
 from nanotoolrl.model import BUILT_IN, ModelError, load
@@ -18,7 +18,7 @@ from nanotoolrl.sampler import Sampler, Trajectory
 from nanotoolrl.tasks import TASK_NAMES, load_tasks
 
 CHAT_TURNS = 50
-# Flags that say nothing beside --chat and --oracle; they are refused, not ignored.
+# Flags that say nothing beside --oracle and --chat.
 UNHEARD = {
     "oracle": f"chat model temperature seed force_prefix {LIMITS}",
     "chat": "force_prefix max_messages strict_empty_turn",
@@ -123,10 +123,8 @@ def main(argv: list[str] | None = None) -> int:
     torch.set_num_threads(cpu_threads())
     color = sys.stdout.isatty()
     try:
-        for way, names in UNHEARD.items():
-            for name in names.split():
-                if getattr(args, way) and getattr(args, name) != parser.get_default(name):
-                    raise ValueError(f"--{name.replace('_', '-')} says nothing with --{way}")
+        for way in filter(vars(args).get, UNHEARD):
+            refuse_unheard(parser, args, UNHEARD[way].split(), f"with --{way}")
         tasks = {task.id: task for task in load_tasks(args.tasks)}
         if args.task and args.task not in tasks:
             raise ValueError(

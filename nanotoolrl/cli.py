@@ -6,7 +6,7 @@ import functools
 import math
 import os
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import TextIO
 
@@ -93,6 +93,15 @@ def out_of_bounds(
     if isinstance(value, float) and not math.isfinite(value):
         return "must be finite"
     return "" if value <= most else f"must be at most {most}"
+
+
+def refuse_unheard(
+    parser: argparse.ArgumentParser, args: argparse.Namespace, names: Iterable[str], where: str
+) -> None:
+    """Raise ValueError for a flag that was given and says nothing: it is refused, not ignored."""
+    for name in names:
+        if getattr(args, name) != parser.get_default(name):
+            raise ValueError(f"--{name.replace('_', '-')} says nothing {where}")
 
 
 # ---------------------------------------------------------------------------------------------------- threads

@@ -12,7 +12,7 @@ from pathlib import Path
 from nanotoolrl.bfcl import NAME as BFCL
 from nanotoolrl.chat import FORMATS
 from nanotoolrl.cli import MOST_THREADS, out_of_bounds
-from nanotoolrl.evaluate import BFCL_LIMITS, OUR_LIMITS
+from nanotoolrl.evaluate import BFCL_LIMITS, COUNTS, OUR_LIMITS, SECONDS
 from nanotoolrl.judge import Judge
 from nanotoolrl.logprob import BACKENDS
 from nanotoolrl.model import BUILT_IN, DTYPES
@@ -66,20 +66,20 @@ class Config:
     max_new_tokens: int = setting(
         OUR_LIMITS.max_new_tokens,
         f"tokens per assistant message; longer ones are cut and fail (of bfcl: {BFCL_LIMITS.max_new_tokens})",
-        above=0,
+        **COUNTS,
     )
     max_messages: int = setting(
         OUR_LIMITS.max_messages,
         f"assistant messages per episode (of bfcl, as published: {BFCL_LIMITS.max_messages})",
-        above=0,
+        **COUNTS,
     )
     context: int = setting(
         OUR_LIMITS.context,
         f"tokens per episode, at most the model's own (of bfcl: {BFCL_LIMITS.context})",
-        above=0,
+        **COUNTS,
     )
     tool_seconds: float = setting(
-        OUR_LIMITS.tool_seconds, "after which a tool call is given up; 0: never", least=0, most=86_400
+        OUR_LIMITS.tool_seconds, "after which a tool call is given up; 0: never", **SECONDS
     )
     strict_empty_turn: bool = setting(
         OUR_LIMITS.strict_empty_turn, "fail a task that calls a tool in a turn whose ground truth is empty"

@@ -19,7 +19,7 @@ import torch
 from tqdm import tqdm
 
 from nanotoolrl.chat import FORMATS, MESSAGE_STATES, Chat
-from nanotoolrl.cli import command, cpu_threads, number, out_of_bounds
+from nanotoolrl.cli import command, cpu_threads, number, out_of_bounds, refuse_unheard
 from nanotoolrl.doctor import FORCED, Checkup, page, read_transcripts, transcripts_page, verdict
 from nanotoolrl.env import CATEGORIES, MAX_MESSAGES, TOOL_SECONDS, Episode, Task, messages_needed
 from nanotoolrl.files import check_writable, finite
@@ -322,10 +322,8 @@ def main(argv: list[str] | None = None) -> int:
     kind = next((name for name in COMMANDS if getattr(args, name, None)), "score")
     arguments = [name for name in vars(args) if name in FLAGS[kind].split()]
     try:
-        for name in vars(args).keys() - set(arguments) - {*COMMANDS, "json"}:
-            if getattr(args, name) != parser.get_default(name):
-                where = "without --doctor" if kind == "score" else f"with --{kind}"
-                raise ValueError(f"--{name.replace('_', '-')} says nothing {where}")
+        where = "without --doctor" if kind == "score" else f"with --{kind}"
+        refuse_unheard(parser, args, vars(args).keys() - {*arguments, *COMMANDS, "json"}, where)
         if args.samples > 1 and args.temperature == 0:
             raise ValueError("--samples above 1 needs a --temperature: greedy rollouts are all the same")
         if args.json:

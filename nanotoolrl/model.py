@@ -207,7 +207,7 @@ def _refuse_what_is_different(policy: Policy) -> None:
     rope = (getattr(config, "rope_parameters", None) or {}).get("rope_type", "default")
     if rope in LENGTH_DEPENDENT_ROPE:
         raise ValueError(f"its rotary positions are {rope}: those of a token would change as a text grows")
-    ids = torch.arange(8, device=policy.device)[None]
+    ids = _some_ids(policy)
     expected = policy.model(input_ids=ids, use_cache=False).logits.float()[..., : policy.known_ids]
     found = policy.logits(policy.hidden(ids)[0])
     if not finite_weights(policy.model):
@@ -228,7 +228,12 @@ def finite_weights(model: torch.nn.Module) -> bool:
 @torch.no_grad()
 def finite_logits(policy: Policy) -> bool:
     """Whether the model says anything: weights may be finite and too large to be multiplied."""
-    return bool(policy.logits(policy.hidden(torch.arange(8, device=policy.device)[None])[0]).isfinite().all())
+    return bool(policy.logits(policy.hidden(_some_ids(policy))[0]).isfinite().all())
+
+
+def _some_ids(policy: Policy) -> Tensor:
+    """Any ids [1, 8], to see what a model makes of them."""
+    return torch.arange(8, device=policy.device)[None]
 
 
 def load_chat(name_or_dir: str | os.PathLike) -> Chat:
