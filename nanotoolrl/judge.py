@@ -4,7 +4,6 @@ It stands behind an OpenAI-compatible server. What it answers is data: a review 
 if its shape is right and its corrected calls earn reward 1 in the environment.
 """
 
-import errno
 import http.client
 import json
 import os
@@ -143,7 +142,10 @@ class Judge:
             raise JudgeError(f"{where} answered {status}", again) from None
         except FAILURES as error:
             reason = error.reason if isinstance(error, URLError) else error
-            reason = getattr(reason, "strerror", None) or type(reason).__name__
+            if isinstance(reason, TimeoutError):  # ours, or the socket's if that one is first
+                reason = f"not complete after {self.timeout:g} s"
+            else:
+                reason = getattr(reason, "strerror", None) or type(reason).__name__
             raise JudgeError(f"no chat completion from {where}: {reason}", again=True) from None
 
     def _say(self, failure: JudgeError) -> None:
@@ -174,7 +176,7 @@ class _Exchange(urllib.request.HTTPHandler, urllib.request.HTTPSHandler):
             if self.line:
                 with suppress(OSError):  # it is closed already
                     socket.socket.shutdown(self.line, socket.SHUT_RDWR)
-        raise TimeoutError(errno.ETIMEDOUT, f"not complete after {timeout:g} s")
+        raise TimeoutError
 
     def http_open(self, request: urllib.request.Request) -> http.client.HTTPResponse:
         kind = http.client.HTTPSConnection if request.type == "https" else http.client.HTTPConnection
