@@ -76,7 +76,7 @@ def setup(config: Config) -> tuple[Run, list[Task], int]:
         there_are = f"{len(tasks)} tasks with --min-turns {config.min_turns} can be solved within the limits"
         raise Refused(f"{there_are}, fewer than --prompts {config.prompts}")
     if config.checkpointing:
-        policy.checkpoint_layers()
+        policy.model.checkpointing = True
     needed = SCHEMES[config.scheme].memory
     print(describe(plan(policy.model, config, needed), available(policy.device), needed))
     masters = Masters(policy.model)

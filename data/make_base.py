@@ -34,6 +34,7 @@ from nanotoolrl.model import Policy, load, pad  # noqa: E402
 from nanotoolrl.sampler import Sampler  # noqa: E402
 from nanotoolrl.supervise import hint_text  # noqa: E402
 from nanotoolrl.tasks import generate, load_tasks, subset  # noqa: E402
+from nanotoolrl.transformer import Transformer, frequencies  # noqa: E402
 from nanotoolrl.updates import micro_batches  # noqa: E402
 
 VOCABULARY = 1536
@@ -125,13 +126,13 @@ def new_policy(seed: int) -> Policy:
         pad_token_id=tokenizer.pad_token_id,
         **ARCHITECTURE,
     )
-    model = LlamaForCausalLM(config)
-    look_back(model)
-    return Policy(model.eval(), tokenizer)
+    policy = Policy(LlamaForCausalLM(config), tokenizer)
+    look_back(policy.model)
+    return policy
 
 
 @torch.no_grad()
-def look_back(model: LlamaForCausalLM, strength: float = 8.0, pairs: int = 6) -> None:
+def look_back(model: Transformer, strength: float = 8.0, pairs: int = 6) -> None:
     """Start two heads of the first layer as heads that look one and two tokens back.
 
     Copying needs such heads, and rotary positions make them slow to find: without this, the copy warm-up
@@ -139,17 +140,16 @@ def look_back(model: LlamaForCausalLM, strength: float = 8.0, pairs: int = 6) ->
     of queries and keys are set, on the fastest `pairs` of rotary dimensions, so that the score of a key peaks
     at the wanted offset.
     """
-    layer = model.model.layers[0].self_attn
-    width = layer.head_dim
-    frequencies = model.model.rotary_emb.inv_freq[:pairs]
+    layer, width = model.model["layers"][0].self_attn, model.shape.head_width
+    turns = frequencies(model.shape, torch.device("cpu"))[:pairs]
     amplitude = math.sqrt(strength * math.sqrt(width))
     for head, offset in ((0, 1), (1, 2)):
         own = slice(head * width, (head + 1) * width)
         for linear in (layer.q_proj, layer.k_proj):
             linear.weight[own], linear.bias[own] = 0.0, 0.0
         layer.q_proj.bias[own][:pairs] = amplitude
-        layer.k_proj.bias[own][:pairs] = amplitude * torch.cos(offset * frequencies)
-        layer.k_proj.bias[own][width // 2 : width // 2 + pairs] = amplitude * torch.sin(offset * frequencies)
+        layer.k_proj.bias[own][:pairs] = amplitude * torch.cos(offset * turns)
+        layer.k_proj.bias[own][width // 2 : width // 2 + pairs] = amplitude * torch.sin(offset * turns)
 
 
 # ------------------------------------------------------------------------------------------- demonstrations

@@ -11,12 +11,12 @@ Peers: TRL, Liger and cut-cross-entropy if installed, and what one would write w
 """
 
 import argparse
-import copy
 import ctypes
 import functools
 import gc
 import importlib.metadata
 import importlib.util
+import inspect
 import json
 import os
 import platform
@@ -40,13 +40,14 @@ from transformers import (
     GenerationConfig,
     LlamaConfig,
     LogitsProcessorList,
+    PreTrainedModel,
     Qwen2Config,
     Qwen3Config,
 )
 
 from nanotoolrl.cli import MOST_THREADS, available_cores, command, cpu_threads, number
 from nanotoolrl.config import parse
-from nanotoolrl.decode import Decoder, cache_argument
+from nanotoolrl.decode import Decoder
 from nanotoolrl.env import Episode, Task
 from nanotoolrl.files import check_writable, finite
 from nanotoolrl.logprob import token_logprob
@@ -56,6 +57,7 @@ from nanotoolrl.model import BUILT_IN, ModelError, Policy, load, pad
 from nanotoolrl.replay import Replay, messages_of
 from nanotoolrl.sampler import Sampler, Trajectory
 from nanotoolrl.tasks import load_tasks
+from nanotoolrl.transformer import Architecture, Transformer
 from nanotoolrl.updates import Run, advantages, new_optimizer, policy_update, rollout
 
 MODEL_VOCABULARY = 151_936  # of Qwen2.5
@@ -345,6 +347,14 @@ def seeded_policy(device: torch.device, small: bool) -> Policy:
     return Policy(model.to(device).eval(), tokenizer)
 
 
+def transformers_model(policy: Policy) -> PreTrainedModel:
+    """A copy of the policy as transformers' own model, for the peers."""
+    like = {"dtype": policy.dtype, "attn_implementation": "sdpa"}
+    model = AutoModelForCausalLM.from_config(policy.config, **like)
+    model.load_state_dict(policy.model.state_dict())
+    return model.to(policy.device).eval()
+
+
 @dataclass
 class Workload:
     """Rollouts that every arm replays, token by token: the built-in model's, sampled with a fixed seed."""
@@ -402,13 +412,15 @@ def sampler(device: torch.device, repeats: int, small: bool) -> list[Row]:
 @torch.inference_mode()
 def decode_row(policy: Policy, B: int, length: int, repeats: int, steps: int = 64) -> Row:
     """Decode steps alone, for B rows that start with `length` tokens of noise (row 5)."""
-    device, model = policy.device, policy.model
+    device, model = policy.device, transformers_model(policy)
     generator = torch.Generator().manual_seed(0)
     top = min(policy.chat.stop_ids)  # no row stops
     ids = torch.randint(top, (B, length + steps), generator=generator)
     decoder = Decoder(policy, seed=0, fast=device.type == "cuda")
     decoder.open(B, length + steps)
-    theirs, name = DynamicCache(), cache_argument(model.model)
+    theirs = DynamicCache()
+    # Its name changed in transformers 5.24.
+    name = "cache" if "cache" in inspect.signature(model.forward).parameters else "past_key_values"
     for part in torch.arange(B).split(16):
         decoder.feed(part.tolist(), [0] * len(part), ids[part, : length - 1].tolist())
     model.model(ids[:, : length - 1].to(device), **{name: theirs})
@@ -482,10 +494,10 @@ def sampler_row(policy: Policy, load: Workload, repeats: int) -> Row:
 @torch.no_grad()
 def _exact_error(policy: Policy, rows: list[Trajectory]) -> float:
     """Largest difference of the rows' log-probs from those of one full forward in fp64."""
-    exact = Policy(copy.deepcopy(policy.model).double(), policy.tokenizer)
+    exact = transformers_model(policy).double()
     worst = 0.0
     for row in (row.with_sampled_prompt() for row in rows):
-        logits = exact.model(torch.tensor([row.tokens], device=policy.device)).logits[0]
+        logits = exact(torch.tensor([row.tokens], device=policy.device)).logits[0]
         at = torch.tensor(row.loss_mask).nonzero()[:, 0]
         ids = torch.tensor(row.tokens)[at].to(policy.device)
         logp = logits[at - 1].log_softmax(-1).gather(1, ids[:, None])[:, 0]
@@ -497,7 +509,7 @@ def _exact_error(policy: Policy, rows: list[Trajectory]) -> float:
 def generate_rollout(policy: Policy, load: Workload) -> list[list[int]]:
     """The rollouts with transformers' generate, the way TRL calls it: in every turn all rows that still play
     are left-padded, prefilled from their first token, and wait for the longest message. Returns all ids."""
-    chat, device = policy.chat, policy.device
+    chat, device, model = policy.chat, policy.device, transformers_model(policy)
     settings = GenerationConfig(
         max_new_tokens=128,
         do_sample=True,
@@ -521,7 +533,7 @@ def generate_rollout(policy: Policy, load: Workload) -> list[list[int]]:
         batch = torch.tensor([[settings.pad_token_id] * n + ids[i] for n, i in zip(padding, live)])
         mask = torch.tensor([[0] * n + [1] * (width - n) for n in padding])
         replay = Replay(wanted, width, chat.end_id)
-        policy.model.generate(
+        model.generate(
             input_ids=batch.to(device),
             attention_mask=mask.to(device),
             generation_config=settings,
@@ -706,7 +718,7 @@ def memory_table() -> str:
     for name, (architecture, *sizes) in REAL_MODELS.items():
         shape = dict(zip(SHAPE, sizes)) | {"tie_word_embeddings": True, "max_position_embeddings": 32_768}
         with torch.device("meta"):  # shapes only
-            model = AutoModelForCausalLM.from_config(architecture(**shape), dtype=torch.bfloat16)
+            model = Transformer(Architecture.of(architecture(**shape))).to(torch.bfloat16)
         for schedule, scheme in (("sync", "hint"), ("interleaved", "ets")):
             fitting = [fitting_flags(model, scheme, TAKEN * size * 2**30) for size in GPUS]
             lines.append(f"| {name} | {schedule} | {' | '.join(fitting)} |")

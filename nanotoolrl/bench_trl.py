@@ -20,6 +20,7 @@ from datasets import Dataset
 from transformers import LogitsProcessorList, TrainerCallback
 from trl import GRPOConfig, GRPOTrainer
 
+from nanotoolrl.bench import transformers_model
 from nanotoolrl.env import Episode, Task
 from nanotoolrl.model import load
 from nanotoolrl.replay import Replay, messages_of
@@ -36,7 +37,7 @@ class TrlStep:
         transformers.logging.set_verbosity_error()
         self.config, self.rows, self.tasks = config, rows, {task.id: task for task in tasks}
         policy = load(config.model, device=str(device))
-        self.chat, self.model, self.grad_norm = policy.chat, policy.model, float("nan")
+        self.chat, self.model, self.grad_norm = policy.chat, transformers_model(policy), float("nan")
         self.started = self.ended = 0.0
         self.initial = {name: value.clone() for name, value in self.model.state_dict().items()}
         self.model.generation_config.eos_token_id = self.chat.stop_ids

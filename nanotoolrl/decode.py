@@ -6,14 +6,11 @@ embedding to the sampled token and whether it stops, and tokens are read back ev
 optimiser updates weights in place, so graphs outlive training steps.
 """
 
-import inspect
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from transformers import AttentionInterface
 
 from nanotoolrl.logprob import HAS_TRITON
 from nanotoolrl.model import Policy
@@ -26,25 +23,17 @@ FREE = -1  # in place of a forced token: sample
 
 
 class Cache:
-    """Keys and values of all rows in preallocated memory, [rows, heads, capacity, head_dim] per layer.
+    """Keys and values of all rows in preallocated memory, [rows, K, capacity, W] per layer.
 
-    The transformers attention layers call `update`; `at` says which rows and positions the next forward
-    writes, and what it reads. Nothing else of transformers' cache classes is used. Memory is kept from one
-    rollout to the next: what stands behind a row's end is never read.
+    Memory is kept from one rollout to the next: what stands behind a row's end is never read.
     """
 
-    def __init__(self) -> None:
-        self.layers: list[list[Tensor]] = []
-        self.rows: Tensor | None = None
-        self.positions: Tensor | None = None
-        self.behind: Tensor | None = None
+    def __init__(self, policy: Policy) -> None:
+        shape = policy.model.shape
+        like = {"dtype": policy.dtype, "device": policy.device}
+        nothing = torch.zeros(0, shape.kv_heads, 0, shape.head_width, **like)
+        self.layers = [[nothing, nothing] for _ in range(shape.layers)]  # keys, values
         self.size = self.capacity = 0
-
-    def at(self, rows: Tensor, positions: Tensor, behind: Tensor | None) -> None:
-        """Prepare a forward that writes `positions` [rows, T] of the given rows. It reads a copy of their
-        first `width` positions, zeros where `behind` [rows, width] says that a row has ended; None: it gets
-        the whole cache and finds its rows itself."""
-        self.rows, self.positions, self.behind = rows, positions, behind
 
     def grow(self, size: int, capacity: int) -> None:
         """Make room for `size` rows of `capacity` positions, rounded up."""
@@ -61,36 +50,22 @@ class Cache:
         new[: old.shape[0], :, : old.shape[2]] = old
         return new
 
-    def update(
-        self, key: Tensor, value: Tensor, layer: int, *_: object, **__: object
-    ) -> tuple[Tensor, Tensor]:
-        """Write [rows, heads, T, head_dim] and return everything the rows may attend to.
-
-        Further arguments differ between releases of transformers, and mean nothing here.
-        """
-        if layer == len(self.layers):
-            shape = (self.size, key.shape[1], self.capacity, key.shape[3])
-            self.layers.append([key.new_zeros(shape), value.new_zeros(shape)])
-        found = []
+    def write(self, layer: int, rows: Tensor, positions: Tensor, key: Tensor, value: Tensor) -> None:
+        """Put `key` and `value` [B, K, T, W] at `positions` [B, T] of `rows` [B]."""
         for store, new in zip(self.layers[layer], (key, value), strict=True):
-            store[self.rows[:, None], :, self.positions] = new.transpose(1, 2)
-            if self.behind is not None:
-                store = store[self.rows, :, : self.behind.shape[1]]
-                store.masked_fill_(self.behind[:, None, :, None], 0)  # whatever an earlier row left there
-            found.append(store)
-        return found[0], found[1]
+            store[rows[:, None], :, positions] = new.transpose(1, 2)
+
+    def read(self, layer: int, rows: Tensor, behind: Tensor) -> list[Tensor]:
+        """Copies [B, K, width, W] of the keys and values of `rows` [B], with zeros where `behind` [B, width]
+        says that a row has ended: whatever an earlier row left there."""
+        found = [store[rows, :, : behind.shape[1]] for store in self.layers[layer]]
+        return [copy.masked_fill_(behind[:, None, :, None], 0) for copy in found]
 
     def copy_row(self, source: int, targets: list[int], width: int) -> None:
         """Give `targets` the first `width` positions of row `source`."""
         for layer in self.layers:
             for store in layer:
                 store[targets, :, :width] = store[source, :, :width].clone()
-
-
-def cache_argument(model: Callable) -> str:
-    """What the forward of a transformers model calls its cache: its name changed in 5.24."""
-    forward = getattr(model, "forward", model)
-    return "cache" if "cache" in inspect.signature(forward).parameters else "past_key_values"
 
 
 class Decoder:
@@ -101,8 +76,7 @@ class Decoder:
         self.context = 0
         self.window = WINDOW if fast else 1
         self.stop_ids = torch.tensor(policy.chat.stop_ids, device=policy.device)
-        self.cache, self.attention = Cache(), decode_attention
-        self.cache_argument = cache_argument(policy.model.model)
+        self.cache, self.attention = Cache(policy), decode_attention
         if fast:
             from nanotoolrl import kernels  # needs Triton
 
@@ -135,10 +109,16 @@ class Decoder:
         positions = torch.minimum(begins[:, None] + torch.arange(widest), ends[:, None] - 1)  # [rows, T]
         behind = torch.arange(int(ends.max())) >= ends[:, None]  # [rows, width]
         self.reserve(max(rows) + 1, behind.shape[1])
-        self.cache.at(torch.tensor(rows, device=device), positions.to(device), behind.to(device))
+        slots, positions, behind = torch.tensor(rows, device=device), positions.to(device), behind.to(device)
         columns = torch.arange(behind.shape[1], device=device)
-        mask = columns <= positions.to(device)[:, None, :, None]  # [rows, 1, T, width]
-        hidden = self._forward(ids.to(device), positions.to(device), mask)  # [rows, T, D]
+        visible = columns <= positions[:, None, :, None]  # [rows, 1, T, width]
+
+        def attend(layer: int, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+            self.cache.write(layer, slots, positions, key, value)
+            keys, values = self.cache.read(layer, slots, behind)
+            return F.scaled_dot_product_attention(query, keys, values, attn_mask=visible, enable_gqa=True)
+
+        hidden = self.policy.model(ids.to(device), positions, attend)  # [rows, T, D]
         return hidden[torch.arange(len(rows), device=device), (counts - 1).to(device)]
 
     def choose(
@@ -193,21 +173,12 @@ class Decoder:
     def forward(self, token: Tensor, length: Tensor, slot: Tensor) -> Tensor:
         """Hidden states [B, D] of one token [B] per row, which stands at position `length` [B]."""
         positions = length[:, None]
-        self.cache.at(slot, positions, None)
-        extra = {"attention": self.attention, "slots": slot, "lengths": length + 1}
-        with _attention_implementation(self.policy.model.config, _ATTENTION):
-            unused = positions[:, None, None]  # a mask of four dimensions is passed on as it is
-            return self._forward(token[:, None], positions, unused, **extra)[:, 0]
 
-    def _forward(self, ids: Tensor, positions: Tensor, mask: Tensor, **extra: object) -> Tensor:
-        return self.policy.model.model(
-            input_ids=ids,
-            position_ids=positions,
-            attention_mask=mask,
-            use_cache=True,
-            **{self.cache_argument: self.cache},
-            **extra,
-        ).last_hidden_state
+        def attend(layer: int, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+            self.cache.write(layer, slot, positions, key, value)
+            return self.attention(query[:, :, 0], *self.cache.layers[layer], slot, length + 1)[:, :, None]
+
+        return self.policy.model(token[:, None], positions, attend)[:, 0]
 
 
 class _Loop:
@@ -272,49 +243,15 @@ class _Loop:
 
 
 # -------------------------------------------------------------------------------------------------- attention
-_ATTENTION = "nanotoolrl_decode"
-
-
-def _attend(
-    module: torch.nn.Module,
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    attention_mask: Tensor,
-    scaling: float,
-    attention: Callable[..., Tensor],
-    slots: Tensor,
-    lengths: Tensor,
-    **_: object,
-) -> tuple[Tensor, None]:
-    """What transformers calls in a layer: query [B, heads, 1, head_dim], key and value the whole cache."""
-    return attention(query[:, :, 0], key, value, slots, lengths, scaling)[:, None], None
-
-
-AttentionInterface.register(_ATTENTION, _attend)
-
-
-def decode_attention(
-    query: Tensor, keys: Tensor, values: Tensor, slots: Tensor, lengths: Tensor, scaling: float
-) -> Tensor:
+def decode_attention(query: Tensor, keys: Tensor, values: Tensor, slots: Tensor, lengths: Tensor) -> Tensor:
     """What the kernel of this name does (kernels.py), in torch and row by row."""
     (B, heads, D), kv_heads = query.shape, keys.shape[1]
     query = query.reshape(B, kv_heads, -1, D)  # query heads that share keys are queries of one head
     out = torch.empty_like(query)
     for i, (slot, length) in enumerate(zip(slots.tolist(), lengths.tolist(), strict=True)):
         k, v = keys[slot, :, :length], values[slot, :, :length]
-        out[i] = F.scaled_dot_product_attention(query[i][None], k[None], v[None], scale=scaling)[0]
+        out[i] = F.scaled_dot_product_attention(query[i][None], k[None], v[None])[0]
     return out.view(B, heads, D)
-
-
-@contextmanager
-def _attention_implementation(config: object, name: str) -> Iterator[None]:
-    before = config._attn_implementation
-    config._attn_implementation = name
-    try:
-        yield
-    finally:
-        config._attn_implementation = before
 
 
 # ------------------------------------------------------------------------------------------------------ noise

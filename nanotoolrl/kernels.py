@@ -325,9 +325,7 @@ def _merge_kernel(
     tl.store(out + head * DIM + dims, merged.to(out.dtype.element_ty), dims < DIM)
 
 
-def decode_attention(
-    query: Tensor, keys: Tensor, values: Tensor, slots: Tensor, lengths: Tensor, scaling: float
-) -> Tensor:
+def decode_attention(query: Tensor, keys: Tensor, values: Tensor, slots: Tensor, lengths: Tensor) -> Tensor:
     """Attention [B, heads, head_dim] of one query [B, heads, head_dim] per row over the first `lengths` [B]
     positions of its slot in keys and values [slots, kv_heads, capacity, head_dim].
 
@@ -349,7 +347,7 @@ def decode_attention(
         lengths,
         parts,
         statistics,
-        scaling * BITS,
+        DIM**-0.5 * BITS,
         capacity,
     )
     _attention_kernel[B, kv_heads, splits](*arguments, **sizes, BLOCK_T=64, num_warps=4)

@@ -4,10 +4,10 @@ import os
 from collections.abc import Collection
 
 import torch
-from transformers import PreTrainedModel
 
 from nanotoolrl import distributed
 from nanotoolrl.logprob import SLAB_BYTES
+from nanotoolrl.transformer import Transformer
 
 # What to lower where a part is too large.
 ADVICE = {
@@ -18,7 +18,7 @@ ADVICE = {
 }
 
 
-def plan(model: PreTrainedModel, config: object, needed: Collection[str] = ()) -> dict[str, float]:
+def plan(model: Transformer, config: object, needed: Collection[str] = ()) -> dict[str, float]:
     """Bytes by part, of a run of a model with train.py's config; `needed`: parts that its scheme always has.
 
     fp32 masters and gradients, AdamW's two moments (twice while a burst of SFT has its own), a reference for
@@ -26,28 +26,27 @@ def plan(model: PreTrainedModel, config: object, needed: Collection[str] = ()) -
     takes: logits of the rows that are sampled, one slab of the log-prob kernel, the head's gradient, and the
     probes' copy of it. An estimate: the allocator's own needs, a few percent, come on top.
     """
-    shape, head = model.config, model.get_output_embeddings().weight
+    shape, head = model.shape, model.lm_head.weight
     parameters = sum(p.numel() for p in model.parameters())
     size = head.element_size()  # of a weight
     V, D = head.shape
-    heads, layers = shape.num_attention_heads, shape.num_hidden_layers
-    head_dim = getattr(shape, "head_dim", None) or shape.hidden_size // heads
-    cached = 2 * shape.num_key_value_heads * head_dim  # numbers of a position in a layer's cache
-    context = min(config.context, shape.max_position_embeddings)
+    attended = shape.heads * shape.head_width
+    cached = 2 * shape.kv_heads * shape.head_width  # numbers of a position in a layer's cache
+    context = min(config.context, shape.context)
     rows = config.prompts * config.group
     slots = min(config.slots, -(-max(rows, config.eval_count) // distributed.world()))
     T = min(max(config.tokens_at_once, context), rows * context)  # tokens of a micro-batch, at least a row
     # Kept for the backward pass, by token: a norm's input in fp32, its output before and after the scale; of
     # a layer also query, key, value and what attention gives, and four tensors of the MLP.
     norm = 4 / size + 2
-    layer = 2 * norm * D + 2 * heads * head_dim + cached + 4 * shape.intermediate_size
-    if any(name.endswith("q_norm") for name, _ in model.named_modules()):  # Qwen3
-        layer += (norm - 1) * (heads * head_dim + cached / 2)
-    if config.share_prompt:  # a dense mask, keys and values for every head
-        layer += T + 2 * heads * head_dim
-    kept = layers * layer
+    layer = 2 * norm * D + 2 * attended + cached + 4 * shape.mlp_width
+    if shape.qk_norm:
+        layer += (norm - 1) * (attended + cached / 2)
+    if config.share_prompt:  # a dense mask
+        layer += T
+    kept = shape.layers * layer
     if config.checkpointing:
-        kept = layers * D + layer
+        kept = shape.layers * D + layer
     kept += norm * D
     reference = config.kl > 0 or "reference" in needed
     bursts = config.schedule == "interleaved" or "burst optimiser" in needed
@@ -58,7 +57,7 @@ def plan(model: PreTrainedModel, config: object, needed: Collection[str] = ()) -
         "optimiser": parameters * 8,
         "burst optimiser": parameters * 8 * bursts,
         "reference": parameters * size * reference,
-        "KV cache": slots * context * layers * cached * size,
+        "KV cache": slots * context * shape.layers * cached * size,
         "activations": T * kept * size,
         "head": 2 * slots * V * 4 + SLAB_BYTES + 2 * V * D * size,
     }

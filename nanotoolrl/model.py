@@ -1,6 +1,7 @@
-"""A transformers causal language model as policy: load, save, hidden states, log-probs.
+"""A language model as policy: load, save, hidden states, log-probs.
 
-The built-in model and a hub model take the same path; whatever is saved here opens with
+The model itself is in transformer.py. transformers reads and writes its files, and nothing else: the built-in
+model and a hub model take the same path, and whatever is saved here opens with
 `AutoModelForCausalLM.from_pretrained`.
 """
 
@@ -12,16 +13,16 @@ from pathlib import Path
 
 import torch
 from torch import Tensor
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.utils import logging as transformers_logging
 
 from nanotoolrl.chat import Chat
 from nanotoolrl.logprob import token_logprob
+from nanotoolrl.transformer import Architecture, Transformer, masked
 
 BUILT_IN = "nano"  # the name `load` knows it by
 DTYPES = {"auto": None, "fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}  # by name
 NANO = Path(__file__).resolve().parent.parent / "data" / "nano"
-LENGTH_DEPENDENT_ROPE = ("dynamic", "longrope")  # what the KV cache holds would be out of date
 
 OFFLINE = (
     "There is no connection to the hub: run `hf download NAME --local-dir DIR` where there is, and give DIR."
@@ -40,34 +41,39 @@ class ModelError(Exception):
 
 
 class Policy:
-    """A causal language model (`.model`), its tokenizer (`.tokenizer`) and its `Chat` (`.chat`)."""
+    """A language model of ours (`.model`), its tokenizer (`.tokenizer`) and its `Chat` (`.chat`).
 
-    def __init__(self, model, tokenizer) -> None:
-        self.model, self.tokenizer, self.chat = model, tokenizer, Chat(tokenizer)
+    It takes over the weights of a transformers model. Raises ValueError for a model of another family.
+    """
+
+    def __init__(self, foreign: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> None:
+        self.config, self.generation_config = foreign.config, foreign.generation_config
+        with torch.device("meta"):  # no memory: the weights are there already
+            self.model = Transformer(Architecture.of(foreign.config))
+        self.model.load_state_dict(foreign.state_dict(), assign=True)
+        self.model.tie()
+        self.tokenizer, self.chat = tokenizer, Chat(tokenizer)
         self.known_ids = 1 + max(tokenizer.get_vocab().values())
-        self.checkpointed: list[torch.nn.Module] = []
-
-    def checkpoint_layers(self) -> None:
-        """From now on keep a layer's input only, and compute the layer again in the backward pass."""
-        newer = getattr(self.model, "activation_checkpointing_enable", None)  # it was renamed
-        (newer or self.model.gradient_checkpointing_enable)({"use_reentrant": False})
-        self.checkpointed = [m for m in self.model.modules() if getattr(m, "gradient_checkpointing", False)]
 
     @property
     def device(self) -> torch.device:
-        return self.model.device
+        return self.model.lm_head.weight.device
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return self.model.lm_head.weight.dtype
 
     @property
     def head(self) -> Tensor:
         """Output embedding [V, D] of the ids that the tokenizer knows. An embedding may have more rows, up
         to a round number (271 in Qwen2.5); their ids, which stand for no text, are never chosen."""
-        weight = self.model.get_output_embeddings().weight
+        weight = self.model.lm_head.weight
         return weight if len(weight) <= self.known_ids else weight[: self.known_ids]
 
     @property
     def context(self) -> int:
         """The longest sequence the model was made for, in tokens."""
-        return self.model.config.max_position_embeddings
+        return self.model.shape.context
 
     def logits(self, hidden: Tensor) -> Tensor:
         """Logits [B, V] of hidden states [B, D], in fp32 whatever their dtype."""
@@ -75,23 +81,12 @@ class Policy:
             return torch.mm(hidden, self.head.T, out_dtype=torch.float32)
         return hidden.float() @ self.head.float().T
 
-    def hidden(self, ids: Tensor, positions: Tensor | None = None) -> Tensor:
+    def hidden(self, ids: Tensor) -> Tensor:
         """Final hidden states [B, T, D] of `ids` [B, T].
 
-        Without `positions`, rows are right-padded: attention is causal, so what stands in the padding cannot
-        reach a real position. With `positions` [1, T], several sequences are packed into one row: positions
-        start again at 0 with each of them, and none attends to another.
+        Rows are right-padded: attention is causal, so what stands in the padding reaches no real position.
         """
-        return self._forward(input_ids=ids, position_ids=positions)
-
-    def _forward(self, **inputs: Tensor) -> Tensor:
-        for layer in self.checkpointed:  # transformers looks at its mode; what it holds stays in eval mode
-            layer.training = torch.is_grad_enabled()
-        try:
-            return self.model.model(**inputs, use_cache=False).last_hidden_state
-        finally:
-            for layer in self.checkpointed:
-                layer.training = False
+        return self.model(ids)
 
     def trained_hidden(self, ids: Tensor, mask: Tensor, shared: int = 0) -> Tensor:
         """Hidden states [N, D] that predict the tokens of `ids` [B, T] where `mask` [B, T] is True.
@@ -121,11 +116,8 @@ class Policy:
         visible = before & (
             (owner == 0) | (owner == owner[:, None])
         )  # [T, T], True where a row sees a column
-        hidden = self._forward(
-            input_ids=torch.cat(packed)[None],
-            position_ids=torch.cat(positions)[None].to(ids.device),
-            attention_mask=visible[None, None],
-        )
+        places = torch.cat(positions)[None].to(ids.device)
+        hidden = self.model(torch.cat(packed)[None], places, masked(visible))
         return hidden[0, torch.cat(predictors).to(ids.device)]
 
     def logprobs(
@@ -148,7 +140,12 @@ class Policy:
         level = transformers_logging.get_verbosity()
         transformers_logging.set_verbosity(logging.ERROR)
         transformers_logging.disable_progress_bar()
-        self.model.save_pretrained(directory)
+        with torch.device("meta"):
+            foreign = AutoModelForCausalLM.from_config(self.config, dtype=self.dtype)
+        foreign.load_state_dict(self.model.state_dict(), assign=True)
+        foreign.tie_weights()
+        foreign.generation_config = self.generation_config
+        foreign.save_pretrained(directory)
         self.tokenizer.save_pretrained(directory)
         transformers_logging.set_verbosity(level)
 
@@ -180,44 +177,31 @@ def load(
     with _checkpoint(name_or_dir) as name:
         tokenizer = AutoTokenizer.from_pretrained(name, trust_remote_code=False)
         how = {"dtype": dtype, "attn_implementation": "sdpa", "trust_remote_code": False}
-        model, info = AutoModelForCausalLM.from_pretrained(name, output_loading_info=True, **how)
+        foreign, info = AutoModelForCausalLM.from_pretrained(name, output_loading_info=True, **how)
         if info["missing_keys"]:
             raise ValueError(f"weights are missing: {', '.join(sorted(info['missing_keys'])[:3])}")
         if left_over := sorted(key for key in info["unexpected_keys"] if ".layers." in key):
             raise ValueError(f"there are weights of layers that its config does not have: {left_over[0]}")
-        policy = Policy(model.to(device).eval(), tokenizer)
-        _refuse_what_is_different(policy)
+        policy = Policy(foreign.to(device).eval(), tokenizer)
+        _refuse_what_is_different(policy, foreign)
         return policy
 
 
 @torch.no_grad()
-def _refuse_what_is_different(policy: Policy) -> None:
-    """ValueError for a model whose attention does not reach back to the first token, whose positions depend
-    on the length of the text, or whose logits are not finite, or not the plain product of its last hidden
-    states and its output embedding."""
-    config, rows = policy.model.config, len(policy.model.get_output_embeddings().weight)
-    if type(policy.context) is not int or policy.context < 1:
-        raise ValueError(f"max_position_embeddings must be a positive integer, not {policy.context!r}")
+def _refuse_what_is_different(policy: Policy, foreign: PreTrainedModel) -> None:
+    """ValueError for a model whose logits are not finite, or not those that transformers makes of it."""
+    rows = len(policy.model.lm_head.weight)
     if rows < policy.known_ids:
         raise ValueError(f"its tokenizer has {policy.known_ids} tokens, its embedding only {rows} rows")
-    kinds = set(getattr(config, "layer_types", None) or ())
-    if kinds - {"full_attention"} or (not kinds and getattr(config, "sliding_window", None)):
-        what = ", ".join(sorted(kinds - {"full_attention"})) or "a sliding window"
-        raise ValueError(f"its attention has {what}: the KV cache is made for full attention only")
-    rope = (getattr(config, "rope_parameters", None) or {}).get("rope_type", "default")
-    if rope in LENGTH_DEPENDENT_ROPE:
-        raise ValueError(f"its rotary positions are {rope}: those of a token would change as a text grows")
     ids = _some_ids(policy)
-    expected = policy.model(input_ids=ids, use_cache=False).logits.float()[..., : policy.known_ids]
+    expected = foreign(input_ids=ids, use_cache=False).logits.float()[..., : policy.known_ids]
     found = policy.logits(policy.hidden(ids)[0])
     if not finite_weights(policy.model):
         raise ValueError("its logits are not finite: the weights hold NaN or infinity")
     if not expected.isfinite().all():
         raise ValueError("its logits are not finite: the weights are too large")
     if (found - expected).abs().max() > 0.05 * expected.abs().max():
-        raise ValueError(
-            "its logits are not hidden states times output embedding (scaled, capped or biased?)"
-        )
+        raise ValueError("its logits are not those of transformers: its config has a setting unknown here")
 
 
 def finite_weights(model: torch.nn.Module) -> bool:

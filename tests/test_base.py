@@ -9,12 +9,14 @@ from pathlib import Path
 
 import pytest
 import torch
+from helpers import whole_logits
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from nanotoolrl.chat import FORMATS, message_state, render_calls
 from nanotoolrl.env import Episode
 from nanotoolrl.model import NANO
 from nanotoolrl.tasks import SPLITS, load_tasks
+from nanotoolrl.transformer import causal
 
 spec = importlib.util.spec_from_file_location("make_base", NANO.parent / "make_base.py")
 make_base = importlib.util.module_from_spec(spec)
@@ -29,7 +31,7 @@ def test_directory_is_small_and_standard(policy):
     ids = tokenizer("Move apple.txt from docs to work.", return_tensors="pt").input_ids
     assert tokenizer.decode(ids[0]) == "Move apple.txt from docs to work."
     with torch.no_grad():
-        assert torch.equal(model(ids).logits, policy.model(ids).logits)
+        assert torch.equal(model(ids).logits, whole_logits(policy, ids))
 
 
 @pytest.fixture(scope="module")
@@ -127,10 +129,16 @@ def test_demonstrations_and_copying_are_pure_functions(policy):
 @pytest.mark.parametrize("offset", [1, 2])
 def test_look_back_heads_look_back(offset, fresh):
     """The first head of a fresh model attends to the previous token, the second to the one before."""
-    fresh.model.set_attn_implementation("eager")
-    ids = torch.randint(0, 1000, (1, 40))
+    seen = []
+
+    def attend(layer, query, key, value):
+        seen.append(query @ key.transpose(2, 3))  # [1, H, T, T]
+        return causal(layer, query, key, value)
+
     with torch.no_grad():
-        attention = fresh.model(ids, output_attentions=True).attentions[0][0, offset - 1]  # [T, T]
+        fresh.model(torch.randint(0, 1000, (1, 40)), attend=attend)
+    hidden = torch.ones(40, 40, dtype=torch.bool).triu(1)
+    attention = seen[0][0, offset - 1].masked_fill(hidden, float("-inf"))  # [T, T]
     assert (attention.argmax(-1)[offset:] == torch.arange(40)[offset:] - offset).all()
 
 

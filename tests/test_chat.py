@@ -8,9 +8,9 @@ from pathlib import Path
 
 import pytest
 import torch
+from helpers import MODELS, policy_like, tokenizer_like
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
-from stand_ins import MODELS, policy_like, tokenizer_like
 from transformers import AutoTokenizer
 
 from nanotoolrl.chat import (

@@ -14,8 +14,8 @@ from pathlib import Path
 
 import pytest
 import torch
+from helpers import policy_like
 from safetensors.torch import load_file, save_file
-from stand_ins import policy_like
 
 import sample
 import train

@@ -35,7 +35,7 @@ def broken():
     opener = control_tokens(policy.chat, "hermes")["<tool_call>"]
     head = policy.head.detach().clone()
     head[opener] = -head[opener]
-    policy.model.config.tie_word_embeddings = False
+    policy.config.tie_word_embeddings = False
     policy.model.lm_head.weight = torch.nn.Parameter(head)
     return policy
 

@@ -11,7 +11,7 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
 import pytest
-from processes import hears_signals
+from helpers import hears_signals
 from test_supervise import FAILED, make_task, play, target
 
 from nanotoolrl import judge as judging

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from test_model import tiny_policy
+from helpers import tiny_policy
 from test_schemes import made_up, make_run, parameters_of
 
 from nanotoolrl.masters import CALM, FP16_SCALE, Masters

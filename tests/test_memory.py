@@ -5,14 +5,15 @@ from dataclasses import replace
 
 import pytest
 import torch
-from stand_ins import MODELS, policy_like
-from transformers import AutoModelForCausalLM, Qwen2Config
+from helpers import MODELS, policy_like
+from transformers import Qwen2Config
 
 from nanotoolrl import bench
 from nanotoolrl.config import parse
 from nanotoolrl.memory import available, describe, plan
 from nanotoolrl.model import Policy
 from nanotoolrl.schemes import SCHEMES
+from nanotoolrl.transformer import Architecture, Transformer
 
 GIB = 2**30
 
@@ -23,7 +24,7 @@ def qwen():
     shape = dict(zip(bench.SHAPE, bench.REAL_MODELS["Qwen2.5-0.5B"][1:]))
     config = Qwen2Config(**shape, tie_word_embeddings=True, max_position_embeddings=32_768)
     with torch.device("meta"):
-        return AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16)
+        return Transformer(Architecture.of(config)).to(torch.bfloat16)
 
 
 def config_of(*flags):
@@ -95,11 +96,11 @@ def test_activations_are_what_autograd_keeps(name, dtype):
     config = replace(config_of(), tokens_at_once=ids.numel(), context=64, checkpointing=False)
     whole = kept_bytes(policy, lambda: policy.hidden(ids))
     assert plan(policy.model, config)["activations"] == pytest.approx(whole, rel=0.05)
-    policy.checkpoint_layers()
+    policy.model.checkpointing = True
     inputs = kept_bytes(policy, lambda: policy.hidden(ids))
     assert inputs < whole / 5
     less = plan(policy.model, replace(config, checkpointing=True))["activations"]
-    layers = policy.model.config.num_hidden_layers
+    layers = policy.model.shape.layers
     assert less == pytest.approx(inputs + whole / layers, rel=0.05)  # one layer at a time is computed again
 
 

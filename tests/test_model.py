@@ -1,5 +1,4 @@
 import json
-import math
 import os
 import re
 import shutil
@@ -10,6 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from helpers import tiny_policy, whole_logits
 from huggingface_hub.errors import GatedRepoError, LocalEntryNotFoundError, RepositoryNotFoundError
 from safetensors.torch import load_file, save_file
 from transformers import (
@@ -19,51 +19,14 @@ from transformers import (
     LlamaConfig,
     MistralConfig,
     Qwen2Config,
-    Qwen3Config,
 )
 
 from nanotoolrl.env import Episode
-from nanotoolrl.model import ModelError, Policy, load, pad
+from nanotoolrl.model import NANO, ModelError, load, pad
 from nanotoolrl.sampler import Sampler
 from nanotoolrl.tasks import load_tasks
 
 ROOT = Path(__file__).resolve().parent.parent
-
-
-def tiny_policy(tokenizer, seed=0, config_class=LlamaConfig, stop=0.1, close=0.05, **changes):
-    """A random policy (2 layers, width 32). It writes one token in 20 of the vocabulary, ends messages with a
-    probability of about `stop` per token and writes `</tool_call>` with about `close`, so that its episodes
-    have several messages and observations."""
-    torch.manual_seed(seed)
-    settings = {
-        "vocab_size": len(tokenizer),
-        "hidden_size": 32,
-        "intermediate_size": 64,
-        "num_hidden_layers": 2,
-        "num_attention_heads": 4,
-        "num_key_value_heads": 2,
-        "head_dim": 8,
-        "max_position_embeddings": 2048,
-        "initializer_range": 0.3,
-        "tie_word_embeddings": False,
-        "bos_token_id": None,
-        "eos_token_id": tokenizer.eos_token_id,
-        "pad_token_id": tokenizer.pad_token_id,
-    }
-    config = config_class(**(settings | changes))
-    model = AutoModelForCausalLM.from_config(config, dtype=torch.float32, attn_implementation="sdpa").eval()
-    policy = Policy(model, tokenizer)
-    with torch.no_grad():
-        model.get_input_embeddings().weight[:, 0] = 4  # dimension 0 of the hidden state: always positive ...
-        for layer in model.model.layers:
-            layer.self_attn.o_proj.weight[0] = layer.mlp.down_proj.weight[0] = 0
-        policy.head[torch.arange(len(tokenizer)) % 20 > 0, 0] = -20  # ... so that the head can lean on it
-        hidden = policy.hidden(torch.randint(len(tokenizer), (1, 300)))[0]
-        total = (hidden @ policy.head.T).logsumexp(-1).mean()
-        for name, chance in (("<|im_end|>", stop), ("</tool_call>", close)):
-            row = policy.head[policy.chat.control[name]]
-            row.zero_()[0] = (total + math.log(chance)) / hidden[:, 0].mean()
-    return policy
 
 
 @pytest.fixture(scope="module")
@@ -89,14 +52,28 @@ def no_network(monkeypatch):
             {"use_sliding_window": True, "sliding_window": 64, "max_window_layers": 1},
             "sliding_att",
         ),
-        (LlamaConfig, {"rope_parameters": {"rope_type": "dynamic", "factor": 2.0}}, "positions are dynamic"),
-        (CohereConfig, {"logit_scale": 0.5}, "its logits are not hidden states times output embedding"),
+        (
+            LlamaConfig,
+            {"rope_parameters": {"rope_type": "dynamic", "factor": 2.0}},
+            "are 'dynamic'",
+        ),
+        (CohereConfig, {"logit_scale": 0.5}, "its architecture is 'cohere'; there is llama"),
     ],
 )
 def test_models_that_would_be_wrong_are_refused(config_class, changes, said, policy, tmp_path):
-    tiny_policy(policy.tokenizer, config_class=config_class, **changes).save(tmp_path / "other")
+    small = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4}
+    config = config_class(vocab_size=len(policy.tokenizer), **small, **changes)
+    AutoModelForCausalLM.from_config(config).save_pretrained(tmp_path)
+    policy.tokenizer.save_pretrained(tmp_path)
     with pytest.raises(ModelError, match=said):
-        load(tmp_path / "other")
+        load(tmp_path)
+
+
+def test_a_model_that_comes_out_otherwise_is_refused(monkeypatch):
+    """Whatever a config may say that is not known here: every loaded model is compared with transformers'."""
+    monkeypatch.setattr("nanotoolrl.transformer.rotate", lambda x, turn: x)
+    with pytest.raises(ModelError, match="its logits are not those of transformers"):
+        load(NANO)
 
 
 @pytest.mark.parametrize(
@@ -200,7 +177,7 @@ def test_saved_model_opens_with_transformers(tiny, tmp_path):
     tokenizer = AutoTokenizer.from_pretrained(tmp_path / "saved")
     ids = torch.randint(len(tiny.tokenizer), (2, 40))
     with torch.no_grad():
-        assert torch.equal(model(ids).logits, tiny.model(ids).logits)
+        assert torch.equal(model(ids).logits, whole_logits(tiny, ids))
     text = "Hello <tool_call>\n{\"name\": 'é 12'}</tool_call><|im_end|>\n\U0001f600"
     assert tokenizer.encode(text) == tiny.tokenizer.encode(text)
     assert tokenizer.get_vocab() == tiny.tokenizer.get_vocab()
@@ -215,7 +192,6 @@ def test_save_then_load(tiny, tmp_path):
     ):
         assert name == other and a.dtype == b.dtype and torch.equal(a, b)
     assert again.chat.control == tiny.chat.control and again.chat.stop_ids == tiny.chat.stop_ids
-    assert not again.model.training
 
 
 def test_save_over_an_older_model(tiny, policy, tmp_path):
@@ -258,7 +234,7 @@ def test_logprobs_equal_a_softmax_over_the_vocabulary(tiny, temperature):
     ids, mask = ragged(tiny.tokenizer)
     with torch.no_grad():
         logprobs, entropy = tiny.logprobs(ids, mask, temperature, want_entropy=True)
-        plain = torch.log_softmax(tiny.model(ids).logits / temperature, -1)
+        plain = torch.log_softmax(whole_logits(tiny, ids) / temperature, -1)
     places = [(b, t) for b in range(len(ids)) for t in range(ids.shape[1]) if mask[b, t]]
     expected = [plain[b, t - 1, ids[b, t]].item() for b, t in places]
     entropies = [-(plain[b, t - 1].exp() * plain[b, t - 1]).sum().item() for b, t in places]
@@ -279,18 +255,6 @@ def test_padded_rows_equal_rows_alone(which, request):
     torch.testing.assert_close(together, torch.cat(alone), atol=1e-5, rtol=0)
 
 
-@pytest.mark.parametrize("config_class", [LlamaConfig, Qwen2Config, Qwen3Config])
-def test_packed_sequences_do_not_see_each_other(policy, config_class):
-    tiny = tiny_policy(policy.tokenizer, config_class=config_class)
-    ids, _ = ragged(policy.tokenizer)
-    parts = [row[:length] for row, length in zip(ids, LENGTHS, strict=True)]
-    positions = torch.cat([torch.arange(length) for length in LENGTHS])[None]
-    with torch.no_grad():
-        packed = tiny.hidden(torch.cat(parts)[None], positions)[0].split(LENGTHS)
-        for hidden, part in zip(packed, parts, strict=True):
-            torch.testing.assert_close(hidden, tiny.hidden(part[None])[0], atol=1e-5, rtol=1e-5)
-
-
 def test_padding_contents_do_not_matter(tiny):
     ids, mask = ragged(tiny.tokenizer)
     other = ids.clone()
@@ -302,7 +266,7 @@ def test_padding_contents_do_not_matter(tiny):
         tiny.model.zero_grad()
         logprobs = tiny.logprobs(rows, mask)[0]
         logprobs.sum().backward()
-        embedding = tiny.model.get_input_embeddings().weight
+        embedding = tiny.model.model["embed_tokens"].weight
         return logprobs.detach(), tiny.head.grad.clone(), embedding.grad.clone()
 
     assert all(torch.equal(a, b) for a, b in zip(result(ids), result(other), strict=True))
@@ -313,7 +277,7 @@ def test_gradient_reaches_the_weights(tiny):
     ids, mask = ragged(tiny.tokenizer)
     parameters = list(tiny.model.parameters())
     ours = torch.autograd.grad(tiny.logprobs(ids, mask)[0].sum(), parameters)
-    plain = torch.log_softmax(tiny.model(ids).logits, -1)[:, :-1].gather(2, ids[:, 1:, None])[..., 0]
+    plain = torch.log_softmax(whole_logits(tiny, ids), -1)[:, :-1].gather(2, ids[:, 1:, None])[..., 0]
     expected = torch.autograd.grad(plain[mask[:, 1:]].sum(), parameters)
     for a, b in zip(ours, expected, strict=True):
         torch.testing.assert_close(a, b, atol=2e-4, rtol=1e-4)
@@ -349,21 +313,18 @@ def test_first_token_has_no_logprob(tiny):
 
 
 @pytest.mark.parametrize("shared", [0, 3])
-@pytest.mark.parametrize("dropout", [0.0, 0.1])  # of a configuration; here nothing is ever dropped
-def test_checkpointed_layers_give_the_same_loss_and_gradients(policy, shared, dropout):
+def test_checkpointed_layers_give_the_same_loss_and_gradients(policy, shared):
     ids = torch.randint(len(policy.tokenizer), (2, 24))
     ids[1, :3] = ids[0, :3]
     mask = torch.zeros(2, 24, dtype=torch.bool)
     mask[:, 8:] = True
     found = []
     for again in (False, True):
-        tiny = tiny_policy(policy.tokenizer, attention_dropout=dropout)
-        if again:
-            tiny.checkpoint_layers()
+        tiny = tiny_policy(policy.tokenizer, attention_dropout=0.1)  # here nothing is ever dropped
+        tiny.model.checkpointing = again
         hidden = tiny.trained_hidden(ids, mask, shared)
         hidden.square().sum().backward()
         found.append([hidden.detach(), *(weight.grad for weight in tiny.model.parameters())])
-        assert not any(module.training for module in tiny.model.modules())
     for before, after in zip(*found, strict=True):
         assert (before is None and after is None) or torch.equal(before, after)
 
@@ -373,8 +334,8 @@ def test_ids_beyond_the_tokenizer_are_never_chosen(policy):
     among themselves, and what is saved keeps its rows."""
     wide = tiny_policy(policy.tokenizer, vocab_size=len(policy.tokenizer) + 271)
     with torch.no_grad():
-        wide.model.get_output_embeddings().weight[len(policy.tokenizer) :] *= 100
-    assert len(wide.head) == len(policy.tokenizer) < wide.model.config.vocab_size
+        wide.model.lm_head.weight[len(policy.tokenizer) :] *= 100
+    assert len(wide.head) == len(policy.tokenizer) < wide.model.shape.vocabulary
     rows = Sampler(wide, max_new_tokens=16).rollout([Episode(task) for task in load_tasks("test")[:4]])
     assert max(token for row in rows for token in row.tokens) < len(policy.tokenizer)
     for row in rows:
@@ -382,4 +343,4 @@ def test_ids_beyond_the_tokenizer_are_never_chosen(policy):
         sampled = torch.tensor(row.logprobs)[mask[0]]
         assert wide.logprobs(ids, mask)[0].sub(sampled).abs().max() < 2e-5
     wide.logprobs(ids, mask)[0].sum().backward()
-    assert wide.model.get_output_embeddings().weight.grad.shape == (wide.model.config.vocab_size, 32)
+    assert wide.model.lm_head.weight.grad.shape == (wide.model.shape.vocabulary, 32)

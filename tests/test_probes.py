@@ -2,11 +2,10 @@
 
 import math
 from dataclasses import replace
-from types import SimpleNamespace
 
 import pytest
 import torch
-from test_model import tiny_policy
+from helpers import Script, tiny_policy, whole_logits
 
 from nanotoolrl.chat import FORMATS, control_tokens
 from nanotoolrl.env import Episode, Verdict, oracle
@@ -45,28 +44,12 @@ def laid_out(policy, task, format):
     return row.tokens, row.loss_mask, starts
 
 
-class Speaker:
-    """Stands in for a model that continues the given ids, for certain, and checks what it is fed."""
-
-    def __init__(self, policy, ids):
-        self.chat, self.device, self.context = policy.chat, torch.device("cpu"), len(ids) + 1
-        self.ids, self.head = torch.tensor([*ids, 0, 0]), torch.eye(len(policy.tokenizer))
-        self.model = SimpleNamespace(model=self.forward, config=SimpleNamespace(_attn_implementation=""))
-
-    def forward(self, input_ids, position_ids, **_):
-        assert torch.equal(input_ids, self.ids[position_ids])
-        return SimpleNamespace(last_hidden_state=1000.0 * self.head[self.ids[position_ids + 1]])
-
-    def logits(self, hidden):
-        return hidden @ self.head.T
-
-
 @pytest.mark.parametrize("format", FORMATS)
 def test_layout_is_that_of_a_rollout(policy, tasks, format):
     """A model that says the ground truth is rolled out to exactly these ids and this mask, and rewarded."""
     for task in tasks:
         ids, mask, starts = laid_out(policy, task, format)
-        speaker = Speaker(policy, ids)
+        speaker = Script(policy, ids, context=len(ids) + 1)
         row = Sampler(speaker, max_new_tokens=500).rollout([Episode(task, format)], temperature=0)[0]
         assert (row.tokens, row.loss_mask) == (ids, mask)
         shown = demonstration(policy.chat, task, format)
@@ -107,7 +90,7 @@ def plain(policy, start, tasks, format):
         ids, mask, starts = laid_out(policy, task, format)
         with torch.no_grad():
             ours, theirs = (
-                torch.log_softmax(p.model(torch.tensor([ids])).logits[0], -1) for p in (policy, start)
+                torch.log_softmax(whole_logits(p, torch.tensor([ids]))[0], -1) for p in (policy, start)
             )
         for begin, state in zip(starts, row.states, strict=True):
             end = ids.index(stop, begin)

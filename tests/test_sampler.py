@@ -1,13 +1,10 @@
 """The batched, cached sampler against the slow obvious way: a full uncached forward for every token."""
 
-import inspect
-from types import SimpleNamespace
-
 import numpy as np
 import pytest
 import torch
-from test_model import tiny_policy
-from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM, Qwen2Config, Qwen3Config
+from helpers import Script, tiny_policy, whole_logits
+from transformers import AutoModelForCausalLM, LlamaConfig, Qwen2Config, Qwen3Config
 
 from nanotoolrl import decode
 from nanotoolrl import sampler as sampler_module
@@ -59,7 +56,7 @@ def slow_greedy(policy, episode, max_new_tokens, context=2048):
     mask, message = [False] * len(tokens), []
     while not episode.done:
         with torch.no_grad():
-            token = policy.model(torch.tensor([tokens])).logits[0, -1].argmax().item()
+            token = whole_logits(policy, torch.tensor([tokens]))[0, -1].argmax().item()
         tokens, mask, message = [*tokens, token], [*mask, True], [*message, token]
         stopped = token in chat.stop_ids
         if not stopped and len(message) < max_new_tokens and len(tokens) < context:
@@ -76,7 +73,7 @@ def check_against_full_forward(policy, row, place, temperature, seed=0, stream=0
     seen = row.with_sampled_prompt()
     shift = seen.prompt_length - row.prompt_length
     with torch.no_grad():
-        logits = policy.model(torch.tensor([seen.tokens])).logits[0].float()
+        logits = whole_logits(policy, torch.tensor([seen.tokens]))[0].float()
     for t, sampled in enumerate(row.loss_mask):
         if not sampled:
             assert row.logprobs[t] == 0.0
@@ -128,22 +125,6 @@ def same_rows(rows, others):
 
 def sampled(row):
     return [token for token, mask in zip(row.tokens, row.loss_mask, strict=True) if mask]
-
-
-def test_the_cache_goes_by_the_name_that_transformers_gives_it():
-    """ "past_key_values" before 5.24; further arguments of an update mean nothing here."""
-    assert decode.cache_argument(lambda cache: 0) == "cache"
-    assert decode.cache_argument(lambda past_key_values: 0) == "past_key_values"
-    names = set(inspect.signature(LlamaForCausalLM.forward).parameters)
-    assert decode.cache_argument(LlamaForCausalLM.forward) in names
-    new = torch.ones(1, 1, 2, 4)
-    found = []
-    for further in ({}, {"kwargs": {}}):
-        cache = decode.Cache()
-        cache.grow(1, 8)
-        cache.at(torch.tensor([0]), torch.tensor([[0, 1]]), None)
-        found.append(cache.update(new, new, 0, **further)[0])
-    assert torch.equal(found[0], found[1])
 
 
 # -------------------------------------------------------------------------------- cached = uncached = batched
@@ -199,7 +180,7 @@ def test_trainer_sees_the_same_logprobs(tiny):
 def test_temperature_zero_reports_the_logprobs_of_temperature_one(tiny):
     row = Sampler(tiny, max_new_tokens=8).rollout([Episode(small_task())], temperature=0)[0]
     with torch.no_grad():
-        logprobs = torch.log_softmax(tiny.model(torch.tensor([row.tokens])).logits[0], -1)
+        logprobs = torch.log_softmax(whole_logits(tiny, torch.tensor([row.tokens]))[0], -1)
     first = row.prompt_length
     assert row.logprobs[first] == pytest.approx(logprobs[first - 1].max().item(), abs=2e-5)
     assert -10 < row.logprobs[first] < 0
@@ -278,7 +259,7 @@ def test_a_spoiled_rollout_leaves_nothing_behind(tiny):
     """NaN in the cache, from weights that were then rolled back, does not reach those that come after."""
     sampler = Sampler(tiny, max_new_tokens=16)
     usual = sampler.rollout(ragged_episodes())
-    weight = tiny.model.model.layers[0].self_attn.v_proj.weight.data
+    weight = tiny.model.model["layers"][0].self_attn.v_proj.weight.data
     kept = weight[0, 0].item()
     weight[0, 0] = float("nan")
     sampler.rollout(ragged_episodes())
@@ -393,25 +374,6 @@ def test_reward_of_an_episode(policy, tiny):
 
 
 # -------------------------------------------------------------------------------------------------- scripts
-class Script:
-    """Stands in for a model: after position t of a row comes `ids[t + 1]`, for certain."""
-
-    def __init__(self, policy, ids):
-        self.chat, self.device, self.context = policy.chat, torch.device("cpu"), 2048
-        self.head = torch.eye(len(policy.tokenizer))
-        self.ids = torch.tensor([*ids, 0])
-        config = SimpleNamespace(_attn_implementation="sdpa")
-        self.model = SimpleNamespace(model=self.forward, config=config)
-
-    def logits(self, hidden):
-        return hidden
-
-    def forward(self, input_ids, position_ids, **_):
-        places = position_ids.clamp(max=len(self.ids) - 2)
-        assert (input_ids == self.ids[places])[position_ids < len(self.ids)].all(), "not the script's ids"
-        return SimpleNamespace(last_hidden_state=1000.0 * self.head[self.ids[places + 1]])
-
-
 def scripted(policy, task, texts):
     """(ids, mask) of a conversation in which the assistant says `texts`."""
     chat, episode = policy.chat, Episode(task)
@@ -708,7 +670,7 @@ def test_frequencies_are_the_models_probabilities(tiny, temperature):
     rows = Sampler(tiny, max_new_tokens=1, slots=250).rollout(episodes, temperature=temperature)
     prompt = rows[0].prompt_length
     with torch.no_grad():
-        logits = tiny.model(torch.tensor([rows[0].tokens[:prompt]])).logits[0, -1].double()
+        logits = whole_logits(tiny, torch.tensor([rows[0].tokens[:prompt]]))[0, -1].double()
     p = torch.softmax(logits / temperature, -1).numpy()
     counts = np.bincount([row.tokens[prompt] for row in rows], minlength=len(p))
     common = np.flatnonzero(n * p >= 8)
@@ -729,9 +691,7 @@ def test_impossible_tokens_are_never_sampled(policy, monkeypatch, noise):
     logits = torch.full((vocabulary,), -3000.0)
     logits[possible] = torch.tensor([0.0, -1.0, 2.0, -30.0])
     fixed = Script(policy, [0])
-    fixed.model.model = lambda input_ids, **_: SimpleNamespace(
-        last_hidden_state=logits.expand(*input_ids.shape, -1)
-    )
+    fixed.says = lambda positions: logits.expand(*positions.shape, -1)
     row = Sampler(fixed, max_new_tokens=6).rollout([Episode(small_task())])[0]
     expected = {0.0: 5, 2.0**-53: 5, 0.5: 101, 1 - 2.0**-53: vocabulary - 60}[noise]
     assert sampled(row) == [expected] * 6

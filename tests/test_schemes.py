@@ -8,7 +8,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from test_model import tiny_policy
+from helpers import tiny_policy, whole_logits
 
 from nanotoolrl import schemes, updates
 from nanotoolrl.env import Call, Task, Turn, Verdict
@@ -96,7 +96,7 @@ def neighbour(policy):
 
 def own_logprobs(policy, row, temperature):
     """Log-probs [N] of a row's sampled tokens: token t from the logits after token t - 1."""
-    logprobs = torch.log_softmax(policy.model(torch.tensor([row.tokens])).logits[0] / temperature, -1)
+    logprobs = torch.log_softmax(whole_logits(policy, torch.tensor([row.tokens]))[0] / temperature, -1)
     return torch.stack([logprobs[t - 1, row.tokens[t]] for t in range(len(row.tokens)) if row.loss_mask[t]])
 
 
@@ -156,10 +156,10 @@ def test_logit_gradient_of_a_step_by_hand(tiny, temperature):
     logits = []
 
     def keep(module, arguments, out):
-        out.logits.retain_grad()
-        logits.append(out.logits)
+        out.retain_grad()
+        logits.append(out)
 
-    handle = tiny.model.register_forward_hook(keep)
+    handle = tiny.model.lm_head.register_forward_hook(keep)
     loss_by_hand(tiny, rows, scores, run.config).backward()
     handle.remove()
     expected = torch.zeros(2, len(run.control))
@@ -183,7 +183,7 @@ def test_clip_fraction_entropy_and_gap_by_hand(tiny):
             ratio = math.exp(a - b)
             clipped.append(ratio > 1.2 if score_of_row > 0 else ratio < 0.8 or ratio > 3)
             gaps.append(abs(a - b))
-        logprobs = torch.log_softmax(tiny.model(torch.tensor([row.tokens])).logits[0], -1)
+        logprobs = torch.log_softmax(whole_logits(tiny, torch.tensor([row.tokens]))[0], -1)
         by_place = (-logprobs.exp() * logprobs).sum(-1).tolist()
         entropies += [by_place[t - 1] for t in range(len(row.tokens)) if row.loss_mask[t]]
     metrics = policy_update(run, rows, scores)
@@ -200,7 +200,7 @@ def test_one_row_at_ratio_one(tiny):
     row = rows[0]
     run = make_run(tiny, group=1)
     policy_update(run, rows, torch.tensor([-1.5]))
-    logprobs = torch.log_softmax(tiny.model(torch.tensor([row.tokens])).logits[0], -1)
+    logprobs = torch.log_softmax(whole_logits(tiny, torch.tensor([row.tokens]))[0], -1)
     places = [t for t in range(len(row.tokens)) if row.loss_mask[t]]
     total = sum(logprobs[t - 1, row.tokens[t]] for t in places)
     expected = torch.autograd.grad(1.5 * total / len(places), list(tiny.model.parameters()))
@@ -343,8 +343,8 @@ def test_rows_without_advantage_may_be_left_out(policy, tiny):
     """With a KL coefficient too small to count, rows without contrast pass through the model too, and add
     nothing."""
     seen = []
-    count = lambda module, args, out: seen.append(out.last_hidden_state[..., 0].numel())  # noqa: E731
-    hook = tiny.model.model.register_forward_hook(count)
+    count = lambda module, args, out: seen.append(out[..., 0].numel())  # noqa: E731
+    hook = tiny.model.register_forward_hook(count)
     rows, scores = made_up(tiny)
     scores[[1, 2, 5]] = 0.0
     gradients, tokens = [], []
@@ -553,7 +553,7 @@ def rows_by_hand(policy, rows, scores, config):
         ratio = (new - old).exp()
         loss = torch.max(-a * ratio, -a * ratio.clamp(1 - config.clip, 1 + config.clip_high))
         loss = loss.clamp(max=-a * config.dual_clip) if a < 0 else loss
-        logprobs = torch.log_softmax(policy.model(torch.tensor([row.tokens])).logits[0], -1)
+        logprobs = torch.log_softmax(whole_logits(policy, torch.tensor([row.tokens]))[0], -1)
         entropy = (-logprobs.exp() * logprobs).sum(-1)
         places = [t - 1 for t in range(len(row.tokens)) if row.loss_mask[t]]
         found.append((loss, entropy[places]))

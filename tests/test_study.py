@@ -9,7 +9,7 @@ import time
 
 import pytest
 import test_train
-from processes import hears_signals
+from helpers import hears_signals
 
 from nanotoolrl import study
 from nanotoolrl.report import read_run

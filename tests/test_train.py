@@ -14,8 +14,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from processes import hears_signals
-from stand_ins import MODELS, policy_like
+from helpers import MODELS, hears_signals, policy_like
 
 import sample
 import train
@@ -110,7 +109,7 @@ def test_every_scheme_runs_with_evaluation(scheme, schedule, few, tmp_path, caps
     assert sum(len(rewards) for rewards in result["after"]["rewards"].values()) == 4
     stored = json.loads((out / "config.json").read_text())
     assert stored["scheme"] == scheme and stored["versions"]["torch"] == torch.__version__
-    made, start = (load(path).model.config.to_diff_dict() for path in (out / "model", NANO))
+    made, start = (load(path).config.to_diff_dict() for path in (out / "model", NANO))
     assert made | {"transformers_version": ""} == start | {"transformers_version": ""}
 
 

@@ -1,15 +1,20 @@
 # ruff: noqa: E501 (templates have long lines)
-"""Small stand-ins for real models: their layout of conversations, tiny random weights, no download.
+"""What several test files use: stand-ins for real models, tiny policies, scripted ones, child processes.
 
-The templates are written here; what they write is what those of the real checkpoints write, down to the
-blanks. `python -m pytest -m hub` compares with the real files, where they are in the local cache.
+A stand-in has the layout of conversations of a real model and tiny random weights. Its chat template is
+written here; what it writes is what that of the real checkpoint writes, down to the blanks. `python -m pytest
+-m hub` compares with the real files, where they are in the local cache.
 """
 
 import copy
 import json
+import math
+import signal
+from types import SimpleNamespace
 
 import torch
 from tokenizers import Tokenizer
+from torch import Tensor
 from transformers import AutoModelForCausalLM, LlamaConfig, PreTrainedTokenizerFast, Qwen2Config, Qwen3Config
 
 from nanotoolrl.model import NANO, Policy, load
@@ -130,6 +135,11 @@ def tokenizer_like(name: str) -> PreTrainedTokenizerFast:
     return tokenizer
 
 
+def whole_logits(policy: Policy, ids: Tensor) -> Tensor:
+    """Logits [B, T, V] of `ids` [B, T], the plain way."""
+    return policy.model.lm_head(policy.model(ids))
+
+
 def policy_like(name: str) -> Policy:
     """Two layers of random weights in the architecture of a real model, with its layout."""
     tokenizer = tokenizer_like(name)
@@ -147,3 +157,79 @@ def policy_like(name: str) -> Policy:
     torch.manual_seed(0)
     model = AutoModelForCausalLM.from_config(config, attn_implementation="sdpa")
     return Policy(model.eval(), tokenizer)
+
+
+def tiny_policy(tokenizer, seed=0, config_class=LlamaConfig, stop=0.1, close=0.05, **changes):
+    """A random policy (2 layers, width 32). It writes one token in 20 of the vocabulary, ends messages with a
+    probability of about `stop` per token and writes `</tool_call>` with about `close`, so that its episodes
+    have several messages and observations."""
+    torch.manual_seed(seed)
+    settings = {
+        "vocab_size": len(tokenizer),
+        "hidden_size": 32,
+        "intermediate_size": 64,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "head_dim": 8,
+        "max_position_embeddings": 2048,
+        "initializer_range": 0.3,
+        "tie_word_embeddings": False,
+        "bos_token_id": None,
+        "eos_token_id": tokenizer.eos_token_id,
+        "pad_token_id": tokenizer.pad_token_id,
+    }
+    config = config_class(**(settings | changes))
+    model = AutoModelForCausalLM.from_config(config, dtype=torch.float32, attn_implementation="sdpa").eval()
+    policy = Policy(model, tokenizer)
+    with torch.no_grad():
+        # Dimension 0 of the hidden state is always positive ...
+        policy.model.model["embed_tokens"].weight[:, 0] = 4
+        for layer in policy.model.model["layers"]:
+            layer.self_attn.o_proj.weight[0] = layer.mlp.down_proj.weight[0] = 0
+        policy.head[torch.arange(len(tokenizer)) % 20 > 0, 0] = -20  # ... so that the head can lean on it
+        hidden = policy.hidden(torch.randint(len(tokenizer), (1, 300)))[0]
+        total = (hidden @ policy.head.T).logsumexp(-1).mean()
+        for name, chance in (("<|im_end|>", stop), ("</tool_call>", close)):
+            row = policy.head[policy.chat.control[name]]
+            row.zero_()[0] = (total + math.log(chance)) / hidden[:, 0].mean()
+    return policy
+
+
+class Script:
+    """Stands in for a policy: after position t of a row comes `ids[t + 1]`, for certain. It looks at what it
+    is fed."""
+
+    def __init__(self, policy: Policy, ids: list[int], context: int = 2048) -> None:
+        self.chat, self.device, self.context, self.dtype = policy.chat, policy.device, context, policy.dtype
+        self.head, self.ids = torch.eye(len(policy.tokenizer)), torch.tensor([*ids, 0])
+        self.model = ScriptedModel(self)
+
+    def logits(self, hidden: Tensor) -> Tensor:
+        return hidden
+
+    def says(self, positions: Tensor) -> Tensor:
+        """Logits of what comes after these positions."""
+        return 1000.0 * self.head[self.ids[positions + 1]]
+
+
+class ScriptedModel:
+    """The forward of a `Script`."""
+
+    shape = SimpleNamespace(layers=0, kv_heads=0, head_width=0)
+
+    def __init__(self, script: Script) -> None:
+        self.script = script
+
+    def __call__(self, ids: Tensor, positions: Tensor, attend: object) -> Tensor:
+        script = self.script.ids
+        places = positions.clamp(max=len(script) - 2)
+        assert (ids == script[places])[positions < len(script)].all(), "not the script's ids"
+        return self.script.says(places)
+
+
+def hears_signals() -> None:
+    """As `preexec_fn`: the child hears every signal, also those that this process ignores (under nohup, or in
+    the background)."""
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+        signal.signal(number, signal.SIG_DFL)
