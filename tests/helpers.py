@@ -208,10 +208,6 @@ class Script:
     def logits(self, hidden: Tensor) -> Tensor:
         return hidden
 
-    def says(self, positions: Tensor) -> Tensor:
-        """Logits of what comes after these positions."""
-        return 1000.0 * self.head[self.ids[positions + 1]]
-
 
 class ScriptedModel:
     """The forward of a `Script`."""
@@ -225,7 +221,7 @@ class ScriptedModel:
         script = self.script.ids
         places = positions.clamp(max=len(script) - 2)
         assert (ids == script[places])[positions < len(script)].all(), "not the script's ids"
-        return self.script.says(places)
+        return 1000.0 * self.script.head[script[places + 1]]  # logits of what comes next
 
 
 def hears_signals() -> None:

@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 import torch
-from helpers import Script, tiny_policy, whole_logits
+from helpers import Script, ScriptedModel, tiny_policy, whole_logits
 from transformers import AutoModelForCausalLM, LlamaConfig, Qwen2Config, Qwen3Config
 
 from nanotoolrl import decode
@@ -690,8 +690,13 @@ def test_impossible_tokens_are_never_sampled(policy, monkeypatch, noise):
     possible = [5, 100, 101, vocabulary - 60]
     logits = torch.full((vocabulary,), -3000.0)
     logits[possible] = torch.tensor([0.0, -1.0, 2.0, -30.0])
+
+    class Fixed(ScriptedModel):
+        def __call__(self, ids, positions, attend):
+            return logits.expand(*ids.shape, -1)
+
     fixed = Script(policy, [0])
-    fixed.says = lambda positions: logits.expand(*positions.shape, -1)
+    fixed.model = Fixed(fixed)
     row = Sampler(fixed, max_new_tokens=6).rollout([Episode(small_task())])[0]
     expected = {0.0: 5, 2.0**-53: 5, 0.5: 101, 1 - 2.0**-53: vocabulary - 60}[noise]
     assert sampled(row) == [expected] * 6
