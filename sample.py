@@ -12,7 +12,7 @@ import torch
 from nanotoolrl.chat import FORMATS, readable, signature
 from nanotoolrl.cli import command, cpu_threads, number, refuse_unheard
 from nanotoolrl.env import Episode, Task, Turn, oracle
-from nanotoolrl.evaluate import LIMITS, Limits, add_limits, chosen_limits, rules, sampler_of
+from nanotoolrl.look.evaluate import LIMITS, Limits, add_limits, chosen_limits, rules, sampler_of
 from nanotoolrl.model import BUILT_IN, ModelError, load
 from nanotoolrl.sampler import Sampler, Trajectory
 from nanotoolrl.tasks import TASK_NAMES, load_tasks

@@ -21,19 +21,20 @@ import nanotoolrl  # noqa: F401  (before torch)
 import torch
 from tqdm import tqdm
 
-from nanotoolrl import distributed, logprob
+from nanotoolrl import logprob
 from nanotoolrl.chat import MESSAGE_STATES, UNHEALTHY_STATES, readable
 from nanotoolrl.cli import command, cpu_threads
 from nanotoolrl.config import Config, Refused, parse
 from nanotoolrl.env import Task
-from nanotoolrl.evaluate import Limits, Scores, evaluate, named, obstacle, rules, say_unsolvable, table
 from nanotoolrl.files import finite, write_atomically
+from nanotoolrl.gpu import distributed
+from nanotoolrl.gpu.masters import Masters
+from nanotoolrl.gpu.memory import available, describe, plan
 from nanotoolrl.judge import Judge
-from nanotoolrl.masters import Masters
-from nanotoolrl.memory import available, describe, plan
+from nanotoolrl.look.evaluate import Limits, Scores, evaluate, named, obstacle, rules, say_unsolvable, table
+from nanotoolrl.look.rundir import RunDirectory
 from nanotoolrl.model import DTYPES, ModelError, Policy, finite_logits, finite_weights, load
 from nanotoolrl.probes import ProbeSet, advantage_mass, displacement_own, survival
-from nanotoolrl.rundir import RunDirectory
 from nanotoolrl.sampler import Sampler, Trajectory
 from nanotoolrl.schemes import SCHEMES
 from nanotoolrl.supervise import hint_text

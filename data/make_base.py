@@ -29,7 +29,7 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast 
 
 from nanotoolrl.chat import FORMATS, Call, Chat, message_state, render_calls, signature  # noqa: E402
 from nanotoolrl.env import Episode, Task, alter, call_tool, oracle  # noqa: E402
-from nanotoolrl.evaluate import evaluate  # noqa: E402
+from nanotoolrl.look.evaluate import evaluate  # noqa: E402
 from nanotoolrl.model import Policy, load, pad  # noqa: E402
 from nanotoolrl.sampler import Sampler  # noqa: E402
 from nanotoolrl.supervise import hint_text  # noqa: E402

@@ -12,9 +12,9 @@ from pathlib import Path
 from nanotoolrl.bfcl import NAME as BFCL
 from nanotoolrl.chat import FORMATS
 from nanotoolrl.cli import MOST_THREADS, out_of_bounds
-from nanotoolrl.evaluate import BFCL_LIMITS, COUNTS, OUR_LIMITS, SECONDS
 from nanotoolrl.judge import Judge
 from nanotoolrl.logprob import BACKENDS
+from nanotoolrl.look.evaluate import BFCL_LIMITS, COUNTS, OUR_LIMITS, SECONDS
 from nanotoolrl.model import BUILT_IN, DTYPES
 from nanotoolrl.sampler import LEAST_TEMPERATURE
 from nanotoolrl.schemes import SCHEDULES, SCHEMES

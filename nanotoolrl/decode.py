@@ -78,7 +78,7 @@ class Decoder:
         self.stop_ids = torch.tensor(policy.chat.stop_ids, device=policy.device)
         self.cache, self.attention = Cache(policy), decode_attention
         if fast:
-            from nanotoolrl import kernels  # needs Triton
+            from nanotoolrl.gpu import kernels  # needs Triton
 
             self.attention = kernels.decode_attention
         self.loops: dict[tuple, _Loop] = {}
@@ -135,7 +135,7 @@ class Decoder:
         logits = self.policy.logits(hidden)  # [B, V], never rounded to half
         noise = uniform(self.seed, streams, places) if temperature else None
         if hidden.is_cuda and HAS_TRITON:
-            from nanotoolrl.kernels import pick  # needs Triton
+            from nanotoolrl.gpu.kernels import pick  # needs Triton
 
             return pick(logits, noise, forced, temperature or 1.0)
         logprobs = torch.log_softmax(logits / (temperature or 1.0), dim=-1)

@@ -85,7 +85,7 @@ class _FusedLogprob(torch.autograd.Function):
         ctx, hidden: Tensor, weight: Tensor, ids: Tensor, temperature: float, want_entropy: bool, triton: bool
     ) -> tuple[Tensor, Tensor]:
         if triton and len(ids):
-            from nanotoolrl.kernels import statistics  # needs Triton
+            from nanotoolrl.gpu.kernels import statistics  # needs Triton
 
             hidden, weight, ids = hidden.contiguous(), weight.contiguous(), ids.contiguous()
             top, log_total, target, entropy = statistics(hidden, weight, ids, temperature)
@@ -165,7 +165,7 @@ def _slabs(
     is overwritten by the next."""
     g, h = ((x / temperature).contiguous() if x is not None else None for x in (g, h))
     if triton:
-        from nanotoolrl.kernels import logit_gradient
+        from nanotoolrl.gpu.kernels import logit_gradient
 
         width = max(256, SLAB_BYTES // (len(ids) * hidden.element_size()) // 256 * 256)
         room = hidden.new_empty(len(ids) * min(width, len(weight)))

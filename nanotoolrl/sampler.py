@@ -13,10 +13,10 @@ from dataclasses import dataclass, field, replace
 
 import torch
 
-from nanotoolrl import distributed
 from nanotoolrl.chat import FORMATS, Chat, message_state
 from nanotoolrl.decode import FREE, Decoder
 from nanotoolrl.env import Episode, Task, Verdict, oracle
+from nanotoolrl.gpu import distributed
 from nanotoolrl.logprob import HAS_TRITON
 from nanotoolrl.model import Policy
 

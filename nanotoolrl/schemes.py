@@ -19,9 +19,9 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from nanotoolrl import distributed
 from nanotoolrl.chat import FORMATS
 from nanotoolrl.env import Task
+from nanotoolrl.gpu import distributed
 from nanotoolrl.judge import AT_ONCE, Judge
 from nanotoolrl.losses import kl_k3, likelihood_drop, shaped_loss
 from nanotoolrl.sampler import Trajectory

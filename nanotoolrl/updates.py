@@ -16,12 +16,12 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from nanotoolrl import distributed
 from nanotoolrl.chat import control_tokens
 from nanotoolrl.env import Episode, Task
+from nanotoolrl.gpu import distributed
+from nanotoolrl.gpu.masters import Masters
 from nanotoolrl.logprob import token_logprob
 from nanotoolrl.losses import group_advantages, kl_k3, policy_loss
-from nanotoolrl.masters import Masters
 from nanotoolrl.model import DTYPES, Policy, load, pad
 from nanotoolrl.probes import control_probabilities, logit_gradient
 from nanotoolrl.sampler import Sampler, Trajectory, demonstration

@@ -7,10 +7,10 @@ import pytest
 import torch
 from test_sampler import ragged_episodes, sampled, small_task
 
-from nanotoolrl import bench
-from nanotoolrl.bench import Arm, Row, check_parity, markdown, table
+from bench import rows as bench
+from bench.replay import Replay, messages_of
+from bench.rows import Arm, Row, check_parity, markdown, table
 from nanotoolrl.model import load
-from nanotoolrl.replay import Replay, messages_of
 from nanotoolrl.sampler import Sampler
 
 CPU = torch.device("cpu")
@@ -30,7 +30,7 @@ def test_command(what, tmp_path, capsys):
     assert bench.main([what, "--small", "--repeats", "1", "--device", "cpu", "--json", str(path)]) == 0
     out = capsys.readouterr().out
     result = json.loads(path.read_text())
-    assert result["command"] == f"python -m nanotoolrl.bench {what} --small --repeats 1 --device cpu"
+    assert result["command"] == f"python -m bench.rows {what} --small --repeats 1 --device cpu"
     assert {"cpu", "threads", "torch", "transformers", "python"} <= set(result["machine"])
     for row in result["rows"]:
         assert row["name"] in out and row["arms"][0]["name"] == "nanotoolrl"

@@ -13,6 +13,7 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from transformers import AutoTokenizer
 
+from bench.replay import messages_of
 from nanotoolrl.chat import (
     FORMATS,
     MAX_CHARS,
@@ -30,7 +31,6 @@ from nanotoolrl.chat import (
     spoken,
 )
 from nanotoolrl.env import CATEGORIES, Episode, Task, oracle
-from nanotoolrl.replay import messages_of
 from nanotoolrl.sampler import Sampler
 from nanotoolrl.tasks import load_tasks
 from nanotoolrl.tools import API_CLASSES, method_names, schema

@@ -15,8 +15,9 @@ from helpers import policy_like
 import nanotoolrl
 import sample
 import train
-from nanotoolrl import cli, evaluate
+from nanotoolrl import cli
 from nanotoolrl.cli import available_cores, cpu_threads, number, out_of_bounds
+from nanotoolrl.look import evaluate
 
 ROOT = Path(__file__).resolve().parent.parent
 STAYS = (

@@ -14,7 +14,7 @@ import torch
 from helpers import hears_signals
 from safetensors.torch import load_file
 
-from nanotoolrl import distributed
+from nanotoolrl.gpu import distributed
 from nanotoolrl.model import NANO
 
 ROOT = Path(__file__).resolve().parent.parent

@@ -6,8 +6,8 @@ import math
 
 import pytest
 
-from nanotoolrl.doctor import FORCED, Checkup, page, read_transcripts, transcripts_page, verdict
 from nanotoolrl.files import finite
+from nanotoolrl.look.doctor import FORCED, Checkup, page, read_transcripts, transcripts_page, verdict
 
 CALL = '<tool_call>\n{"name": "f", "arguments": {}}\n</tool_call>'
 

@@ -19,10 +19,10 @@ from safetensors.torch import load_file, save_file
 
 import sample
 import train
-from nanotoolrl import evaluate, report
 from nanotoolrl.config import Refused, stored_config
+from nanotoolrl.look import evaluate, report
+from nanotoolrl.look.rundir import METRICS, RunDirectory, checksum
 from nanotoolrl.model import ModelError, load, load_chat
-from nanotoolrl.rundir import METRICS, RunDirectory, checksum
 
 SMALL = "--preset smoke --scheme grpo --eval-count 0 --prompts 2 --group 2 --probe-tasks 2 --max-messages 4 --threads 1"
 HUGE = "[" * 100_000

@@ -8,10 +8,11 @@ from dataclasses import replace
 import pytest
 import torch
 
-from nanotoolrl import bench, study
+from bench import rows as bench
 from nanotoolrl.chat import control_tokens, render_calls
 from nanotoolrl.env import Episode, oracle
-from nanotoolrl.evaluate import (
+from nanotoolrl.look import study
+from nanotoolrl.look.evaluate import (
     OUR_LIMITS,
     Scores,
     evaluate,

@@ -121,7 +121,7 @@ def test_tied_weight_and_non_contiguous_inputs():
 
 def test_many_splits_and_slabs(monkeypatch):
     """The vocabulary in several splits (forward) and slabs (backward): the same numbers."""
-    from nanotoolrl import kernels
+    from nanotoolrl.gpu import kernels
 
     monkeypatch.setattr(kernels, "_processors", lambda device: 5)
     monkeypatch.setattr(logprob, "SLAB_BYTES", 9 * 512 * 4)
@@ -133,7 +133,7 @@ def test_many_splits_and_slabs(monkeypatch):
 @pytest.mark.parametrize("temperature", [0.7, 1.0])
 def test_pick(v, temperature):
     """The id whose share of the cumulated probabilities holds the noise, and its log-prob."""
-    from nanotoolrl.kernels import pick
+    from nanotoolrl.gpu.kernels import pick
 
     generator = torch.Generator().manual_seed(0)
     logits = torch.randn(12, v, generator=generator).mul_(4).to(DEVICE)
@@ -156,7 +156,7 @@ def test_pick(v, temperature):
 
 @pytest.mark.parametrize("noise", [0.0, 2.0**-53, 0.5, 1 - 2.0**-53])
 def test_pick_never_takes_an_impossible_token(noise):
-    from nanotoolrl.kernels import pick
+    from nanotoolrl.gpu.kernels import pick
 
     logits = torch.full((1, 9000), -3000.0, device=DEVICE)
     logits[0, [5, 4100, 4101, 8999 - 60]] = torch.tensor([0.0, -1.0, 2.0, -30.0], device=DEVICE)
@@ -171,7 +171,7 @@ def test_pick_never_takes_an_impossible_token(noise):
 @pytest.mark.parametrize("processors", [1, 64])
 def test_decode_attention(monkeypatch, dtype, atol, heads, kv_heads, dim, processors):
     """Against plain attention row by row; what stands behind a row's length, or in no row, is NaN."""
-    from nanotoolrl import kernels
+    from nanotoolrl.gpu import kernels
 
     monkeypatch.setattr(kernels, "_processors", lambda device: processors)  # 1: one split, 64: several
     generator = torch.Generator().manual_seed(0)

@@ -5,7 +5,7 @@ import torch
 from helpers import tiny_policy
 from test_schemes import made_up, make_run, parameters_of
 
-from nanotoolrl.masters import CALM, FP16_SCALE, Masters
+from nanotoolrl.gpu.masters import CALM, FP16_SCALE, Masters
 from nanotoolrl.updates import new_optimizer, optimizer_step, policy_update, roll_back, snapshot
 
 

@@ -8,9 +8,9 @@ import torch
 from helpers import MODELS, policy_like
 from transformers import Qwen2Config
 
-from nanotoolrl import bench
+from bench import rows as bench
 from nanotoolrl.config import parse
-from nanotoolrl.memory import available, describe, plan
+from nanotoolrl.gpu.memory import available, describe, plan
 from nanotoolrl.model import Policy
 from nanotoolrl.schemes import SCHEMES
 from nanotoolrl.transformer import Architecture, Transformer

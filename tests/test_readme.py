@@ -7,10 +7,12 @@ import re
 from pathlib import Path
 
 import train
-from nanotoolrl import bench, env, schemes, study, tools
+from bench import rows as bench
+from nanotoolrl import env, schemes, tools
 from nanotoolrl.config import PRESETS, Config, parse
-from nanotoolrl.evaluate import Scores, states_table, table
-from nanotoolrl.rundir import METRICS
+from nanotoolrl.look import study
+from nanotoolrl.look.evaluate import Scores, states_table, table
+from nanotoolrl.look.rundir import METRICS
 
 ROOT = Path(train.__file__).parent
 README = (ROOT / "README.md").read_text()
@@ -85,7 +87,7 @@ def test_the_speed_tables_are_made_from_the_committed_results():
         result = json.loads(path.read_text())
         if path.stem != "parity":
             assert bench.markdown(result) in README
-            assert result["command"] == f"python -m nanotoolrl.bench {path.stem}"
+            assert result["command"] == f"python -m bench.rows {path.stem}"
     parity = json.loads((RESULTS / "bench" / "parity.json").read_text())["parity"]
     assert str(bench.Parity(**parity)) in README
 

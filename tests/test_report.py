@@ -9,11 +9,20 @@ from html.parser import HTMLParser
 import pytest
 import test_train
 
-from nanotoolrl import report
 from nanotoolrl.chat import control_tokens
 from nanotoolrl.env import oracle
+from nanotoolrl.look import report
+from nanotoolrl.look.report import (
+    FIGURES,
+    Unreadable,
+    main,
+    messages_of,
+    read_run,
+    rollouts_of,
+    screen,
+    spark,
+)
 from nanotoolrl.model import NANO, load_chat
-from nanotoolrl.report import FIGURES, Unreadable, main, messages_of, read_run, rollouts_of, screen, spark
 from nanotoolrl.sampler import demonstration
 from nanotoolrl.tasks import load_tasks
 

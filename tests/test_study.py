@@ -11,9 +11,9 @@ import pytest
 import test_train
 from helpers import hears_signals
 
-from nanotoolrl import study
-from nanotoolrl.report import read_run
-from nanotoolrl.rundir import RunDirectory, logged_steps
+from nanotoolrl.look import study
+from nanotoolrl.look.report import read_run
+from nanotoolrl.look.rundir import RunDirectory, logged_steps
 
 
 def logged(directory, success, control, content, growth=None):

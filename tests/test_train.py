@@ -18,14 +18,15 @@ from helpers import MODELS, hears_signals, policy_like
 
 import sample
 import train
-from nanotoolrl import env, evaluate, logprob, report, schemes
+from nanotoolrl import env, logprob, schemes
 from nanotoolrl.chat import control_tokens
 from nanotoolrl.config import PRESETS, Config, parse
 from nanotoolrl.env import Episode, Task
-from nanotoolrl.evaluate import MOST_NAMED, Scores
 from nanotoolrl.judge import Judge
+from nanotoolrl.look import evaluate, report
+from nanotoolrl.look.evaluate import MOST_NAMED, Scores
+from nanotoolrl.look.rundir import checksum
 from nanotoolrl.model import NANO, load
-from nanotoolrl.rundir import checksum
 from nanotoolrl.schemes import SCHEMES
 from nanotoolrl.tasks import load_tasks, save_tasks, subset
 from nanotoolrl.updates import Step
@@ -471,7 +472,7 @@ def test_a_full_disk_is_said_and_leaves_the_last_checkpoint(tmp_path):
     out = tmp_path / "run"
     code = f"""
 import resource, sys, train
-from nanotoolrl.rundir import RunDirectory
+from nanotoolrl.look.rundir import RunDirectory
 save = RunDirectory.save
 def full(directory, run, before):
     if run.step:

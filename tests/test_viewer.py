@@ -10,7 +10,7 @@ import subprocess
 
 import pytest
 
-from nanotoolrl.viewer import TEMPLATE, page_of
+from nanotoolrl.look.viewer import TEMPLATE, page_of
 
 BROWSER = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
 RUN = "document.title = 'run'"

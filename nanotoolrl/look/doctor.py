@@ -11,8 +11,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from nanotoolrl.chat import FORMATS, MESSAGE_STATES, UNHEALTHY_STATES
+from nanotoolrl.look.transcripts import conversations
 from nanotoolrl.probes import growth
-from nanotoolrl.transcripts import conversations
 
 BROKEN = 0.2  # share of unhealthy messages from which on the structure counts as broken
 COLLAPSED = 0.25  # of the reference's success
@@ -157,7 +157,7 @@ class Transcripts:
 
 
 def read_transcripts(path: Path, format: str) -> Transcripts:
-    """Message states of anybody's logged conversations, in the ways that `nanotoolrl.transcripts` can read.
+    """Message states of anybody's logged conversations, in the ways that transcripts.py can read.
 
     Structured calls are read as calls of the format, unless the text beside them is broken itself;
     `finish_reason` "length" as overlong. Raises ValueError, with file and line, on what is no conversation,

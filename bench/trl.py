@@ -20,10 +20,10 @@ from datasets import Dataset
 from transformers import LogitsProcessorList, TrainerCallback
 from trl import GRPOConfig, GRPOTrainer
 
-from nanotoolrl.bench import transformers_model
+from bench.replay import Replay, messages_of
+from bench.rows import transformers_model
 from nanotoolrl.env import Episode, Task
 from nanotoolrl.model import load
-from nanotoolrl.replay import Replay, messages_of
 from nanotoolrl.sampler import Trajectory
 
 

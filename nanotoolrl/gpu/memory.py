@@ -5,7 +5,7 @@ from collections.abc import Collection
 
 import torch
 
-from nanotoolrl import distributed
+from nanotoolrl.gpu import distributed
 from nanotoolrl.logprob import SLAB_BYTES
 from nanotoolrl.transformer import Transformer
 

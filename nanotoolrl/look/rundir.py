@@ -20,11 +20,11 @@ import torch
 import transformers
 from safetensors import SafetensorError
 
-from nanotoolrl import distributed
 from nanotoolrl.chat import MESSAGE_STATES
 from nanotoolrl.config import Config, Refused, stored_config
-from nanotoolrl.evaluate import Scores
 from nanotoolrl.files import finite, replacing, sync, write_atomically
+from nanotoolrl.gpu import distributed
+from nanotoolrl.look.evaluate import Scores
 from nanotoolrl.model import Policy
 from nanotoolrl.updates import Run, Step
 

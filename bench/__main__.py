@@ -1,0 +1,7 @@
+"""`python -m bench`: every performance row beside its peers."""
+
+import sys
+
+from bench.rows import main
+
+sys.exit(main())

@@ -1,0 +1,1 @@
+"""Looking at models and runs: evaluation, doctor, report, study, and what a run leaves on disk."""

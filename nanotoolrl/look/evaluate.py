@@ -1,0 +1,482 @@
+"""Success of a model on tasks, by category and call format, with intervals (Hao et al. 2026, Table 1).
+
+`python -m nanotoolrl.evaluate --model DIR` prints the table, `--doctor` what is wrong with a model; `--help`
+lists the rest.
+"""
+
+import argparse
+import dataclasses
+import itertools
+import json
+import math
+import sys
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import torch
+from tqdm import tqdm
+
+from nanotoolrl.chat import FORMATS, MESSAGE_STATES, Chat
+from nanotoolrl.cli import command, cpu_threads, number, out_of_bounds, refuse_unheard
+from nanotoolrl.env import CATEGORIES, MAX_MESSAGES, TOOL_SECONDS, Episode, Task, messages_needed
+from nanotoolrl.files import check_writable, finite
+from nanotoolrl.look.doctor import FORCED, Checkup, page, read_transcripts, transcripts_page, verdict
+from nanotoolrl.model import BUILT_IN, ModelError, Policy, load
+from nanotoolrl.probes import ProbeSet
+from nanotoolrl.sampler import Sampler, demonstration
+from nanotoolrl.supervise import hint_text
+from nanotoolrl.tasks import TASK_NAMES, is_bfcl, load_tasks, subset
+
+PROBE_TASKS = 32  # training tasks whose ground truth the doctor probes
+MOST_NAMED = 3  # of the tasks that cannot be solved
+
+
+@dataclass(frozen=True)
+class Limits:
+    """What an episode may take: tokens of an assistant message, assistant messages, tokens in all, seconds of
+    one tool call; and whether a call fails a turn that has no ground-truth calls."""
+
+    max_new_tokens: int = 128
+    max_messages: int = 20
+    context: int = 2048
+    strict_empty_turn: bool = False
+    tool_seconds: float = TOOL_SECONDS
+
+
+OUR_LIMITS = Limits()  # of our own tasks; no ground truth has more than 14 messages
+BFCL_LIMITS = Limits(max_new_tokens=1024, max_messages=MAX_MESSAGES, context=8192)  # published
+COUNTS, SECONDS = {"above": 0, "most": 2**31 - 1}, {"least": 0, "most": 86_400}  # bounds of a limit
+
+
+@dataclass
+class Scores:
+    """Outcome of one evaluation: rewards by category, message states, and how long it took."""
+
+    rewards: dict[str, list[float]] = field(default_factory=dict)
+    states: dict[str, int] = field(default_factory=dict)
+    seconds: float = 0.0
+
+    @property
+    def success(self) -> float:
+        """Share of tasks solved."""
+        return self.of("all")[0]
+
+    def of(self, category: str) -> tuple[float, float, float, int]:
+        """(share solved, 95 % Wilson interval low, high, number of tasks) of a category, or of "all"."""
+        rewards = sum(self.rewards.values(), []) if category == "all" else self.rewards.get(category, [])
+        return wilson(sum(rewards), len(rewards)) + (len(rewards),)
+
+
+def wilson(solved: float, n: int) -> tuple[float, float, float]:
+    """(share, low, high): the Wilson score interval at 95 %; (nan, nan, nan) for n = 0."""
+    if n == 0:
+        return (math.nan,) * 3
+    z, share = 1.96, solved / n
+    middle = (share + z * z / (2 * n)) / (1 + z * z / n)
+    half = z * math.sqrt(share * (1 - share) / n + z * z / (4 * n * n)) / (1 + z * z / n)
+    return share, max(0.0, middle - half), min(1.0, middle + half)
+
+
+def evaluate(
+    sampler: Sampler,
+    tasks: Sequence[Task],
+    format: str = "hermes",
+    temperature: float = 0.0,
+    hints: Sequence[str] | None = None,
+    max_messages: int = MAX_MESSAGES,
+    strict_empty_turn: bool = False,
+    tool_seconds: float = TOOL_SECONDS,
+    samples: int = 1,
+    force_prefix: bool = False,
+) -> Scores:
+    """Play every task (greedily by default) and score it.
+
+    samples: rollouts of each task; its reward is their mean, so that intervals are over tasks. force_prefix:
+    the canonical prefix of a call is written wherever one should come: is the skill there, behind a broken
+    format? A task whose prompt does not fit the sampler's context fails. Tasks are played in order of the
+    size of their world: long episodes then run beside long ones.
+    """
+    started, scores = time.perf_counter(), Scores()
+    order = []
+    for i in sorted(range(len(tasks)), key=lambda i: len(str(tasks[i].state))):
+        hint = hints[i] if hints else ""
+        if prompt_length(sampler.chat, tasks[i], format, hint) < sampler.context:
+            order += [i] * samples
+        else:
+            scores.rewards.setdefault(tasks[i].category, []).append(0.0)
+    hints = [hints[i] for i in order] if hints else None
+    how = {"strict_empty_turn": strict_empty_turn, "tool_seconds": tool_seconds}
+    episodes = [Episode(tasks[i], format, max_messages, **how) for i in order]
+    trajectories = sampler.rollout(episodes, hints, temperature, force_prefix=force_prefix)
+    for i in range(0, len(trajectories), samples):
+        reward = sum(row.reward for row in trajectories[i : i + samples]) / samples
+        scores.rewards.setdefault(trajectories[i].category, []).append(reward)
+    for trajectory in trajectories:
+        for state in trajectory.states:
+            scores.states[state] = scores.states.get(state, 0) + 1
+    scores.seconds = time.perf_counter() - started
+    return scores
+
+
+def table(columns: dict[str, Scores]) -> str:
+    """Success in % with intervals, a row per category and a column per evaluation."""
+    names = [c for c in CATEGORIES if any(c in scores.rewards for scores in columns.values())] + ["all"]
+    lines = [f"{'success %':<14}" + "".join(f"{title:>24}" for title in columns)]
+    for name in names:
+        cells = []
+        for scores in columns.values():
+            cells.append(_cell(scores.of(name)))
+        lines.append(f"{name:<14}" + "".join(f" {cell:>23}" for cell in cells))
+    return "\n".join(lines)
+
+
+def paper_table(columns: dict[str, Scores]) -> str:
+    """Success in % in the layout of Hao et al. 2026, Table 1: a row per evaluation, a column per category and
+    the mean over tasks, with its interval (in the whole test half, that of the categories)."""
+    names = [c for c in CATEGORIES if any(c in scores.rewards for scores in columns.values())]
+    lines = [f"{'success %':<14}" + "".join(f"{name:>14}" for name in names) + f"{'avg':>26}"]
+    for title, scores in columns.items():
+        shares = [scores.of(name)[0] for name in names]
+        cells = "".join(f"{100 * share:>14.1f}" for share in shares)
+        lines.append(f"{title:<14}{cells}{_cell(scores.of('all')):>26}")
+    return "\n".join(lines)
+
+
+def states_table(columns: dict[str, Scores]) -> str:
+    """Share of assistant messages in each state in %, a row per state and a column per evaluation."""
+    lines = [f"{'messages %':<14}" + "".join(f"{title:>24}" for title in columns)]
+    for state in MESSAGE_STATES:
+        shares = [s.states.get(state, 0) / max(1, sum(s.states.values())) for s in columns.values()]
+        lines.append(f"{state:<14}" + "".join(f"{100 * share:>24.1f}" for share in shares))
+    return "\n".join(lines)
+
+
+def grid(columns: dict[tuple[str, str], Scores], trained: str) -> str:
+    """Success in % over all categories: a row per call format, a column per set of tasks."""
+    formats, sets = (list(dict.fromkeys(key[i] for key in columns)) for i in (0, 1))
+    lines = [f"{'success %':<18}" + "".join(f"{name:>24}" for name in sets)]
+    for format in formats:
+        cells = [_cell(columns[format, name].of("all")) for name in sets]
+        label = f"{format} ({'trained' if format == trained else 'foreign'})"
+        lines.append(f"{label:<18}" + "".join(f" {cell:>23}" for cell in cells))
+    return "\n".join(lines)
+
+
+def _cell(share: tuple[float, float, float, int]) -> str:
+    return f"{100 * share[0]:.1f} [{100 * share[1]:.1f}, {100 * share[2]:.1f}] n={share[3]}"
+
+
+def prompt_length(chat: Chat, task: Task, format: str, hint: str = "") -> int:
+    """Tokens of a task's prompt."""
+    return len(chat.prompt_ids(*Episode(task, format).prompt(), format, hint))
+
+
+def obstacle(chat: Chat, task: Task, format: str, limits: Limits, room: int, hint: str = "") -> str:
+    """Why no rollout can solve a task, or "": its prompt (with a hint) or its ground truth has more than
+    `room` tokens, or a ground-truth call more than a message may have (a reply may be shorter than it is
+    there), or its calls and replies take more messages than an episode may have."""
+    if (length := prompt_length(chat, task, format, hint)) > room:
+        return f"its prompt has {length} tokens; there is room for {room}"
+    truth = demonstration(chat, task, format)
+    if len(truth.tokens) > room:
+        return f"its ground truth has {len(truth.tokens)} tokens; there is room for {room}"
+    lengths = [sum(message) for sampled, message in itertools.groupby(truth.loss_mask) if sampled]
+    longest = max(n for n, state in zip(lengths, truth.states, strict=True) if state != "reply")
+    if longest > limits.max_new_tokens:
+        return f"a ground-truth call has {longest} tokens, and may have {limits.max_new_tokens}"
+    most = task.caps(limits.max_messages)[0]
+    if (least := messages_needed(task)) > most:
+        return f"its ground truth takes at least {least} messages; an episode may have {most}"
+    return ""
+
+
+def named(obstacles: dict[str, str], what: str) -> str:
+    """Lines that name the first tasks with an obstacle (task id -> obstacle) and count the others. what: what
+    becomes of them."""
+    lines = [f"{what}: task {name}: {why}" for name, why in list(obstacles.items())[:MOST_NAMED]]
+    if len(obstacles) > MOST_NAMED:
+        lines.append(f"{what}: {len(obstacles) - MOST_NAMED} more such tasks")
+    return "\n".join(lines)
+
+
+def checkup(
+    sampler: Sampler, name: str, tasks: Sequence[Task], format: str, probes: ProbeSet, limits: Limits
+) -> Checkup:
+    """What the doctor needs to know of a model: greedy success on `tasks` in every format and with the prefix
+    forced, message states, probes."""
+    ways = {one: (one, False) for one in (format, *(f for f in FORMATS if f != format))}
+    ways[FORCED] = (format, True)
+    played = {
+        way: evaluate(sampler, tasks, one, force_prefix=forced, **rules(limits))
+        for way, (one, forced) in tqdm(ways.items(), f"playing {name}", unit="evaluation")
+    }
+    success = {way: scores.of("all") for way, scores in played.items()}
+    return Checkup(name, format, success, played[format].states, probes.measure(sampler.policy).tokens)
+
+
+# ------------------------------------------------------------------------------------------------ the command
+# Which flags count in which kind of evaluation; others are refused, not ignored.
+LIMITS = " ".join(one.name for one in dataclasses.fields(Limits))
+FLAGS = {
+    "score": f"model tasks bfcl_official format count temperature samples hint force_prefix seed {LIMITS}",
+    "grid": f"model format count temperature samples hint force_prefix seed {LIMITS}",
+    "doctor": f"model tasks format count compare {LIMITS}",
+    "transcripts": "format",
+}
+
+
+def add_limits(parser: argparse.ArgumentParser) -> None:
+    """Flags for every limit of an episode; `chosen_limits` says what holds where one is not given."""
+    where = "(default: that of the model's run, if any, else {}, of bfcl {})"
+    about = {
+        "max_new_tokens": "tokens per assistant message; longer ones are cut and fail",
+        "max_messages": "assistant messages per episode",
+        "context": "tokens per episode, at most the model's",
+        "tool_seconds": "seconds after which a tool call is given up; 0: never",
+    }
+    for name, text in about.items():
+        kind = type(getattr(OUR_LIMITS, name))
+        bounds = SECONDS if kind is float else COUNTS
+        usual = where.format(getattr(OUR_LIMITS, name), getattr(BFCL_LIMITS, name))
+        flag = "--" + name.replace("_", "-")
+        parser.add_argument(flag, type=number(kind, **bounds), help=f"{text} {usual}")
+    parser.add_argument(
+        "--strict-empty-turn",
+        action=argparse.BooleanOptionalAction,
+        help="fail a task that calls a tool in a turn whose ground truth is empty (default: as its run did)",
+    )
+
+
+def chosen_limits(args: argparse.Namespace) -> Limits:
+    """Flags, before the limits of the run that made the model, before those of our own tasks or of the
+    benchmark's. Where the run's tasks were of the other kind, the larger of these two."""
+    usual, run = BFCL_LIMITS if is_bfcl(args.tasks) else OUR_LIMITS, run_settings(args.model)
+    alike, found = is_bfcl(run.get("tasks", "")) == is_bfcl(args.tasks), {}
+    for name, value in dataclasses.asdict(usual).items():
+        given, trained = getattr(args, name), run.get(name, value)
+        found[name] = given if given is not None else trained if alike else max(trained, value)
+    return Limits(**found)
+
+
+def rules(limits: Limits) -> dict[str, object]:
+    """The limits that `evaluate` takes; the others are the sampler's."""
+    return {name: getattr(limits, name) for name in ("max_messages", "strict_empty_turn", "tool_seconds")}
+
+
+def command_line() -> argparse.ArgumentParser:
+    """The flags, and their help."""
+    parser = argparse.ArgumentParser(
+        prog="python -m nanotoolrl.evaluate", description="Score a model on tasks.", allow_abbrev=False
+    )
+    add = parser.add_argument
+    add(
+        "--model",
+        default=BUILT_IN,
+        help="checkpoint or run directory, hub name, or nano, the built-in model (default)",
+    )
+    add("--tasks", default="test", help=f"{TASK_NAMES} (default: test)")
+    add(
+        "--bfcl-official",
+        action="store_true",
+        help="bfcl: hidden tools can be called, no cap on messages but the benchmark's",
+    )
+    add(
+        "--format",
+        choices=tuple(FORMATS),
+        help="syntax of calls (default: all; for --grid, --doctor and --transcripts the trained one: that of "
+        "the model's run, if any, else hermes)",
+    )
+    count = number(int, least=0, most=2**31 - 1)
+    add("--count", type=count, default=0, help="a fixed sample of so many tasks (default: 0, all)")
+    heat = number(float, least=0, most=100)
+    add("--temperature", type=heat, default=0.0, help="0 is greedy (default: 0)")
+    samples = number(int, above=0, most=10_000)
+    add("--samples", type=samples, default=1, help="rollouts of each task (default: 1); needs a temperature")
+    add("--hint", action="store_true", help="put each task's hint into the system prompt")
+    add("--force-prefix", action="store_true", help="write the start of a call wherever one should come")
+    seed = number(int, least=0, most=2**63 - 1)
+    add("--seed", type=seed, default=0, help="of the sampling noise (default: 0)")
+    add_limits(parser)
+    add("--json", metavar="FILE", type=Path, help="write the numbers there, too")
+    kind = parser.add_mutually_exclusive_group()
+    kind.add_argument("--grid", action="store_true", help="trained and foreign formats x test and ood tasks")
+    kind.add_argument("--doctor", action="store_true", help="a page about what is wrong with the model")
+    kind.add_argument(
+        "--transcripts", metavar="FILE", help="a page about logged conversations; needs no model"
+    )
+    add(
+        "--compare",
+        metavar="DIR",
+        help="--doctor: the model before training (default: that of its run, if any)",
+    )
+    return parser
+
+
+@command
+def main(argv: list[str] | None = None) -> int:
+    """The command; returns 0, or 2 when refused."""
+    parser = command_line()
+    args = parser.parse_args(argv)
+    kind = next((name for name in COMMANDS if getattr(args, name, None)), "score")
+    arguments = [name for name in vars(args) if name in FLAGS[kind].split()]
+    try:
+        where = "without --doctor" if kind == "score" else f"with --{kind}"
+        refuse_unheard(parser, args, vars(args).keys() - {*arguments, *COMMANDS, "json"}, where)
+        if args.samples > 1 and args.temperature == 0:
+            raise ValueError("--samples above 1 needs a --temperature: greedy rollouts are all the same")
+        if args.json:
+            check_writable(args.json)
+        torch.set_num_threads(cpu_threads())
+        args.limits = chosen_limits(args)
+        vars(args).update(dataclasses.asdict(args.limits))
+        text, numbers = COMMANDS[kind](args)
+        print(text)
+        if args.json:
+            stored = {"kind": kind} | {name: getattr(args, name) for name in arguments}
+            stored = finite({"arguments": stored} | numbers)
+            args.json.write_text(json.dumps(stored, allow_nan=False), encoding="utf-8")
+    except (ModelError, OSError, ValueError) as error:
+        print(f"evaluate: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        return 130
+    return 0
+
+
+def chosen_tasks(name: str, count: int, official: bool = False) -> list[Task]:
+    """The tasks of a set, or a fixed sample of `count` of them."""
+    tasks = load_tasks(name, official)
+    return subset(tasks, count) if count else tasks
+
+
+def score(args: argparse.Namespace) -> tuple[str, dict]:
+    """Success by category in each format, and message states."""
+    tasks = chosen_tasks(args.tasks, args.count, args.bfcl_official)
+    policy = load(args.model)
+    formats = [args.format] if args.format else FORMATS
+    columns = {format: play(policy, tasks, format, args) for format in formats}
+    scores = {format: dataclasses.asdict(one) for format, one in columns.items()}
+    shown = paper_table(columns) if is_bfcl(args.tasks) else table(columns)
+    return f"{shown}\n{states_table(columns)}", {"scores": scores}
+
+
+def score_grid(args: argparse.Namespace) -> tuple[str, dict]:
+    """Success in the trained and the foreign formats on tasks of the trained and of other domains."""
+    policy, trained = load(args.model), args.format or run_settings(args.model).get("format") or "hermes"
+    formats = [trained, *(format for format in FORMATS if format != trained)]
+    columns = {}
+    for name in ("test", "ood"):
+        tasks = chosen_tasks(name, args.count)
+        columns |= {(format, name): play(policy, tasks, format, args) for format in formats}
+    scores = {f"{format} {name}": dataclasses.asdict(one) for (format, name), one in columns.items()}
+    return grid(columns, trained), {"trained": trained, "scores": scores}
+
+
+def sampler_of(policy: Policy, limits: Limits, seed: int = 0) -> Sampler:
+    """A sampler under the limits."""
+    return Sampler(policy, limits.max_new_tokens, limits.context, seed=seed)
+
+
+def play(policy: Policy, tasks: Sequence[Task], format: str, args: argparse.Namespace) -> Scores:
+    """Evaluate as the flags say, and say on stderr that it is done, and which tasks nobody can solve."""
+    sampler = sampler_of(policy, args.limits, args.seed)
+    hints = [hint_text(task, format) if args.hint else "" for task in tasks]
+    how = {"samples": args.samples, "force_prefix": args.force_prefix} | rules(args.limits)
+    scores = evaluate(sampler, tasks, format, args.temperature, hints, **how)
+    print(f"{format}: {len(tasks)} tasks in {scores.seconds:.0f} s", file=sys.stderr)
+    say_unsolvable(sampler, tasks, format, args.limits, hints)
+    return scores
+
+
+def say_unsolvable(
+    sampler: Sampler, tasks: Sequence[Task], format: str, limits: Limits, hints: Sequence[str]
+) -> None:
+    """Name, on stderr, the tasks that no model can solve under these limits."""
+    room, found = sampler.context - 1, {}
+    for task, hint in zip(tasks, hints, strict=True):
+        if why := obstacle(sampler.chat, task, format, limits, room, hint):
+            found[task.id] = why
+    if found:
+        print(named(found, f"{format}: cannot be solved"), file=sys.stderr)
+
+
+def doctor(args: argparse.Namespace) -> tuple[str, dict]:
+    """The doctor's page about a model."""
+    tasks = chosen_tasks(args.tasks, args.count)
+    probe_tasks = subset(load_tasks("train"), PROBE_TASKS)
+    run = run_settings(args.model)
+    trained = args.format or run.get("format") or "hermes"
+    names, policies = [args.model], [load(args.model)]
+    if before := args.compare or run.get("model"):
+        try:
+            policies.append(load(before))
+            names.append(before)
+        except ModelError as error:
+            if args.compare:
+                raise
+            print(f"nothing to compare with: {error}", file=sys.stderr)
+    probes = ProbeSet(policies[-1], probe_tasks, trained)
+    samplers = [sampler_of(policy, args.limits) for policy in policies]
+    found = [
+        checkup(sampler, name, tasks, trained, probes, args.limits)
+        for sampler, name in zip(samplers, names, strict=True)
+    ]
+    say_unsolvable(samplers[0], tasks, trained, args.limits, [""] * len(tasks))
+    model, reference = found[0], found[1] if len(found) > 1 else None
+    numbers = {"verdict": verdict(model, reference), "model": dataclasses.asdict(model)}
+    numbers["reference"] = dataclasses.asdict(reference) if reference else None
+    return page(model, reference), numbers
+
+
+def run_settings(model: str) -> dict:
+    """Model, format, tasks and limits of the run that made a model; nothing if `model` is neither a run nor
+    in one (RUN/model, RUN/models/step-N). Settings that the run did not have yet are left out. Raises
+    ValueError for one that no run can have."""
+    kinds = {"model": str, "format": str, "tasks": str}
+    kinds |= {name: type(value) for name, value in dataclasses.asdict(OUR_LIMITS).items()}
+    path = Path(model)
+    folders = (path, path.parent, path.parent.parent) if model != BUILT_IN and path.exists() else ()
+    for folder in folders:
+        try:
+            found = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+        except (OSError, ValueError, RecursionError):
+            continue
+        if isinstance(found, dict) and {"scheme", "format", "tasks"} <= found.keys():  # no model's own
+            told = {name: found[name] for name in kinds if name in found}
+            for name, value in told.items():
+                if problem := _no_setting(name, value, kinds[name]):
+                    raise ValueError(f"{folder / 'config.json'}: {name} {problem}; it is {value!r}")
+            return told
+    return {}
+
+
+def _no_setting(name: str, value: object, kind: type) -> str:
+    """Why a run cannot have had this setting, or ""."""
+    if type(value) is not kind:
+        return f"must be of type {kind.__name__}"
+    if name == "format" and value not in FORMATS:
+        return f"must be one of {', '.join(FORMATS)}"
+    bounds = {int: COUNTS, float: SECONDS}.get(kind)
+    return out_of_bounds(value, **bounds) if bounds else ""
+
+
+def logged(args: argparse.Namespace) -> tuple[str, dict]:
+    """The page about a file of conversations."""
+    found = read_transcripts(Path(args.transcripts), args.format or "hermes")
+    numbers = {
+        "conversations": found.conversations,
+        "states": dict(found.states),
+        "first_broken": found.first_broken,
+        "broken_at": dict(found.broken_at),
+        "breakages": [[*what, count] for what, count in found.breakages.most_common()],
+    }
+    return transcripts_page(found), numbers
+
+
+COMMANDS = {"score": score, "grid": score_grid, "doctor": doctor, "transcripts": logged}
+
+
+if __name__ == "__main__":
+    sys.exit(main())

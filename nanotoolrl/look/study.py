@@ -1,0 +1,249 @@
+"""Run a study, many training runs side by side, and write its table: `python -m nanotoolrl.study NAME`.
+
+A study is a list of runs, each a name and the flags of `train.py`. Runs that are finished are not made again,
+broken ones are resumed, and the table is made anew from the run directories each time, so a study can grow.
+"""
+
+import argparse
+import contextlib
+import csv
+import dataclasses
+import json
+import math
+import os
+import signal
+import subprocess
+import sys
+import threading
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor, as_completed
+from pathlib import Path
+
+from tqdm import tqdm
+
+from nanotoolrl.chat import MESSAGE_STATES
+from nanotoolrl.cli import available_cores, command, number
+from nanotoolrl.config import Refused, parse, stored_config
+from nanotoolrl.files import check_writable
+from nanotoolrl.look.evaluate import Scores
+from nanotoolrl.look.report import RunFiles, Unreadable, read_run
+from nanotoolrl.look.rundir import logged_steps
+
+ROOT = Path(__file__).resolve().parent.parent.parent
+REFUSED = 2  # exit code of a run that was made with other settings, or cannot be made
+ENDED = 130  # of one that has not begun when the study is ended
+WINDOW = 640  # rollouts over which sampled success is averaged
+
+SCREEN = "--scheme grpo --eval-count 100 --eval-part 100"  # a look, not a claim
+SMALL = "--prompts 4 --probe-every 4"
+WHOLE = "--eval-count 400 --eval-part 400 --eval-every 33"
+COLLAPSE_SEARCH = {
+    "lr4e-4": "--steps 40 --lr 4e-4",
+    "lr8e-4": "--steps 80 --lr 8e-4 --warmup 20",
+    "lr1e-3": "--steps 40 --lr 1e-3 --warmup 20",
+    "ramp2e-3": "--steps 40 --lr 2e-3 --warmup 40",
+    "ramp3e-3": "--steps 36 --lr 3e-3 --warmup 36",
+    "updates4-lr4e-4": "--steps 25 --lr 4e-4 --updates 4",
+    "updates4-lr8e-4": "--steps 20 --lr 8e-4 --updates 4",
+    "updates16-lr2e-4": "--steps 20 --lr 2e-4 --updates 16",
+    "hard-updates4-lr4e-4": "--steps 30 --lr 4e-4 --updates 4 --min-turns 3",
+    "prompts8-lr6e-4": "--steps 80 --lr 6e-4 --warmup 20 --prompts 8 --eval-every 20",
+    "small-batch-lr4e-4": f"--steps 160 --lr 4e-4 --warmup 20 {SMALL} --eval-every 20",
+    "small-batch-lr8e-4": f"--steps 120 --lr 8e-4 --warmup 20 {SMALL} --eval-every 30",
+    "small-batch-lr1e-3": f"--steps 100 --lr 1e-3 --warmup 60 {SMALL} --eval-every 20",
+    "small-batch-lr1e-3-warmup30": f"--steps 100 --lr 1e-3 --warmup 30 {SMALL} {WHOLE}",
+    "small-batch-lr1e-3-warmup30-seed1": f"--steps 100 --lr 1e-3 --warmup 30 {SMALL} {WHOLE} --seed 1",
+    "small-batch-ramp": f"--steps 110 --lr 1.6e-3 --warmup 110 {SMALL} --eval-every 20",
+}
+STUDIES = {
+    "collapse-search": {name: f"{SCREEN} {flags}" for name, flags in COLLAPSE_SEARCH.items()},
+    "collapse": {
+        f"seed{seed}": f"--scheme grpo --preset collapse --seed {seed} --eval-count 400 --eval-part 400 "
+        "--eval-every 40"
+        for seed in range(5)
+    },
+}
+
+
+class Children:
+    """The runs that are going on. `end` asks them to save and stop, and lets none begin any more."""
+
+    def __init__(self) -> None:
+        self.going: set[subprocess.Popen] = set()
+        self.ended, self.lock = False, threading.Lock()
+
+    def run(self, command: list[str], log: Path) -> int:
+        """Run a command with its output in a log; the exit code."""
+        environment = os.environ | {"OMP_NUM_THREADS": "1"}
+        with log.open("a", encoding="utf-8") as file:
+            with self.lock:
+                if self.ended:
+                    return ENDED
+                child = subprocess.Popen(command, env=environment, stdout=file, stderr=file)
+                self.going.add(child)
+            code = child.wait()
+            self.going.discard(child)
+            return code
+
+    def end(self) -> None:
+        """Ask all to save and stop. Whoever waits for `run` gives them the time for it."""
+        with self.lock:
+            self.ended = True
+            for child in self.going:
+                child.terminate()
+
+
+def run(directory: Path, flags: str, children: Children) -> int:
+    """One run of train.py on one thread, its output beside the directory; returns the exit code. One that is
+    unfinished, or now wants more --steps, goes on from its checkpoint; one with other settings is refused."""
+    arguments = f"{flags} --threads 1 --show-every 0 --out {directory}".split()
+    if (directory / "config.json").exists():
+        wanted = parse(arguments)[0]
+        if (directory / "result.json").exists() and logged_steps(directory / "metrics.csv") == wanted.steps:
+            try:
+                made = stored_config(directory / "config.json")
+            except Refused:  # of another version of this program
+                return REFUSED
+            return 0 if dataclasses.replace(made, out=wanted.out) == wanted else REFUSED
+        arguments.append("--resume")
+    directory.parent.mkdir(parents=True, exist_ok=True)
+    command = [sys.executable, str(ROOT / "train.py"), *arguments]
+    return children.run(command, directory.parent / f"{directory.name}.log")
+
+
+def row(name: str, flags: str, files: RunFiles) -> dict:
+    """What a run's files say, for one line of the table.
+
+    Greedy success: before, the best on the way (on `--eval-part` tasks), after. Sampled success: a mean over
+    640 rollouts. The spike is the largest of the run; NLLs are ratios of the last measurement to the start.
+    `halved_*` is measured at the first step, after the first 640 rollouts, whose sampled success is at most
+    half of theirs; `end_*` are the message states of the last 640 rollouts.
+    """
+    window = math.ceil(WINDOW / (files.config["prompts"] * files.config["group"]))
+    success = files.metrics["success"]
+    sampled = [mean(success[i : i + window]) for i in range(max(1, len(success) - window + 1))]
+    halved = next((window + i for i, share in enumerate(sampled) if i and share <= sampled[0] / 2), None)
+    result = files.path / "result.json"
+    finished = result.exists() and len(success) == files.config["steps"]
+    scores = json.loads(result.read_text(encoding="utf-8")) if finished else {}
+    greedy = {when: Scores(**values).success for when, values in scores.items()}
+    spikes = [(v["growth"], token) for line in files.probes for token, v in line.get("tokens", {}).items()]
+    spike, token = max(spikes, default=(None, None))
+    cells = {
+        "run": name,
+        "flags": flags,
+        "steps": len(success),
+        "minutes": sum(files.metrics["seconds"]) / 60,
+        "greedy_before": greedy.get("before"),
+        "greedy_best": max(files.series("eval_success")[1], default=None),
+        "greedy_after": greedy.get("after"),
+        "sampled_start": sampled[0],
+        "sampled_best": max(sampled),
+        "sampled_end": sampled[-1],
+        "spike": spike,
+        "spike_token": token,
+        "halved_step": halved,
+    }
+    for kind in ("nll_control", "nll_content"):
+        steps, values = files.series(kind)
+        cells[kind] = values[-1] / values[0] if values else None
+        if halved and values:
+            near = min(range(len(steps)), key=lambda i: abs(steps[i] - halved))
+            cells[f"halved_{kind}"] = values[near] / values[0]
+    for state in MESSAGE_STATES:
+        cells[f"end_{state}"] = mean(files.metrics[f"state_{state}"][-window:])
+    return cells
+
+
+def mean(values: list[float | None]) -> float | None:
+    """Of what is there; None if nothing is."""
+    there = [value for value in values if value is not None]
+    return sum(there) / len(there) if there else None
+
+
+def write(table: Path, rows: list[dict]) -> None:
+    """The table as CSV, empty where a column does not apply."""
+    names = list(dict.fromkeys(name for row in rows for name in row))
+    with table.open("w", newline="", encoding="utf-8") as file:
+        writer = csv.DictWriter(file, names, lineterminator="\n")
+        writer.writeheader()
+        writer.writerows([{k: text(v) for k, v in row.items()} for row in rows])
+
+
+def text(value: object) -> object:
+    """A cell: four digits; empty where there is no number."""
+    return "" if value is None else f"{value:.4g}" if isinstance(value, float) else value
+
+
+@command
+def main(argv: list[str] | None = None) -> int:
+    """The command: returns 1 if a run failed (its log says why), 2 if refused, 130 if ended, else 0."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("study", choices=STUDIES)
+    jobs = number(int, above=0, most=1024)
+    parser.add_argument(
+        "--jobs", type=jobs, default=available_cores(), help="runs side by side, one thread each"
+    )
+    parser.add_argument("--runs", default="runs", help="directory for the run directories")
+    parser.add_argument("--table", help="CSV (default: data/results/STUDY.csv)")
+    args = parser.parse_args(argv)
+    home = Path(args.runs).resolve() / args.study
+    table = Path(args.table or ROOT / "data" / "results" / f"{args.study.replace('-', '_')}.csv")
+    try:
+        table.parent.mkdir(parents=True, exist_ok=True)
+        check_writable(table)
+    except OSError as error:
+        print(f"study: {error}", file=sys.stderr)
+        return 2
+    study, codes, children = dict(STUDIES[args.study]), {}, Children()
+    with (
+        interrupting(signal.SIGTERM, getattr(signal, "SIGHUP", signal.SIGTERM)),
+        ThreadPoolExecutor(args.jobs) as pool,
+        tqdm(total=len(study), unit="run") as bar,
+    ):
+        waiting = {pool.submit(run, home / name, flags, children): name for name, flags in study.items()}
+        try:
+            for done in as_completed(waiting):
+                name = waiting[done]
+                codes[name] = done.result()
+                bar.update()
+                if codes[name]:
+                    bar.write(f"{name} failed or has other settings, see {home / name}.log")
+                if codes[name] == REFUSED:
+                    study.pop(name)
+                write(table, rows(study, home))
+        except KeyboardInterrupt:
+            children.end()
+            pool.shutdown(cancel_futures=True)
+            write(table, rows(study, home))
+            print("stopped; the runs are saved, the same command goes on", file=sys.stderr)
+            return 130
+    return 1 if any(codes.values()) else 0
+
+
+@contextlib.contextmanager
+def interrupting(*numbers: int) -> Iterator[None]:
+    """While it is open these signals do what Ctrl-C does, but for those that were ignored before (nohup). In
+    the main thread; elsewhere nothing changes."""
+    before = {}
+    if threading.current_thread() is threading.main_thread():
+        heard = [number for number in numbers if signal.getsignal(number) is not signal.SIG_IGN]
+        before = {number: signal.signal(number, signal.default_int_handler) for number in heard}
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+def rows(study: dict[str, str], home: Path) -> list[dict]:
+    """A line for every run that has made a step, with the settings of the study."""
+    found = []
+    for name, flags in study.items():
+        with contextlib.suppress(Unreadable):
+            found.append(row(name, flags, read_run(home / name)))
+    return found
+
+
+if __name__ == "__main__":
+    sys.exit(main())
