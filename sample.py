@@ -9,13 +9,15 @@ import nanotoolrl  # noqa: F401  (before torch)
 # isort: split
 import torch
 
-from nanotoolrl.chat import FORMATS, readable, signature
+from nanotoolrl.calls import FORMATS
+from nanotoolrl.chat import readable, signature
 from nanotoolrl.cli import command, cpu_threads, number, refuse_unheard
 from nanotoolrl.env import Episode, Task, Turn, oracle
 from nanotoolrl.look.evaluate import LIMITS, Limits, add_limits, chosen_limits, rules, sampler_of
 from nanotoolrl.model import BUILT_IN, ModelError, load
-from nanotoolrl.sampler import Sampler, Trajectory
+from nanotoolrl.sampler import Sampler
 from nanotoolrl.tasks import TASK_NAMES, load_tasks
+from nanotoolrl.trajectory import Trajectory
 
 CHAT_TURNS = 50
 # Flags that say nothing beside --oracle and --chat.

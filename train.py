@@ -22,7 +22,8 @@ import torch
 from tqdm import tqdm
 
 from nanotoolrl import logprob
-from nanotoolrl.chat import MESSAGE_STATES, UNHEALTHY_STATES, readable
+from nanotoolrl.calls import MESSAGE_STATES, UNHEALTHY_STATES
+from nanotoolrl.chat import readable
 from nanotoolrl.cli import command, cpu_threads
 from nanotoolrl.config import Config, Refused, parse
 from nanotoolrl.env import Task
@@ -35,10 +36,11 @@ from nanotoolrl.look.evaluate import Limits, Scores, evaluate, named, obstacle, 
 from nanotoolrl.look.rundir import RunDirectory
 from nanotoolrl.model import DTYPES, ModelError, Policy, finite_logits, finite_weights, load
 from nanotoolrl.probes import ProbeSet, advantage_mass, displacement_own, survival
-from nanotoolrl.sampler import Sampler, Trajectory
+from nanotoolrl.sampler import Sampler
 from nanotoolrl.schemes import SCHEMES
 from nanotoolrl.supervise import hint_text
 from nanotoolrl.tasks import in_epochs, is_bfcl, load_tasks, subset
+from nanotoolrl.trajectory import Trajectory
 from nanotoolrl.updates import Run, Step, new_optimizer, trained_reward
 
 STATE_JUMP = 0.2  # a share of an unhealthy message state this far above the first step's raises the alarm

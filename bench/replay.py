@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor
 
-from nanotoolrl.sampler import Trajectory
+from nanotoolrl.trajectory import Trajectory
 
 
 class Replay:

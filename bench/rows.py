@@ -55,8 +55,9 @@ from nanotoolrl.gpu.masters import Masters
 from nanotoolrl.gpu.memory import plan
 from nanotoolrl.logprob import token_logprob
 from nanotoolrl.model import BUILT_IN, ModelError, Policy, load, pad
-from nanotoolrl.sampler import Sampler, Trajectory
+from nanotoolrl.sampler import Sampler
 from nanotoolrl.tasks import load_tasks
+from nanotoolrl.trajectory import Trajectory
 from nanotoolrl.transformer import Architecture, Transformer
 from nanotoolrl.updates import Run, advantages, new_optimizer, policy_update, rollout
 

@@ -24,7 +24,7 @@ from bench.replay import Replay, messages_of
 from bench.rows import transformers_model
 from nanotoolrl.env import Episode, Task
 from nanotoolrl.model import load
-from nanotoolrl.sampler import Trajectory
+from nanotoolrl.trajectory import Trajectory
 
 
 class TrlStep:

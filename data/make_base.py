@@ -27,7 +27,8 @@ import torch  # noqa: E402
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, trainers  # noqa: E402
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast  # noqa: E402
 
-from nanotoolrl.chat import FORMATS, Call, Chat, message_state, render_calls, signature  # noqa: E402
+from nanotoolrl.calls import FORMATS, Call, message_state, render_calls
+from nanotoolrl.chat import Chat, signature  # noqa: E402
 from nanotoolrl.env import Episode, Task, alter, call_tool, oracle  # noqa: E402
 from nanotoolrl.look.evaluate import evaluate  # noqa: E402
 from nanotoolrl.model import Policy, load, pad  # noqa: E402

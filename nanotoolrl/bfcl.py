@@ -34,7 +34,7 @@ from pathlib import Path
 
 from tqdm import tqdm
 
-from nanotoolrl.chat import FORMATS, Call
+from nanotoolrl.calls import FORMATS, Call
 from nanotoolrl.cli import command
 from nanotoolrl.env import CATEGORIES, FAILED, Task, Turn, export, mutations, replay
 

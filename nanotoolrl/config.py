@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from nanotoolrl.bfcl import NAME as BFCL
-from nanotoolrl.chat import FORMATS
+from nanotoolrl.calls import FORMATS
 from nanotoolrl.cli import MOST_THREADS, out_of_bounds
 from nanotoolrl.judge import Judge
 from nanotoolrl.logprob import BACKENDS

@@ -22,7 +22,7 @@ from dataclasses import asdict, dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
 
-from nanotoolrl.chat import FORMATS, BadCall, Call, parse_calls, render_calls
+from nanotoolrl.calls import FORMATS, BadCall, Call, parse_calls, render_calls
 from nanotoolrl.signatures import wrong
 from nanotoolrl.taskfile import read_task, write_lines
 from nanotoolrl.timelimit import TimeLimit, TooLong

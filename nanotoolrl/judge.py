@@ -22,7 +22,7 @@ from urllib.parse import parse_qsl, urlsplit
 
 from tqdm import tqdm
 
-from nanotoolrl.chat import Call, escaped_json, parse_calls, render_calls
+from nanotoolrl.calls import Call, escaped_json, parse_calls, render_calls
 from nanotoolrl.env import Task, replay
 from nanotoolrl.supervise import MAX_TEXT, MISTAKES, Review, TurnReview, play_again
 

@@ -14,11 +14,12 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from nanotoolrl.chat import FORMATS, call_ends, control_tokens
+from nanotoolrl.calls import FORMATS
+from nanotoolrl.chat import call_ends, control_tokens
 from nanotoolrl.env import Task
 from nanotoolrl.logprob import token_logprob
 from nanotoolrl.model import Policy, pad
-from nanotoolrl.sampler import Trajectory, demonstration
+from nanotoolrl.trajectory import Trajectory, demonstration
 
 ROWS_AT_ONCE = 512  # probe positions whose whole distributions exist at a time
 SPURIOUS_FLOOR = 1e-6  # smaller probabilities count as this one

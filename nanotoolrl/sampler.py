@@ -1,4 +1,4 @@
-"""Batched multi-turn rollouts, and `Trajectory`, which all parts exchange.
+"""Batched multi-turn rollouts.
 
 Each row of the batch is one episode. Rows are never left-padded (position = length), never wait for each
 other's turns, and only tokens that are not in the cache yet pass through the model: one new token per row in
@@ -9,98 +9,21 @@ and the choice of tokens are in decode.py.
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 
 import torch
 
-from nanotoolrl.chat import FORMATS, Chat, message_state
+from nanotoolrl.calls import FORMATS, message_state
 from nanotoolrl.decode import FREE, Decoder
-from nanotoolrl.env import Episode, Task, Verdict, oracle
+from nanotoolrl.env import Episode
 from nanotoolrl.gpu import distributed
 from nanotoolrl.logprob import HAS_TRITON
 from nanotoolrl.model import Policy
+from nanotoolrl.trajectory import Trajectory
 
 PREFILL_TOKENS = 8192  # most tokens in one prefill forward
 LEAST_TEMPERATURE = 0.01  # logits over less leave the range of fp32; 0 is greedy
 PREFILL_SHARE = 0.2  # rows that wait for a prefill before one is made; the others decode on
-
-
-@dataclass
-class Trajectory:
-    """One episode as tokens. `tokens`, `loss_mask` and `logprobs` are equally long and append-only.
-
-    loss_mask is True exactly on sampled tokens, stop tokens included, in every turn; logprobs holds their
-    log-probability (nats, under the policy, the temperature and the prompt they were sampled with) and 0.0
-    elsewhere. `tokens` of a rollout never holds a hint: it keeps the prompt it was sampled under in
-    `sampled_prompt`.
-
-    Example, prompt [5, 6], sampled [7, stop], observation [8], sampled [stop]:
-    tokens [5, 6, 7, stop, 8, stop], loss_mask [F, F, T, T, F, T].
-    """
-
-    task_id: str
-    category: str
-    format: str
-    tokens: list[int]
-    loss_mask: list[bool]
-    logprobs: list[float]
-    prompt_length: int
-    reward: float = 0.0
-    states: list[str] = field(default_factory=list)  # one message state per assistant message
-    verdicts: list[Verdict] = field(default_factory=list)  # one per finished turn
-    turns: int = 1  # of the task
-    source: str = "policy"  # who wrote it: "policy", "hint" (it saw one), "oracle", "reflection"
-    sampled_prompt: list[int] | None = None
-
-    def append(self, ids: Sequence[int], sampled: bool, logprobs: Sequence[float] | None = None) -> None:
-        """Add tokens that were all sampled (with their log-probs) or all given."""
-        self.tokens.extend(ids)
-        self.loss_mask.extend([sampled] * len(ids))
-        self.logprobs.extend(logprobs if logprobs is not None else [0.0] * len(ids))
-
-    @property
-    def sampled_tokens(self) -> int:
-        """How many tokens the policy wrote."""
-        return sum(self.loss_mask)
-
-    @property
-    def scored(self) -> bool:
-        """Whether `logprobs` are the sampler's under this very prompt; false for oracle and hinted rows."""
-        return self.source in ("policy", "hint") and self.sampled_prompt is None
-
-    def messages(self, chat: Chat) -> list[tuple[str, bool]]:
-        """(text, whether it ended with a stop token) of every assistant message. Nothing may be forced."""
-        spoken: list[list[int]] = []
-        before = False
-        for token, sampled in zip(self.tokens, self.loss_mask):
-            if sampled:
-                spoken = spoken if before else [*spoken, []]
-                spoken[-1].append(token)
-            before = sampled
-        ends = [ids[-1] in chat.stop_ids for ids in spoken]
-        return [(chat.decode(ids[:-1] if end else ids), end) for ids, end in zip(spoken, ends)]
-
-    def with_sampled_prompt(self) -> "Trajectory":
-        """The same trajectory under the prompt it was sampled with (the hint kept)."""
-        if self.sampled_prompt is None:
-            return self
-        prompt, old = self.sampled_prompt, self.prompt_length
-        return replace(
-            self,
-            tokens=prompt + self.tokens[old:],
-            loss_mask=[False] * len(prompt) + self.loss_mask[old:],
-            logprobs=[0.0] * len(prompt) + self.logprobs[old:],
-            prompt_length=len(prompt),
-            sampled_prompt=None,
-        )
-
-    def with_trained(self, prefix: list[int]) -> "Trajectory":
-        """The same trajectory with a forced `prefix` trained too, wherever one opens a message."""
-        mask, n = list(self.loss_mask), len(prefix)
-        for t in range(n, len(mask)):
-            if mask[t] and not self.loss_mask[t - 1] and self.tokens[t - n : t] == prefix:
-                mask[t - n : t] = [True] * n
-        return replace(self, loss_mask=mask)
 
 
 @dataclass
@@ -204,7 +127,8 @@ class Sampler:
             for i in ended:
                 self._end_message(rows[i], force_prefix)
                 if rows[i].episode.done:
-                    done[rows[i].stream] = self._finish(rows[i])
+                    rows[i].trajectory.end(rows[i].episode)
+                    done[rows[i].stream] = rows[i].trajectory
                     rows[i] = None
             live = [row for row in rows if row is not None]
         return distributed.gathered([done[(stream << 32) + i] for i in mine])
@@ -219,7 +143,7 @@ class Sampler:
             raise ValueError(
                 f"task {episode.task.id}: a prompt of {len(seen)} tokens leaves no room in {self.context}"
             )
-        trajectory = _opened(episode, prompt)
+        trajectory = Trajectory.begin(episode, prompt)
         if hint:
             trajectory.source, trajectory.sampled_prompt = "hint", list(seen)
         row = _Row(episode, trajectory, list(seen), list(seen), stream, forced)
@@ -319,35 +243,3 @@ class Sampler:
             return
         self._give(row, ids)
         self._open_message(row, force_prefix)
-
-    def _finish(self, row: _Row) -> Trajectory:
-        row.trajectory.reward, row.trajectory.verdicts = row.episode.reward, list(row.episode.turn_verdicts)
-        return row.trajectory
-
-
-def _opened(episode: Episode, prompt: list[int]) -> Trajectory:
-    task = episode.task
-    trajectory = Trajectory(task.id, task.category, episode.format, [], [], [], len(prompt))
-    trajectory.turns = len(task.turns)
-    trajectory.append(prompt, sampled=False)
-    return trajectory
-
-
-def demonstration(chat: Chat, task: Task, format: str) -> Trajectory:
-    """The ground truth of a task played turn by turn through a live episode, laid out as a rollout is.
-
-    `loss_mask` is True on what the assistant writes; `logprobs` are 0, nobody sampled it.
-    """
-    episode = Episode(task, format)
-    row = _opened(episode, chat.prompt_ids(*episode.prompt(), format))
-    row.source = "oracle"
-    for message in oracle(task, format):
-        if message["role"] == "assistant":
-            ids = chat.assistant_ids(message["content"], format)
-            row.append(ids, sampled=True)
-            row.states.append(message_state(message["content"], format))
-            answer = episode.step(message["content"])
-            if answer is not None:
-                row.append(chat.extend_ids(answer, ids[-1]), sampled=False)
-    row.reward, row.verdicts = episode.reward, list(episode.turn_verdicts)
-    return row

@@ -19,13 +19,13 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from nanotoolrl.chat import FORMATS
+from nanotoolrl.calls import FORMATS, VOID_STATES
 from nanotoolrl.env import Task
 from nanotoolrl.gpu import distributed
 from nanotoolrl.judge import AT_ONCE, Judge
 from nanotoolrl.losses import kl_k3, likelihood_drop, shaped_loss
-from nanotoolrl.sampler import Trajectory
 from nanotoolrl.supervise import hint_text, reflections
+from nanotoolrl.trajectory import Trajectory
 from nanotoolrl.updates import (
     Run,
     Step,
@@ -46,8 +46,6 @@ from nanotoolrl.updates import (
     snapshot,
     source_examples,
 )
-
-VOID_STATES = ("empty", "bare", "malformed")
 
 
 @dataclass(frozen=True)

@@ -9,10 +9,11 @@ from bisect import bisect
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 
-from nanotoolrl.chat import FORMATS, Call, Chat, escaped_json, message_state, parse_calls, render_calls
+from nanotoolrl.calls import FORMATS, Call, escaped_json, message_state, parse_calls, render_calls
+from nanotoolrl.chat import Chat
 from nanotoolrl.env import FAILED, Episode, Task, to_json
-from nanotoolrl.sampler import Trajectory
 from nanotoolrl.tasks import similar, wish
+from nanotoolrl.trajectory import Trajectory
 
 LINE = 200  # characters of one text in a log or a review
 UNREADABLE = ("overlong", "bare", "malformed", "foreign")  # messages that try to call and hold no call

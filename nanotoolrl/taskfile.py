@@ -14,7 +14,7 @@ from functools import cache
 from pathlib import Path
 
 from nanotoolrl import tools
-from nanotoolrl.chat import FORMATS, Call, parse_calls
+from nanotoolrl.calls import FORMATS, Call, parse_calls
 from nanotoolrl.signatures import JSON_TYPES, MAX_INT, type_schema, wrong
 
 # The keys of each object and the type of their values; `offers` may be left out.

@@ -20,7 +20,7 @@ from pathlib import Path
 
 from nanotoolrl.bfcl import NAME as BFCL
 from nanotoolrl.bfcl import load_bfcl
-from nanotoolrl.chat import FORMATS
+from nanotoolrl.calls import FORMATS
 from nanotoolrl.cli import command
 from nanotoolrl.env import Call, Task, Turn, call_tool, export, mutations, replay
 from nanotoolrl.taskfile import read_lines, write_lines

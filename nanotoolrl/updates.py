@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
+from nanotoolrl.calls import BROKEN_TAG_STATES
 from nanotoolrl.chat import control_tokens
 from nanotoolrl.env import Episode, Task
 from nanotoolrl.gpu import distributed
@@ -24,10 +25,10 @@ from nanotoolrl.logprob import token_logprob
 from nanotoolrl.losses import group_advantages, kl_k3, policy_loss
 from nanotoolrl.model import DTYPES, Policy, load, pad
 from nanotoolrl.probes import control_probabilities, logit_gradient
-from nanotoolrl.sampler import Sampler, Trajectory, demonstration
+from nanotoolrl.sampler import Sampler
 from nanotoolrl.tasks import in_epochs, load_tasks
+from nanotoolrl.trajectory import Trajectory, demonstration
 
-BROKEN_TAGS = ("bare", "malformed")  # message states that --tag-penalty punishes
 MOST_SKIPPED = 3  # updates in a row that were not finite, after which a run stops
 
 
@@ -116,7 +117,7 @@ def trained_reward(config: object, row: Trajectory) -> float:
     """The reward that advantages are made of: 0 or 1; the share of turns passed with `--graded-reward`; less
     `--tag-penalty` times the share of messages with a broken tag."""
     passed = sum(verdict.passed for verdict in row.verdicts) / row.turns
-    broken = sum(state in BROKEN_TAGS for state in row.states) / max(1, len(row.states))
+    broken = sum(state in BROKEN_TAG_STATES for state in row.states) / max(1, len(row.states))
     return (passed if config.graded_reward else row.reward) - config.tag_penalty * broken
 
 

@@ -12,7 +12,7 @@ import torch
 from helpers import whole_logits
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from nanotoolrl.chat import FORMATS, message_state, render_calls
+from nanotoolrl.calls import FORMATS, message_state, render_calls
 from nanotoolrl.env import Episode
 from nanotoolrl.model import NANO
 from nanotoolrl.tasks import SPLITS, load_tasks

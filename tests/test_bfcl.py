@@ -9,12 +9,13 @@ from dataclasses import replace
 import pytest
 
 from nanotoolrl import bfcl
-from nanotoolrl.chat import FORMATS, Call, render_calls
+from nanotoolrl.calls import FORMATS, Call, render_calls
 from nanotoolrl.env import CATEGORIES, MAX_MESSAGES, Episode, mutations, oracle, replay
 from nanotoolrl.look import evaluate
-from nanotoolrl.sampler import Sampler, demonstration
+from nanotoolrl.sampler import Sampler
 from nanotoolrl.supervise import hint_text, play_again, reflections, review
 from nanotoolrl.tasks import load_tasks, similar
+from nanotoolrl.trajectory import demonstration
 
 LINE = "pip install --no-deps bfcl-eval mpmath"
 

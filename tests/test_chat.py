@@ -14,22 +14,19 @@ from hypothesis import strategies as st
 from transformers import AutoTokenizer
 
 from bench.replay import messages_of
-from nanotoolrl.chat import (
+from nanotoolrl.calls import (
     FORMATS,
     MAX_CHARS,
     MESSAGE_STATES,
     UNHEALTHY_STATES,
     BadCall,
     Call,
-    Chat,
-    control_tokens,
     message_state,
     parse_calls,
-    readable,
     render_calls,
-    signature,
     spoken,
 )
+from nanotoolrl.chat import Chat, control_tokens, readable, signature
 from nanotoolrl.env import CATEGORIES, Episode, Task, oracle
 from nanotoolrl.sampler import Sampler
 from nanotoolrl.tasks import load_tasks

@@ -19,7 +19,7 @@ from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 
 from nanotoolrl import env
-from nanotoolrl.chat import FORMATS, MAX_CHARS, Call, parse_calls, render_calls
+from nanotoolrl.calls import FORMATS, MAX_CHARS, Call, parse_calls, render_calls
 from nanotoolrl.env import (
     MAX_CALLS,
     MAX_MESSAGES,

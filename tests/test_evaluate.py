@@ -9,7 +9,8 @@ import pytest
 import torch
 
 from bench import rows as bench
-from nanotoolrl.chat import control_tokens, render_calls
+from nanotoolrl.calls import render_calls
+from nanotoolrl.chat import control_tokens
 from nanotoolrl.env import Episode, oracle
 from nanotoolrl.look import study
 from nanotoolrl.look.evaluate import (
@@ -24,9 +25,10 @@ from nanotoolrl.look.evaluate import (
     wilson,
 )
 from nanotoolrl.model import NANO, load
-from nanotoolrl.sampler import Sampler, demonstration
+from nanotoolrl.sampler import Sampler
 from nanotoolrl.supervise import hint_text
 from nanotoolrl.tasks import load_tasks, subset
+from nanotoolrl.trajectory import demonstration
 
 
 @pytest.fixture

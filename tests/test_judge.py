@@ -15,7 +15,7 @@ from helpers import hears_signals
 from test_supervise import FAILED, make_task, play, target
 
 from nanotoolrl import judge as judging
-from nanotoolrl.chat import Call, parse_calls
+from nanotoolrl.calls import Call, parse_calls
 from nanotoolrl.judge import Judge, JudgeError
 from nanotoolrl.supervise import MISTAKES, reflections
 from nanotoolrl.tasks import load_tasks

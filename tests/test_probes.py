@@ -7,7 +7,8 @@ import pytest
 import torch
 from helpers import Script, tiny_policy, whole_logits
 
-from nanotoolrl.chat import FORMATS, control_tokens
+from nanotoolrl.calls import FORMATS
+from nanotoolrl.chat import control_tokens
 from nanotoolrl.env import Episode, Verdict, oracle
 from nanotoolrl.probes import (
     ProbeSet,
@@ -18,8 +19,9 @@ from nanotoolrl.probes import (
     logit_gradient,
     survival,
 )
-from nanotoolrl.sampler import Sampler, Trajectory, demonstration
+from nanotoolrl.sampler import Sampler
 from nanotoolrl.tasks import load_tasks
+from nanotoolrl.trajectory import Trajectory, demonstration
 
 COLUMNS = "kl spurious_control required_control nll_control nll_content spurious_growth displacement_truth"
 

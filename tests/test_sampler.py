@@ -8,12 +8,13 @@ from transformers import AutoModelForCausalLM, LlamaConfig, Qwen2Config, Qwen3Co
 
 from nanotoolrl import decode
 from nanotoolrl import sampler as sampler_module
-from nanotoolrl.chat import FORMATS
+from nanotoolrl.calls import FORMATS
 from nanotoolrl.env import Call, Episode, Task, Turn
 from nanotoolrl.model import Policy
-from nanotoolrl.sampler import Sampler, Trajectory
+from nanotoolrl.sampler import Sampler
 from nanotoolrl.supervise import hint_text
 from nanotoolrl.tasks import load_tasks
+from nanotoolrl.trajectory import Trajectory
 
 HINT = "Hint: move b from docs to work."
 MESSAGES = 5  # assistant messages per episode, to save time

@@ -12,9 +12,10 @@ from helpers import tiny_policy, whole_logits
 
 from nanotoolrl import schemes, updates
 from nanotoolrl.env import Call, Task, Turn, Verdict
-from nanotoolrl.sampler import Sampler, Trajectory
+from nanotoolrl.sampler import Sampler
 from nanotoolrl.schemes import SCHEMES, grpo, hint
 from nanotoolrl.tasks import load_tasks
+from nanotoolrl.trajectory import Trajectory
 from nanotoolrl.updates import Run, advantages, policy_update, rollout, score
 from train import Config
 

@@ -8,12 +8,12 @@ from collections import Counter
 import pytest
 
 from nanotoolrl import supervise
-from nanotoolrl.chat import FORMATS, Call, message_state, parse_calls, render_calls
+from nanotoolrl.calls import FORMATS, Call, message_state, parse_calls, render_calls
 from nanotoolrl.env import Episode, Task, Turn, mutations, replay
-from nanotoolrl.sampler import Trajectory
 from nanotoolrl.supervise import ADVICE, MISTAKES, Review, TurnReview, reflections, review
 from nanotoolrl.tasks import _honest, load_tasks, similar, subset, wish
 from nanotoolrl.tools import API_CLASSES, owner_of
+from nanotoolrl.trajectory import Trajectory
 
 OTHER_FORMAT = {"hermes": "python", "python": "xml", "xml": "hermes"}
 BARE = {"hermes": "<tool_call>\n", "python": "[", "xml": "<function="}

@@ -6,12 +6,12 @@ from collections import Counter
 
 import pytest
 
-from nanotoolrl.chat import FORMATS
+from nanotoolrl.calls import FORMATS
 from nanotoolrl.look.doctor import read_transcripts
 from nanotoolrl.look.transcripts import conversations
 from nanotoolrl.model import NANO, load_chat
-from nanotoolrl.sampler import demonstration
 from nanotoolrl.tasks import load_tasks
+from nanotoolrl.trajectory import demonstration
 
 CALL = '<tool_call>\n{"name": "f", "arguments": {"a": 1}}\n</tool_call>'
 NO_ARGUMENTS = CALL.replace('{"a": 1}', "{}")

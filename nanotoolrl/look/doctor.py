@@ -10,7 +10,7 @@ from collections import Counter
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from nanotoolrl.chat import FORMATS, MESSAGE_STATES, UNHEALTHY_STATES
+from nanotoolrl.calls import FORMATS, MESSAGE_STATES, UNHEALTHY_STATES
 from nanotoolrl.look.transcripts import conversations
 from nanotoolrl.probes import growth
 

@@ -18,16 +18,18 @@ from pathlib import Path
 import torch
 from tqdm import tqdm
 
-from nanotoolrl.chat import FORMATS, MESSAGE_STATES, Chat
+from nanotoolrl.calls import FORMATS, MESSAGE_STATES
+from nanotoolrl.chat import Chat
 from nanotoolrl.cli import command, cpu_threads, number, out_of_bounds, refuse_unheard
 from nanotoolrl.env import CATEGORIES, MAX_MESSAGES, TOOL_SECONDS, Episode, Task, messages_needed
 from nanotoolrl.files import check_writable, finite
 from nanotoolrl.look.doctor import FORCED, Checkup, page, read_transcripts, transcripts_page, verdict
 from nanotoolrl.model import BUILT_IN, ModelError, Policy, load
 from nanotoolrl.probes import ProbeSet
-from nanotoolrl.sampler import Sampler, demonstration
+from nanotoolrl.sampler import Sampler
 from nanotoolrl.supervise import hint_text
 from nanotoolrl.tasks import TASK_NAMES, is_bfcl, load_tasks, subset
+from nanotoolrl.trajectory import demonstration
 
 PROBE_TASKS = 32  # training tasks whose ground truth the doctor probes
 MOST_NAMED = 3  # of the tasks that cannot be solved

@@ -23,7 +23,8 @@ import matplotlib.pyplot as plt  # noqa: E402
 from matplotlib.axes import Axes  # noqa: E402
 from tqdm import tqdm  # noqa: E402
 
-from nanotoolrl.chat import MESSAGE_STATES, UNHEALTHY_STATES, Chat  # noqa: E402
+from nanotoolrl.calls import MESSAGE_STATES, UNHEALTHY_STATES
+from nanotoolrl.chat import Chat  # noqa: E402
 from nanotoolrl.cli import command  # noqa: E402
 from nanotoolrl.look.viewer import TEMPLATE, page_of  # noqa: E402
 from nanotoolrl.model import ModelError, load_chat  # noqa: E402

@@ -20,7 +20,7 @@ import torch
 import transformers
 from safetensors import SafetensorError
 
-from nanotoolrl.chat import MESSAGE_STATES
+from nanotoolrl.calls import MESSAGE_STATES
 from nanotoolrl.config import Config, Refused, stored_config
 from nanotoolrl.files import finite, replacing, sync, write_atomically
 from nanotoolrl.gpu import distributed

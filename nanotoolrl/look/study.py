@@ -21,7 +21,7 @@ from pathlib import Path
 
 from tqdm import tqdm
 
-from nanotoolrl.chat import MESSAGE_STATES
+from nanotoolrl.calls import MESSAGE_STATES
 from nanotoolrl.cli import available_cores, command, number
 from nanotoolrl.config import Refused, parse, stored_config
 from nanotoolrl.files import check_writable

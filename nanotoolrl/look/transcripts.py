@@ -23,7 +23,8 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-from nanotoolrl.chat import LAYOUTS, MESSAGE_STATES, Call, message_state, render_calls
+from nanotoolrl.calls import MESSAGE_STATES, Call, message_state, render_calls
+from nanotoolrl.chat import LAYOUTS
 
 # Who speaks: the assistant, the assistant in a call that is JSON text, or somebody else.
 SPEAKERS = (
