@@ -47,19 +47,20 @@ from transformers import (
 
 from bench.replay import Replay, messages_of
 from nanotoolrl.cli import MOST_THREADS, available_cores, command, cpu_threads, number
-from nanotoolrl.config import parse
+from nanotoolrl.commandline import parse
+from nanotoolrl.config import Config
 from nanotoolrl.decode import Decoder
 from nanotoolrl.env import Episode, Task
 from nanotoolrl.files import check_writable, finite
-from nanotoolrl.gpu.masters import Masters
 from nanotoolrl.gpu.memory import plan
 from nanotoolrl.logprob import token_logprob
 from nanotoolrl.model import BUILT_IN, ModelError, Policy, load, pad
+from nanotoolrl.run import Run, group_advantages, rollout
 from nanotoolrl.sampler import Sampler
 from nanotoolrl.tasks import load_tasks
 from nanotoolrl.trajectory import Trajectory
 from nanotoolrl.transformer import Architecture, Transformer
-from nanotoolrl.updates import Run, advantages, new_optimizer, policy_update, rollout
+from nanotoolrl.updates import policy_update
 
 MODEL_VOCABULARY = 151_936  # of Qwen2.5
 SHAPE = ("hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads")
@@ -555,8 +556,6 @@ def generate_rollout(policy: Policy, load: Workload) -> list[list[int]]:
 # ------------------------------------------------------------------------------------------------------- step
 def step(device: torch.device, repeats: int, small: bool, model: str = BUILT_IN) -> list[Row]:
     """One whole GRPO step, rollout and update, on the same tokens (row 8)."""
-    from train import Config
-
     config = Config(scheme="grpo", prompts=2 if small else 8, group=4 if small else 8, model=model, warmup=0)
     tasks = load_tasks("train")[: config.prompts]
     first = new_run(config, device)
@@ -569,7 +568,7 @@ def step(device: torch.device, repeats: int, small: bool, model: str = BUILT_IN)
         initial = {name: value.clone() for name, value in run.policy.model.state_dict().items()}
         episodes = [Episode(row, config.format, config.max_messages) for row in _grouped(tasks, config.group)]
         rows = run.sampler.rollout(episodes, temperature=config.temperature, forced=forced)
-        metrics = policy_update(run, rows, advantages(run, rows), every_row=every_row)
+        metrics = policy_update(run, rows, group_advantages(run, rows), every_row=every_row)
         found.append((metrics["grad_norm"], metrics["forward_tokens"]))
         run.policy.model.load_state_dict(initial)
 
@@ -604,13 +603,11 @@ def _grouped(tasks: list[Task], group: int) -> list[Task]:
     return [task for task in tasks for _ in range(group)]
 
 
-def new_run(config: object, device: torch.device) -> Run:
-    """A `Run` at its start, as train.py makes one."""
-    policy = load(config.model, device=str(device))
-    masters = Masters(policy.model)
-    optimizer = new_optimizer(masters, config.lr, config.weight_decay)
-    sampler = Sampler(policy, config.max_new_tokens, config.context, config.slots, config.seed)
-    return Run(config, policy, sampler, optimizer, step=1, masters=masters)
+def new_run(config: Config, device: torch.device) -> Run:
+    """A `Run` in its first step."""
+    run = Run.begin(config, load(config.model, device=str(device)))
+    run.next_step()
+    return run
 
 
 # ------------------------------------------------------------------------------------------------------- busy

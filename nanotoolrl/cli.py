@@ -1,16 +1,23 @@
-"""What all commands share: their output, the numbers they take, the threads they use."""
+"""What all commands share: output, progress, how they stop, the numbers they take, the threads they use."""
 
 import argparse
 import contextlib
 import functools
 import math
 import os
+import signal
 import sys
+import threading
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
-from typing import TextIO
+from typing import Any, TextIO
+
+from tqdm import tqdm
+
+from nanotoolrl.gpu import distributed
 
 MOST_THREADS = 1024
+STOPPING = [getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGHUP") if hasattr(signal, name)]
 
 
 def command(main: Callable[[list[str] | None], int]) -> Callable[[list[str] | None], int]:
@@ -67,6 +74,60 @@ def lasting_output() -> Iterator[None]:
             sys.stdout, sys.stderr = before
 
 
+@contextlib.contextmanager
+def one_voice() -> Iterator[None]:
+    """Of several processes, only the first says what it does; all say what goes wrong."""
+    with open(os.devnull, "w", encoding="utf-8") as nowhere:
+        silence = contextlib.nullcontext() if distributed.first() else contextlib.redirect_stdout(nowhere)
+        with silence:
+            yield
+
+
+def progress(things: Iterable | None = None, what: str | None = None, **settings: Any) -> tqdm:
+    """A progress bar over `things`, or one to be counted up; of several processes only the first shows it.
+
+    One over things goes away when it is done, and is left out where nobody sits at a terminal.
+    """
+    passing = {} if things is None else {"leave": False, "disable": None}
+    hidden = {} if distributed.first() else {"disable": True}
+    return tqdm(things, what, **{"dynamic_ncols": True} | passing | settings | hidden)
+
+
+class StopSignal:
+    """While it is open, Ctrl-C, SIGTERM (Slurm, docker stop) and SIGHUP (a closed terminal) raise
+    KeyboardInterrupt with their number.
+
+    In `after_the_step` the first one only asks the loop to save after the current step: `signal` is its
+    number, else 0. What was ignored at the start (nohup) stays so.
+    """
+
+    def __enter__(self) -> "StopSignal":
+        self.signal, self.patient = 0, False
+        self.old: dict[int, Any] = {}
+        if threading.current_thread() is threading.main_thread():  # elsewhere they stay as they are
+            for number in STOPPING:
+                if signal.getsignal(number) is not signal.SIG_IGN:
+                    self.old[number] = signal.signal(number, self._handle)
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for number, handler in self.old.items():
+            signal.signal(number, handler)
+
+    @contextlib.contextmanager
+    def after_the_step(self) -> Iterator[None]:
+        self.patient = True
+        yield
+        self.patient = False
+
+    def _handle(self, number: int, _: object) -> None:
+        if self.signal or not self.patient:
+            raise KeyboardInterrupt(number)
+        self.signal = number
+        if distributed.first():
+            print("\nfinishing this step, then saving; once more stops at once", file=sys.stderr)
+
+
 def number(kind: type, **bounds: float) -> Callable[[str], float]:
     """A type for argparse: an int or a float within bounds (see `out_of_bounds`)."""
 
@@ -81,7 +142,11 @@ def number(kind: type, **bounds: float) -> Callable[[str], float]:
 
 
 def out_of_bounds(
-    value: float, above: float = -math.inf, least: float = -math.inf, most: float = math.inf
+    value: float,
+    above: float = -math.inf,
+    least: float = -math.inf,
+    most: float = math.inf,
+    below: float = math.inf,
 ) -> str:
     """What a number must be and is not, or "". NaN and infinity are out of any bounds."""
     if above > -math.inf and not value > above:
@@ -92,7 +157,9 @@ def out_of_bounds(
         return "must not be negative" if least == 0 else f"must be at least {least:g}"
     if isinstance(value, float) and not math.isfinite(value):
         return "must be finite"
-    return "" if value <= most else f"must be at most {most}"
+    if value > most:
+        return f"must be at most {most}"
+    return "" if value < below or below == math.inf else f"must be below {below}"
 
 
 def refuse_unheard(

@@ -38,6 +38,22 @@ JSON = json.JSONEncoder(ensure_ascii=False, allow_nan=False)
 CATEGORIES = ("base", "miss_func", "miss_param", "long_context")
 
 
+@dataclass(frozen=True)
+class Limits:
+    """What an episode may take: tokens of an assistant message, assistant messages, tokens in all, seconds of
+    one tool call; and whether a call fails a turn that has no ground-truth calls."""
+
+    max_new_tokens: int = 128
+    max_messages: int = 20
+    context: int = 2048
+    strict_empty_turn: bool = False
+    tool_seconds: float = TOOL_SECONDS
+
+
+OUR_LIMITS = Limits()  # of our own tasks; no ground truth has more than 14 messages
+BFCL_LIMITS = Limits(max_new_tokens=1024, max_messages=MAX_MESSAGES, context=8192)  # published
+
+
 @dataclass
 class Turn:
     """One user message, the calls that answer it (none: the model should ask or say what is missing), a

@@ -26,6 +26,7 @@ from nanotoolrl.calls import Call, escaped_json, parse_calls, render_calls
 from nanotoolrl.env import Task, replay
 from nanotoolrl.supervise import MAX_TEXT, MISTAKES, Review, TurnReview, play_again
 
+MODEL, TIMEOUT = "judge", 30.0  # the model's name; seconds
 AT_ONCE = 8  # requests in flight
 BACK_OFF = (1.0, 2.0, 4.0)  # seconds between requests about the same rollout
 PASSING = (408, 409, 425, 429)  # statuses below 500 after which another request may help
@@ -73,8 +74,8 @@ class Judge:
     """
 
     url: str
-    model: str = "default"
-    timeout: float = 30.0
+    model: str = MODEL
+    timeout: float = TIMEOUT
     _closed: Future = field(default_factory=Future, init=False, repr=False, compare=False)
 
     def __post_init__(self) -> None:
@@ -204,6 +205,15 @@ class _Exchange(urllib.request.HTTPHandler, urllib.request.HTTPSHandler):
             self.answer.set_exception(error)
         else:
             self.answer.set_result(body)
+
+
+def wrong_url(url: str) -> str:
+    """Why no judge can be asked at a URL, or ""."""
+    try:
+        _endpoint(url)
+    except JudgeError as error:
+        return f"cannot be used: {error}"
+    return ""
 
 
 def _endpoint(url: str) -> str:

@@ -22,31 +22,30 @@ BACKENDS = ("auto", "triton", "tiled", "reference")
 
 HAS_TRITON = importlib.util.find_spec("triton") is not None
 
-_backend = "auto"
 
-
-def use(backend: str) -> None:
-    """Choose what `token_logprob` runs from now on: "auto" (Triton on a GPU, tiles elsewhere) or one of them.
-
-    Raises ValueError on another name, and where Triton is asked for and cannot run.
-    """
-    global _backend
+def check_backend(backend: str) -> None:
+    """Raise ValueError for a name that is no backend, and where Triton is asked for and cannot run."""
     if backend not in BACKENDS:
         raise ValueError(f"no log-prob backend {backend!r}; there is {', '.join(BACKENDS)}")
     runs = torch.cuda.is_available() or os.environ.get("TRITON_INTERPRET") == "1"
     if backend == "triton" and not (HAS_TRITON and runs):
         raise ValueError("the Triton backend needs a CUDA device and the triton package (pip install triton)")
-    _backend = backend
 
 
 def token_logprob(
-    hidden: Tensor, weight: Tensor, ids: Tensor, temperature: float = 1.0, want_entropy: bool = False
+    hidden: Tensor,
+    weight: Tensor,
+    ids: Tensor,
+    temperature: float = 1.0,
+    want_entropy: bool = False,
+    backend: str = "auto",
 ) -> tuple[Tensor, Tensor | None]:
     """(log-prob [N] of `ids` [N], entropy [N] or None) in nats of softmax(hidden @ weight.T / temperature).
 
     hidden [N, D] and weight [V, D] share dtype (fp32, bf16 or fp16) and device; sums and results are fp32.
     Differentiable in both; a row whose upstream gradients are exactly 0 is skipped by the backward pass. N
-    may be 0. Inputs that are not contiguous are copied for the kernel. Raises ValueError on shapes, dtypes or
+    may be 0. Inputs that are not contiguous are copied for the kernel. backend: "auto" is Triton on a GPU and
+    tiles elsewhere; "reference" is `reference_logprob`. Raises ValueError on shapes, dtypes or
     devices that do not fit, or a temperature that is not positive. Ids outside 0 .. V - 1 are the caller's
     error and not looked for.
     """
@@ -63,9 +62,9 @@ def token_logprob(
         raise ValueError(f"hidden, weight and ids must be on one device, not {places}")
     if not temperature > 0:
         raise ValueError(f"temperature must be positive, not {temperature}")
-    if _backend == "reference":
+    if backend == "reference":
         return reference_logprob(hidden, weight, ids, temperature, want_entropy)
-    triton = _backend == "triton" or (_backend == "auto" and hidden.is_cuda and HAS_TRITON)
+    triton = backend == "triton" or (backend == "auto" and hidden.is_cuda and HAS_TRITON)
     logprob, entropy = _FusedLogprob.apply(hidden, weight, ids, float(temperature), want_entropy, triton)
     return logprob, entropy if want_entropy else None
 

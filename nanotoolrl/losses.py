@@ -12,7 +12,7 @@ MAX_LOG_RATIO = 20.0  # exp of more is no ratio anybody should learn from
 REAL_DROP = 1e-3  # nats; sampler and trainer differ by less, by rounding
 
 
-def group_advantages(rewards: Tensor, divide_by_std: bool = True) -> Tensor:
+def relative_advantages(rewards: Tensor, divide_by_std: bool) -> Tensor:
     """Group-relative advantages [P, G] of rewards [P, G] (GRPO, arXiv 2402.03300; Hao et al. 2026, §4).
 
     A = R - mean, over the group's standard deviation (of a sample, + 1e-6) if `divide_by_std`. A group whose
@@ -29,9 +29,9 @@ def policy_loss(
     logprobs: Tensor,
     old_logprobs: Tensor,
     advantages: Tensor,
-    clip_low: float = 0.2,
-    clip_high: float = 0.2,
-    dual_clip: float = 3.0,
+    clip_low: float,
+    clip_high: float,
+    dual_clip: float,
 ) -> tuple[Tensor, Tensor]:
     """PPO's clipped loss and whether it was clipped, both [N] (arXiv 1707.06347; dual clip 1912.09729).
 
@@ -57,9 +57,7 @@ def kl_k3(logprobs: Tensor, reference_logprobs: Tensor, most: float = 10.0) -> T
     return (torch.expm1(d) - d).clamp(0.0, most)
 
 
-def shaped_loss(
-    logprobs: Tensor, advantages: Tensor, clip_low: float = 0.2, clip_high: float = 0.2
-) -> Tensor:
+def shaped_loss(logprobs: Tensor, advantages: Tensor, clip_low: float, clip_high: float) -> Tensor:
     """Loss [N] of off-policy tokens: PPO's, with w = p / (p + 0.1) where the ratio stands (published code of
     Hao et al. 2026; LUFFY, arXiv 2504.14945).
 

@@ -17,7 +17,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, P
 from transformers.utils import logging as transformers_logging
 
 from nanotoolrl.chat import Chat
-from nanotoolrl.logprob import token_logprob
+from nanotoolrl.logprob import check_backend, token_logprob
 from nanotoolrl.transformer import Architecture, Transformer, masked
 
 BUILT_IN = "nano"  # the name `load` knows it by
@@ -43,10 +43,15 @@ class ModelError(Exception):
 class Policy:
     """A language model of ours (`.model`), its tokenizer (`.tokenizer`) and its `Chat` (`.chat`).
 
-    It takes over the weights of a transformers model. Raises ValueError for a model of another family.
+    It takes over the weights of a transformers model. backend: of its log-probs, one of `BACKENDS`. Raises
+    ValueError for a model of another family, or a backend that cannot run.
     """
 
-    def __init__(self, foreign: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> None:
+    def __init__(
+        self, foreign: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, backend: str = "auto"
+    ) -> None:
+        check_backend(backend)
+        self.backend = backend
         self.config, self.generation_config = foreign.config, foreign.generation_config
         with torch.device("meta"):  # no memory: the weights are there already
             self.model = Transformer(Architecture.of(foreign.config))
@@ -81,15 +86,10 @@ class Policy:
             return torch.mm(hidden, self.head.T, out_dtype=torch.float32)
         return hidden.float() @ self.head.float().T
 
-    def hidden(self, ids: Tensor) -> Tensor:
-        """Final hidden states [B, T, D] of `ids` [B, T].
-
-        Rows are right-padded: attention is causal, so what stands in the padding reaches no real position.
-        """
-        return self.model(ids)
-
     def trained_hidden(self, ids: Tensor, mask: Tensor, shared: int = 0) -> Tensor:
         """Hidden states [N, D] that predict the tokens of `ids` [B, T] where `mask` [B, T] is True.
+
+        Rows are right-padded. Attention is causal, so what stands in the padding reaches no real position.
 
         shared: so many first tokens are the same in all rows, and none of them is in the mask. They then pass
         through the model once, followed by what comes after them in every row, up to its last masked token;
@@ -99,7 +99,7 @@ class Policy:
         if mask[:, : max(1, shared)].any():
             raise ValueError("the first token of a row has no log-probability: mask[:, 0] must be False")
         if not shared:
-            return self.hidden(ids)[:, :-1][mask[:, 1:]]
+            return self.model(ids)[:, :-1][mask[:, 1:]]
         packed, positions, owner = [ids[0, :shared]], [torch.arange(shared)], [torch.zeros(shared)]
         predictors, end = [], shared
         for i, trained in enumerate(mask):
@@ -133,7 +133,13 @@ class Policy:
         Only those N positions pass through the head; see `trained_hidden`.
         """
         hidden = self.trained_hidden(ids, mask, shared)  # [N, D]
-        return token_logprob(hidden, self.head, ids[mask], temperature, want_entropy)
+        return self.token_logprob(hidden, ids[mask], temperature, want_entropy)
+
+    def token_logprob(
+        self, hidden: Tensor, ids: Tensor, temperature: float = 1.0, want_entropy: bool = False
+    ) -> tuple[Tensor, Tensor | None]:
+        """(log-prob [N] of `ids` [N], entropy [N] or None) after hidden states [N, D]."""
+        return token_logprob(hidden, self.head, ids, temperature, want_entropy, self.backend)
 
     def save(self, directory: str | os.PathLike) -> None:
         """Write a standard checkpoint directory (config, safetensors weights, tokenizer, chat template)."""
@@ -161,13 +167,18 @@ def pad(rows: Sequence[tuple[Sequence[int], Sequence[bool]]], device: torch.devi
 
 
 def load(
-    name_or_dir: str | os.PathLike, device: str | None = None, dtype: torch.dtype | None = None
+    name_or_dir: str | os.PathLike,
+    device: str | None = None,
+    dtype: torch.dtype | None = None,
+    backend: str = "auto",
 ) -> Policy:
     """Load a checkpoint directory, a run directory (its model/), a hub name, or "nano", the built-in model.
 
     device: "cuda" where there is one, else "cpu". dtype: fp32 on the CPU, bf16 on a GPU that has it, else
-    fp16. Raises ModelError, with the path or name and what was expected.
+    fp16. backend: of its log-probs; ValueError if it cannot run. Raises ModelError, with the path or name and
+    what was expected.
     """
+    check_backend(backend)
     device = device or ("cuda" if torch.cuda.is_available() else "cpu")
     if dtype is None:
         half = (
@@ -182,7 +193,7 @@ def load(
             raise ValueError(f"weights are missing: {', '.join(sorted(info['missing_keys'])[:3])}")
         if left_over := sorted(key for key in info["unexpected_keys"] if ".layers." in key):
             raise ValueError(f"there are weights of layers that its config does not have: {left_over[0]}")
-        policy = Policy(foreign.to(device).eval(), tokenizer)
+        policy = Policy(foreign.to(device).eval(), tokenizer, backend)
         _refuse_what_is_different(policy, foreign)
         return policy
 
@@ -195,7 +206,7 @@ def _refuse_what_is_different(policy: Policy, foreign: PreTrainedModel) -> None:
         raise ValueError(f"its tokenizer has {policy.known_ids} tokens, its embedding only {rows} rows")
     ids = _some_ids(policy)
     expected = foreign(input_ids=ids, use_cache=False).logits.float()[..., : policy.known_ids]
-    found = policy.logits(policy.hidden(ids)[0])
+    found = policy.logits(policy.model(ids)[0])
     if not finite_weights(policy.model):
         raise ValueError("its logits are not finite: the weights hold NaN or infinity")
     if not expected.isfinite().all():
@@ -212,7 +223,7 @@ def finite_weights(model: torch.nn.Module) -> bool:
 @torch.no_grad()
 def finite_logits(policy: Policy) -> bool:
     """Whether the model says anything: weights may be finite and too large to be multiplied."""
-    return bool(policy.logits(policy.hidden(_some_ids(policy))[0]).isfinite().all())
+    return bool(policy.logits(policy.model(_some_ids(policy))[0]).isfinite().all())
 
 
 def _some_ids(policy: Policy) -> Tensor:

@@ -17,7 +17,6 @@ from torch import Tensor
 from nanotoolrl.calls import FORMATS
 from nanotoolrl.chat import call_ends, control_tokens
 from nanotoolrl.env import Task
-from nanotoolrl.logprob import token_logprob
 from nanotoolrl.model import Policy, pad
 from nanotoolrl.trajectory import Trajectory, demonstration
 
@@ -74,7 +73,7 @@ class ProbeSet:
         self.wrong = ~self.is_next & ~choice  # [N, C]
         with torch.inference_mode():
             self.start_hidden, self.start_head = self._hidden(policy), policy.head.detach().clone()
-            self.start_logprobs = token_logprob(self.start_hidden, self.start_head, self.targets)[0]
+            self.start_logprobs = policy.token_logprob(self.start_hidden, self.targets)[0]
             self.start_spurious = self._spurious(self.start_hidden, self.start_head, self.start_logprobs)
 
     def _hidden(self, policy: Policy) -> Tensor:
@@ -98,7 +97,7 @@ class ProbeSet:
         due_after_prefix is the share of those places where it is next).
         """
         hidden = self._hidden(policy)
-        logprobs = token_logprob(hidden, policy.head, self.targets)[0]  # [N]
+        logprobs = policy.token_logprob(hidden, self.targets)[0]  # [N]
         p = control_probabilities(hidden, policy.head, self.targets, logprobs, self.control_ids)  # [N, C]
         places = {
             "required": self.is_next,

@@ -1,9 +1,15 @@
-"""The verbs that schemes are composed of: roll out, compare, update the policy, train on examples.
+"""Updates of the policy: from trajectories and their advantages, and from examples.
 
-Shapes: P prompts, G rollouts per prompt, B = P G rows in group order, T tokens, N trained tokens.
+`policy_update` has four stages, each a function below it:
+1. `rows_to_train`: which rows each optimiser step trains on.
+2. `old_logprobs`: what their tokens were sampled with.
+3. `row_losses`, micro-batch by micro-batch: forward, loss, backward.
+4. `optimizer_step`: sum over processes, clip, step.
+
+Shapes: P prompts, G rollouts per prompt, B = P G rows in group order, R rows of a micro-batch, T tokens,
+D width, N trained tokens, C control tokens.
 """
 
-import copy
 import itertools
 import math
 import random
@@ -11,152 +17,33 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
+from typing import Any
 
 import torch
 from torch import Tensor
-from tqdm import tqdm
 
-from nanotoolrl.calls import BROKEN_TAG_STATES
-from nanotoolrl.chat import control_tokens
-from nanotoolrl.env import Episode, Task
+from nanotoolrl.cli import progress
 from nanotoolrl.gpu import distributed
-from nanotoolrl.gpu.masters import Masters
-from nanotoolrl.logprob import token_logprob
-from nanotoolrl.losses import group_advantages, kl_k3, policy_loss
-from nanotoolrl.model import DTYPES, Policy, load, pad
+from nanotoolrl.losses import kl_k3, policy_loss
+from nanotoolrl.model import Policy, pad
 from nanotoolrl.probes import control_probabilities, logit_gradient
-from nanotoolrl.sampler import Sampler
-from nanotoolrl.tasks import in_epochs, load_tasks
-from nanotoolrl.trajectory import Trajectory, demonstration
-
-MOST_SKIPPED = 3  # updates in a row that were not finite, after which a run stops
+from nanotoolrl.run import Run, new_optimizer
+from nanotoolrl.trajectory import Trajectory
 
 
-@dataclass
-class Run:
-    """What a scheme works with. `config` is train.py's, `tasks` are all training tasks."""
-
-    config: object
-    policy: Policy
-    sampler: Sampler
-    optimizer: torch.optim.Optimizer
-    tasks: list[Task] = field(default_factory=list)
-    step: int = 0
-    state: dict = field(default_factory=dict)  # what is kept across steps; saved in the checkpoint
-    sampled_tokens: int = 0  # of this step so far
-    sample_seconds: float = 0.0  # of this step so far
-    skipped_updates: int = 0  # of this step so far
-    masters: Masters | None = None  # what the optimiser steps
-
-    def __post_init__(self) -> None:
-        self.masters = self.masters or Masters(self.policy.model)
-
-    @cached_property
-    def reference(self) -> Policy:
-        """The policy RL started from, for KL terms; loaded when one first needs it."""
-        policy = load(self.config.model, dtype=DTYPES[self.config.dtype])
-        if "reference" in self.state:
-            policy.model.load_state_dict(self.state["reference"])
-        return policy
-
-    @property
-    def stuck(self) -> bool:
-        """Whether too many updates in a row were not finite."""
-        return self.state.get("skipped_in_a_row", 0) >= MOST_SKIPPED
-
-    @cached_property
-    def source(self) -> list[Task]:
-        """The tasks of plain SFT: the training tasks, or those of another domain (`--sft-source foreign`)."""
-        return self.tasks if self.config.sft_source == "own" else load_tasks("foreign")
-
-    @cached_property
-    def control(self) -> Tensor:
-        """Ids [C] of the control tokens of the format."""
-        ids = control_tokens(self.policy.chat, self.config.format).values()
-        return torch.tensor(list(ids), device=self.policy.device)
-
-
-@dataclass
-class Step:
-    """What one step did: its trajectories, their advantages [B], and its metrics (columns of metrics.csv)."""
-
-    trajectories: list[Trajectory]
-    advantages: Tensor
-    metrics: dict[str, float]
-
-
-# ------------------------------------------------------------------------------------ rollouts and advantages
-def rollout(
-    run: Run,
-    tasks: Sequence[Task],
-    hints: Sequence[str] | None = None,
-    group: int | None = None,
-    part: int = 0,
-    force_prefix: bool = False,
-) -> list[Trajectory]:
-    """`group` rollouts (default: the config's G) of every task with the current policy, in group order.
-
-    hints: one text per row. part: keys the noise; a second rollout within a step takes another one.
-    force_prefix: write the canonical prefix where a call should come (`Sampler.rollout`).
-    """
-    config = run.config
-    how = {name: getattr(config, name) for name in ("max_messages", "strict_empty_turn", "tool_seconds")}
-    episodes = [
-        Episode(task, config.format, **how)
-        for task in tasks
-        for _ in range(config.group if group is None else group)
-    ]
-    started, stream = time.perf_counter(), run.step + (part << 24)
-    rows = run.sampler.rollout(episodes, hints, config.temperature, stream, force_prefix)
-    run.sample_seconds += time.perf_counter() - started
-    run.sampled_tokens += sum(row.sampled_tokens for row in rows)
-    return rows
-
-
-def trained_reward(config: object, row: Trajectory) -> float:
-    """The reward that advantages are made of: 0 or 1; the share of turns passed with `--graded-reward`; less
-    `--tag-penalty` times the share of messages with a broken tag."""
-    passed = sum(verdict.passed for verdict in row.verdicts) / row.turns
-    broken = sum(state in BROKEN_TAG_STATES for state in row.states) / max(1, len(row.states))
-    return (passed if config.graded_reward else row.reward) - config.tag_penalty * broken
-
-
-def advantages(run: Run, trajectories: list[Trajectory]) -> Tensor:
-    """Group-relative advantages [B] of trajectories in group order."""
-    rewards = [trained_reward(run.config, row) for row in trajectories]
-    grouped = torch.tensor(rewards).view(-1, run.config.group)  # [P, G]
-    return group_advantages(grouped, run.config.adv_std).flatten()
-
-
-def failed_tasks(trajectories: list[Trajectory], group: int, enough: Callable = all) -> list[int]:
-    """Indices of the tasks whose rollouts all failed, or (`enough` is any) of those with any failure."""
-    groups = [trajectories[i : i + group] for i in range(0, len(trajectories), group)]
-    return [i for i, rows in enumerate(groups) if enough(row.reward == 0 for row in rows)]
-
-
-def demonstrations(run: Run, tasks: Sequence[Task]) -> list[Trajectory]:
-    """Ground-truth conversations of the tasks; those that do not fit the context are left out."""
-    rows = [demonstration(run.policy.chat, task, run.config.format) for task in tasks]
-    return [row for row in rows if len(row.tokens) <= run.sampler.context]
-
-
-def source_examples(run: Run) -> list[Trajectory]:
-    """Ground truth of this step's `sft_batch` tasks of the SFT source, in seeded epochs."""
-    size = run.config.sft_batch
-    places = range((run.step - 1) * size, run.step * size)
-    return demonstrations(run, in_epochs(run.source, f"sft/{run.config.seed}", places))
-
-
-# --------------------------------------------------------------------------------------------- policy updates
+# --------------------------------------------------------------------------------- what an objective sees
 @dataclass(frozen=True)
 class Tokens:
-    """The N trained tokens of some rows, as an objective sees them: `logprobs` (differentiable), the `old`
-    ones they were sampled with, `advantages`, and `row`, the index of each token's row; all [N]."""
+    """The N trained tokens of the rows of a micro-batch, as an objective sees them.
+
+    `logprobs` [N] are differentiable. `old` [N] are those they were sampled with, `advantages` [N] those of
+    their rows, `row` [N] the index of each token's row.
+    """
 
     run: Run
     rows: list[Trajectory]
-    ids: Tensor  # [rows, T]
-    mask: Tensor  # [rows, T]
+    ids: Tensor  # [R, T]
+    mask: Tensor  # [R, T]
     hidden: Tensor  # [N, D]
     logprobs: Tensor
     old: Tensor
@@ -173,8 +60,8 @@ class Tokens:
     def reference(self) -> Tensor:
         """Log-probs [N] under the reference."""
         with torch.no_grad():
-            how = {"temperature": self.run.config.temperature, "shared": self.shared}
-            return self.run.reference.logprobs(self.ids, self.mask, **how)[0]
+            temperature = self.run.config.temperature
+            return self.run.reference.logprobs(self.ids, self.mask, temperature, shared=self.shared)[0]
 
     def of(self, source: str) -> Tensor:
         """[N], True on the tokens of rows from `source`."""
@@ -182,11 +69,11 @@ class Tokens:
         return flags[self.row]
 
 
-Objective = Callable[[Run, Tokens], tuple[Tensor, Tensor]]
+Objective = Callable[[Run, Tokens], tuple[Tensor, Tensor]]  # -> (loss, whether it was clipped), both [N]
 
 
 def clipped_objective(run: Run, tokens: Tokens) -> tuple[Tensor, Tensor]:
-    """GRPO's objective: (loss, whether it was clipped), both [N]."""
+    """GRPO's objective."""
     config = run.config
     bounds = (config.clip, config.clip_high, config.dual_clip)
     return policy_loss(tokens.logprobs, tokens.old, tokens.advantages, *bounds)
@@ -194,109 +81,231 @@ def clipped_objective(run: Run, tokens: Tokens) -> tuple[Tensor, Tensor]:
 
 @dataclass(frozen=True)
 class Supervision:
-    """An SFT loss that rides along with policy updates: coefficient times the mean over trained tokens of
-    -w log p, on up to `sft_batch` of the examples, drawn anew for each update."""
+    """An SFT loss that rides along with policy updates.
+
+    It is the coefficient times the mean over trained tokens of -w log p, on up to `sft_batch` of the
+    examples. They are drawn anew for each update.
+    """
 
     examples: list[Trajectory]
     coefficient: float
     weight: Callable[[Tensor], Tensor] = torch.ones_like  # w [N] of the tokens' probabilities [N]
 
 
+# ------------------------------------------------------------------------------------------ the policy update
 def policy_update(
     run: Run,
     trajectories: list[Trajectory],
-    scores: Tensor,
+    advantages: Tensor,
     objective: Objective = clipped_objective,
     every_row: bool = False,
     supervised: Supervision | None = None,
-) -> dict[str, float]:
+) -> dict[str, Any]:
     """`updates` optimiser steps on an objective, each on an equal share of the prompts.
 
-    scores: advantages [B]. The loss is the mean over all sampled tokens of the share (`--loss-agg sequence`:
-    the mean over rows of each row's mean). Rows without advantage are left out, unless `every_row` or a KL or
-    entropy term says something about them. Old log-probs are the sampler's. Rows that lack them under this
-    prompt (hinted, oracle) get new ones: with a single update from the gradient forward itself, so that the
-    ratio is exactly 1, with several from a scoring forward first. Returns `Tally.metrics`.
+    advantages: [B]. The loss of an optimiser step is the mean over all sampled tokens of its share. With
+    `--loss-agg sequence` it is the mean over rows of each row's mean. Returns `Notes.metrics`.
+
+    Example: 2 prompts, 2 rollouts each, one update, and
+
+        row   sampled tokens   reward   advantage
+        0     3                1         0.71
+        1     2                0        -0.71
+        2     4                1         0          its group has no contrast: no gradient, left out
+        3     5                1         0          left out
+
+    Rows 0 and 1 are padded to one micro-batch: ids [2, T], log-probs [5]. The sum of their 5 token losses is
+    divided by 14, the sampled tokens of all four rows: what is left out still counts.
     """
-    config, tally = run.config, Tally()
+    config, notes = run.config, Notes()
     every_row = every_row or config.kl > 0 or config.entropy > 0
-    by_token, groups = config.loss_agg == "token", len(trajectories) // config.group
-    ends = [groups * k // config.updates * config.group for k in range(config.updates + 1)]
-    used = [
-        [i for i in range(*span) if every_row or scores[i] != 0] for span in itertools.pairwise(ends)
-    ]  # rows of each update
-    used = [[rows[k] for k in distributed.share(len(rows))] for rows in used]
-    old = {i: old_logprobs(run, trajectories[i]) for rows in used for i in rows}
-    for update, mine in enumerate(used):
-        share = trajectories[ends[update] : ends[update + 1]]
-        total = sum(row.sampled_tokens for row in share) if by_token else len(share)
+    by_token = config.loss_agg == "token"
+    shares = shares_of(run, len(trajectories))
+    trained = [rows_to_train(share, advantages, every_row) for share in shares]
+    old = {i: old_logprobs(run, trajectories[i]) for rows in trained for i in rows}
+    for update, (share, mine) in enumerate(zip(shares, trained, strict=True)):
+        total = sum(trajectories[i].sampled_tokens for i in share) if by_token else len(share)
         loss_sum = 0.0
-        for part in batches(run, [trajectories[i] for i in mine]):
-            batch = [mine[k] for k in part]
-            rows, before = [trajectories[i] for i in batch], [old[i] for i in batch]
-            losses, tokens = token_losses(run, rows, before, scores[batch], objective, tally, update == 0)
-            lengths = [row.sampled_tokens for row in rows]
-            if not by_token:
-                losses = losses / losses.new_tensor([n for n in lengths for _ in range(n)])
-            loss = losses.sum() / total
+        for batch in micro_batches(run, [trajectories[i] for i in mine]):
+            batch = [mine[k] for k in batch]
+            rows = [trajectories[i] for i in batch]
+            tokens, entropy = forward(run, rows, [old[i] for i in batch], advantages[batch], update == 0)
+            losses, clipped = token_losses(run, tokens, entropy, objective)
+            loss = (losses if by_token else row_means(losses, tokens)).sum() / total
             (loss * run.masters.scale).backward()
-            tally.push(tokens)
+            notes.take(tokens, clipped, entropy if update == 0 else None)
             loss_sum += loss.item()
         if supervised and supervised.coefficient > 0:
-            tally.supervise(run, supervised, update)
+            notes.supervised(*ride_along(run, supervised, update))
         loss_sum = distributed.total(loss_sum)
-        tally.losses.append(loss_sum)
-        tally.norms.append(optimizer_step(run, loss_sum, run.optimizer, config.lr * warm_up(run)))
-    return tally.metrics()
+        notes.losses.append(loss_sum)
+        notes.norms.append(optimizer_step(run, loss_sum, run.optimizer, config.lr * warm_up(run)))
+    return notes.metrics()
+
+
+# ---- stage 1: which rows
+def shares_of(run: Run, rows: int) -> list[range]:
+    """The rows of each of the `updates` optimiser steps: whole groups, equally many or one more."""
+    groups, updates = rows // run.config.group, run.config.updates
+    ends = [groups * k // updates * run.config.group for k in range(updates + 1)]
+    return [range(start, end) for start, end in itertools.pairwise(ends)]
+
+
+def rows_to_train(share: range, advantages: Tensor, every_row: bool) -> list[int]:
+    """The rows of a share that this process trains on.
+
+    A row without advantage has no gradient and is left out, unless `every_row`: a KL or entropy term says
+    something about all of them.
+    """
+    rows = [i for i in share if every_row or advantages[i] != 0]
+    return [rows[k] for k in distributed.share(len(rows))]
+
+
+# ---- stage 2: what they were sampled with
+def old_logprobs(run: Run, row: Trajectory) -> list[float] | None:
+    """Log-probs of a row's tokens before the update, or None where the only update computes them anyway.
+
+    They are the sampler's where these were sampled under the row's own prompt. Hinted and oracle rows were
+    not. With several updates these are scored anew first. With a single one the gradient's own forward pass
+    gives them, detached: the ratio is exactly 1.
+    """
+    if row.scored:
+        return row.logprobs
+    if run.config.updates == 1:
+        return None
+    return rescore(run.policy, row, run.config.temperature)
+
+
+@torch.no_grad()
+def rescore(policy: Policy, row: Trajectory, temperature: float) -> list[float]:
+    """New `Trajectory.logprobs` of a row: the policy's, under the row's own (unhinted) prompt."""
+    ids, mask = pad([(row.tokens, row.loss_mask)], policy.device)
+    values = iter(policy.logprobs(ids, mask, temperature)[0].tolist())
+    return [next(values) if sampled else 0.0 for sampled in row.loss_mask]
+
+
+# ---- stage 3: the losses of a micro-batch
+def forward(
+    run: Run, rows: list[Trajectory], old: list[list[float] | None], advantages: Tensor, first_update: bool
+) -> tuple[Tokens, Tensor | None]:
+    """(the trained tokens of R rows with their log-probs, entropies [N] if anybody needs them).
+
+    old: what `old_logprobs` says of each row. advantages: [R].
+    """
+    config, policy = run.config, run.policy
+    ids, mask = pad([(row.tokens, row.loss_mask) for row in rows], policy.device)  # [R, T]
+    shared = rows[0].prompt_length if config.share_prompt else 0
+    hidden = policy.trained_hidden(ids, mask, shared)  # [N, D]
+    want_entropy = first_update or config.entropy > 0
+    logprobs, entropy = policy.token_logprob(hidden, ids[mask], config.temperature, want_entropy)  # [N]
+    logprobs.retain_grad()  # for `Notes`
+    counts = torch.tensor([row.sampled_tokens for row in rows], device=logprobs.device)  # [R]
+    index = torch.arange(len(rows), device=logprobs.device).repeat_interleave(counts)  # [N]
+    missing = torch.tensor([values is None for values in old], device=logprobs.device)[index]  # [N]
+    known = [values or [0.0] * len(row.tokens) for values, row in zip(old, rows)]
+    known = [x for values, row in zip(known, rows) for x, sampled in zip(values, row.loss_mask) if sampled]
+    before = torch.where(missing, logprobs.detach(), logprobs.new_tensor(known))  # [N]
+    weights = advantages.to(logprobs)[index]  # [N]
+    return Tokens(run, rows, ids, mask, hidden.detach(), logprobs, before, weights, index, shared), entropy
 
 
 def token_losses(
-    run: Run,
-    rows: list[Trajectory],
-    old: list[list[float] | None],
-    scores: Tensor,
-    objective: Objective,
-    tally: "Tally",
-    first_update: bool,
-) -> tuple[Tensor, Tokens]:
-    """Loss [N] of the sampled tokens of some rows, objective + kl * k3 - entropy * H, and those tokens;
-    `tally` takes notes. old: log-probs of each row's tokens; None: those computed here, detached."""
+    run: Run, tokens: Tokens, entropy: Tensor | None, objective: Objective
+) -> tuple[Tensor, Tensor]:
+    """(loss, whether the objective was clipped), both [N]: objective + kl * k3 - entropy bonus."""
     config = run.config
-    ids, mask = pad([(row.tokens, row.loss_mask) for row in rows], run.policy.device)
-    want_entropy = first_update or config.entropy > 0
-    shared = rows[0].prompt_length if config.share_prompt else 0
-    hidden = run.policy.trained_hidden(ids, mask, shared)  # [N, D]
-    logprobs, entropy = token_logprob(
-        hidden, run.policy.head, ids[mask], config.temperature, want_entropy
-    )  # [N]
-    logprobs.retain_grad()
-    counts = torch.tensor([row.sampled_tokens for row in rows], device=logprobs.device)
-    index = torch.arange(len(rows), device=logprobs.device).repeat_interleave(counts)
-    known = [values or [0.0] * len(row.tokens) for values, row in zip(old, rows)]
-    before = [x for values, row in zip(known, rows) for x, sampled in zip(values, row.loss_mask) if sampled]
-    missing = torch.tensor([values is None for values in old], device=logprobs.device)[index]
-    before = torch.where(missing, logprobs.detach(), logprobs.new_tensor(before))
-    weights = scores.to(logprobs)[index]
-    tokens = Tokens(run, rows, ids, mask, hidden.detach(), logprobs, before, weights, index, shared)
     loss, clipped = objective(run, tokens)
     if config.kl > 0:
-        loss = loss + config.kl * kl_k3(logprobs, tokens.reference)
-    if config.entropy > 0:
+        loss = loss + config.kl * kl_k3(tokens.logprobs, tokens.reference)
+    if config.entropy > 0 and entropy is not None:
         loss = loss - config.entropy * entropy
-    own, sampled = tokens.of("policy"), ~tokens.of("oracle")
-    tally.tokens += sum(len(row.tokens) for row in rows)
-    tally.forward_tokens += sum(len(row.tokens) for row in rows) - shared * (len(rows) - 1)
-    tally.clipped += clipped[own].tolist()
-    if first_update:
-        tally.entropies += entropy[sampled].tolist()
-        tally.gaps += (logprobs - before).detach().abs()[own].tolist()
-    return loss, tokens
+    return loss, clipped
 
 
+def row_means(losses: Tensor, tokens: Tokens) -> Tensor:
+    """Losses [N] over the number of tokens of their rows: the sum of a row's is its mean."""
+    lengths = [row.sampled_tokens for row in tokens.rows]
+    return losses / losses.new_tensor([n for n in lengths for _ in range(n)])
+
+
+def micro_batches(run: Run, rows: Sequence[Trajectory]) -> Iterator[list[int]]:
+    """Indices of rows in micro-batches; with `--share-prompt` each is of one prompt."""
+    budget, lengths = run.config.tokens_at_once, [len(row.tokens) for row in rows]
+    if not run.config.share_prompt:
+        yield from by_length(lengths, budget)
+        return
+    groups: dict[tuple, list[int]] = {}
+    for i, row in enumerate(rows):
+        groups.setdefault(tuple(row.tokens[: row.prompt_length]), []).append(i)
+    for prompt, members in groups.items():
+        batch: list[int] = []
+        used = len(prompt)
+        for i in members:
+            own = lengths[i] - len(prompt)
+            if batch and used + own > budget:
+                yield batch
+                batch, used = [], len(prompt)
+            batch, used = [*batch, i], used + own
+        yield batch
+
+
+def by_length(lengths: Sequence[int], budget: int) -> Iterator[list[int]]:
+    """Indices in batches of similar length, each of at most `budget` padded tokens (at least one row)."""
+    order = sorted(range(len(lengths)), key=lambda i: lengths[i])
+    start = 0
+    while start < len(order):
+        end = start + 1
+        while end < len(order) and (end + 1 - start) * lengths[order[end]] <= budget:
+            end += 1
+        yield order[start:end]
+        start = end
+
+
+def ride_along(run: Run, supervised: Supervision, update: int) -> tuple[float, list[Trajectory]]:
+    """Add the gradient of the SFT loss of one update; returns (that loss, the examples it is of)."""
+    count = min(run.config.sft_batch, len(supervised.examples))
+    drawn = random.Random(f"{run.config.seed}/{run.step}/{update}").sample(supervised.examples, count)
+    if not drawn:
+        return math.nan, []
+    return sft_backward(run, drawn, supervised.coefficient, supervised.weight), drawn
+
+
+# ---- stage 4: the step
+def warm_up(run: Run) -> float:
+    """Share of the learning rate that this step runs at."""
+    return min(1.0, (run.step + 1) / max(1, run.config.warmup))
+
+
+def optimizer_step(run: Run, loss: float, optimizer: torch.optim.Optimizer, lr: float) -> float | None:
+    """Sum the gradients of all processes, clip and step; returns their norm.
+
+    If the loss or a gradient is not finite nothing is stepped and None is returned. Such updates are counted,
+    and too many in a row end the run. An overflow that a smaller scale of the loss can cure does not count.
+    """
+    distributed.sum_gradients(run.masters.tensors)
+    norm = torch.nn.utils.clip_grad_norm_(run.masters.tensors, run.config.grad_clip).item()
+    finite = math.isfinite(loss) and math.isfinite(norm)
+    if finite:
+        for group in optimizer.param_groups:
+            group["lr"] = lr
+        optimizer.step()
+        run.masters.publish()
+    run.skipped_updates += not finite
+    curable = not finite and math.isfinite(loss) and run.masters.lower_scale()
+    if not run.stuck and not curable:
+        run.state.skipped_in_a_row = 0 if finite else run.state.skipped_in_a_row + 1
+    run.masters.zero_gradients()
+    return norm if finite else None
+
+
+# ---- and what is noted of it
 @dataclass
-class Tally:
-    """Notes of one policy update, summed up by `metrics`. Rows that are not the policy's own (hinted, oracle)
-    stay out of `clipped` and `gaps`, oracle rows also out of `entropies`."""
+class Notes:
+    """What is noted of a policy update, summed up by `metrics`.
+
+    Rows that are not the policy's own (hinted, oracle) stay out of `clipped` and `gaps`. Oracle rows also
+    stay out of `entropies`.
+    """
 
     started: float = field(default_factory=time.perf_counter)
     tokens: int = 0
@@ -312,131 +321,61 @@ class Tally:
     sft_tokens: int = 0
 
     @torch.no_grad()
-    def push(self, tokens: Tokens) -> None:
-        """After a backward pass: add up which way the policy loss pushes the logits of control tokens through
-        the log-probs (an entropy or SFT term pushes, too, and is not counted)."""
+    def take(self, tokens: Tokens, clipped: Tensor, entropy: Tensor | None) -> None:
+        """Note a micro-batch after its backward pass. entropy: [N] in a step's first update, else None."""
+        lengths, own = [len(row.tokens) for row in tokens.rows], tokens.of("policy")  # [N]
+        self.tokens += sum(lengths)
+        self.forward_tokens += sum(lengths) - tokens.shared * (len(lengths) - 1)
+        self.clipped += clipped[own].tolist()
+        if entropy is not None:
+            self.entropies += entropy[~tokens.of("oracle")].tolist()
+            self.gaps += (tokens.logprobs - tokens.old).abs()[own].tolist()
         started = time.perf_counter()
-        run, ids = tokens.run, tokens.ids[tokens.mask]
-        temperature, logprobs = run.config.temperature, tokens.logprobs
-        p = control_probabilities(
-            tokens.hidden, run.policy.head, ids, logprobs, run.control, temperature
-        )  # [N, C]
-        found = logit_gradient(-logprobs.grad, ids, p, run.control) / temperature / run.masters.scale
+        found = pushes(tokens)
         self.gradients = found if self.gradients is None else self.gradients + found
         self.probe_seconds += time.perf_counter() - started
 
-    def supervise(self, run: Run, supervised: Supervision, update: int) -> None:
-        """Add the gradient of the SFT loss that rides along with this update."""
-        count = min(run.config.sft_batch, len(supervised.examples))
-        draw = random.Random(f"{run.config.seed}/{run.step}/{update}").sample(supervised.examples, count)
-        if draw:
-            self.sft_losses.append(sft_backward(run, draw, supervised.coefficient, supervised.weight))
-            self.sft_tokens += sum(row.sampled_tokens for row in draw)
-            mine = sum(len(draw[i].tokens) for i in distributed.share(len(draw)))
+    def supervised(self, loss: float, examples: list[Trajectory]) -> None:
+        """Note an SFT loss that rode along."""
+        if examples:
+            self.sft_losses.append(loss)
+            self.sft_tokens += sum(row.sampled_tokens for row in examples)
+            mine = sum(len(examples[i].tokens) for i in distributed.share(len(examples)))
             self.tokens += mine
             self.forward_tokens += mine
 
-    def metrics(self) -> dict[str, float]:
+    def metrics(self) -> dict[str, Any]:
         """Columns of metrics.csv; nan where there is nothing to average."""
         found = distributed.gathered([] if self.gradients is None else [self.gradients.cpu()])
         columns = {
-            "loss": _mean(self.losses),
-            "entropy": _mean(distributed.gathered(self.entropies)),
-            "grad_norm": _mean([norm for norm in self.norms if norm is not None]),
-            "clip_fraction": _mean(distributed.gathered(self.clipped)),
+            "loss": mean(self.losses),
+            "entropy": mean(distributed.gathered(self.entropies)),
+            "grad_norm": mean([norm for norm in self.norms if norm is not None]),
+            "clip_fraction": mean(distributed.gathered(self.clipped)),
             "train_tok_s": distributed.total(self.tokens) / (time.perf_counter() - self.started),
             "forward_tokens": distributed.total(self.forward_tokens),
             "logprob_gap": max(distributed.gathered(self.gaps), default=math.nan),
+            "logit_gradient": torch.stack(found).sum(0).tolist() if found else None,
+            "probe_seconds": self.probe_seconds,
         }
-        sft = {"sft_loss": _mean(self.sft_losses), "sft_tokens": self.sft_tokens}
-        gradients = torch.stack(found).sum(0).tolist() if found else None
-        columns |= {"logit_gradient": gradients, "probe_seconds": self.probe_seconds}
+        sft = {"sft_loss": mean(self.sft_losses), "sft_tokens": self.sft_tokens}
         return columns | (sft if self.sft_losses else {})
 
 
-def warm_up(run: Run) -> float:
-    """Share of the learning rate that this step runs at."""
-    return min(1.0, (run.step + 1) / max(1, run.config.warmup))
+def pushes(tokens: Tokens) -> Tensor:
+    """Which way the policy loss of a micro-batch pushes the logits of control tokens [2, C], through the
+    log-probs (an entropy or SFT term pushes, too, and is not counted)."""
+    run, ids, logprobs = tokens.run, tokens.ids[tokens.mask], tokens.logprobs
+    temperature = run.config.temperature
+    p = control_probabilities(
+        tokens.hidden, run.policy.head, ids, logprobs, run.control, temperature
+    )  # [N, C]
+    return logit_gradient(-logprobs.grad, ids, p, run.control) / temperature / run.masters.scale
 
 
-def new_optimizer(masters: Masters, lr: float, weight_decay: float) -> torch.optim.Optimizer:
-    """AdamW over all weights in one fused call."""
-    return torch.optim.AdamW(masters.tensors, lr=lr, weight_decay=weight_decay, fused=True)
-
-
-def optimizer_step(run: Run, loss: float, optimizer: torch.optim.Optimizer, lr: float) -> float | None:
-    """Sum the gradients of all processes, clip and step; returns the norm, or None, without a step, if
-    anything is not finite.
-
-    Counts what it skips; a run that is stuck stays so, whatever follows within the step. An overflow that a
-    smaller scale of the loss can cure does not count towards being stuck.
-    """
-    distributed.sum_gradients(run.masters.tensors)
-    norm = torch.nn.utils.clip_grad_norm_(run.masters.tensors, run.config.grad_clip).item()
-    finite = math.isfinite(loss) and math.isfinite(norm)
-    if finite:
-        for group in optimizer.param_groups:
-            group["lr"] = lr
-        optimizer.step()
-        run.masters.publish()
-    run.skipped_updates += not finite
-    curable = False
-    if not finite and math.isfinite(loss):
-        curable = run.masters.lower_scale()
-    if not run.stuck and not curable:
-        run.state["skipped_in_a_row"] = 0 if finite else run.state.get("skipped_in_a_row", 0) + 1
-    run.masters.zero_gradients()
-    return norm if finite else None
-
-
-def old_logprobs(run: Run, row: Trajectory) -> list[float] | None:
-    """Log-probs of a row before the update: the sampler's, or new ones where those say nothing; None if the
-    only update computes them anyway."""
-    if row.scored:
-        return row.logprobs
-    if run.config.updates == 1:
-        return None
-    return score(run.policy, row, run.config.temperature)
-
-
-@torch.no_grad()
-def score(policy: Policy, row: Trajectory, temperature: float) -> list[float]:
-    """New `Trajectory.logprobs` of a row: the policy's, under the row's own (unhinted) prompt."""
-    ids, mask = pad([(row.tokens, row.loss_mask)], policy.device)
-    values = iter(policy.logprobs(ids, mask, temperature)[0].tolist())
-    return [next(values) if sampled else 0.0 for sampled in row.loss_mask]
-
-
-def micro_batches(lengths: Sequence[int], budget: int) -> Iterator[list[int]]:
-    """Indices in batches of similar length, each of at most `budget` padded tokens (at least one row)."""
-    order = sorted(range(len(lengths)), key=lambda i: lengths[i])
-    start = 0
-    while start < len(order):
-        end = start + 1
-        while end < len(order) and (end + 1 - start) * lengths[order[end]] <= budget:
-            end += 1
-        yield order[start:end]
-        start = end
-
-
-def batches(run: Run, rows: Sequence[Trajectory]) -> Iterator[list[int]]:
-    """Indices of rows in micro-batches; with `--share-prompt` each is of one prompt."""
-    budget, lengths = run.config.tokens_at_once, [len(row.tokens) for row in rows]
-    if not run.config.share_prompt:
-        yield from micro_batches(lengths, budget)
-        return
-    groups: dict[tuple, list[int]] = {}
-    for i, row in enumerate(rows):
-        groups.setdefault(tuple(row.tokens[: row.prompt_length]), []).append(i)
-    for prompt, members in groups.items():
-        part, used = [], len(prompt)
-        for i in members:
-            own = lengths[i] - len(prompt)
-            if part and used + own > budget:
-                yield part
-                part, used = [], len(prompt)
-            part, used = [*part, i], used + own
-        yield part
+def mean(values: Sequence[float]) -> float:
+    """The mean; nan of nothing."""
+    return sum(values) / len(values) if values else math.nan
 
 
 # ---------------------------------------------------------------------------------------- supervised training
@@ -455,8 +394,8 @@ def sft_backward(
     total = sum(row.sampled_tokens for row in examples)
     mine = [examples[i] for i in distributed.share(len(examples))]
     loss_sum = 0.0
-    for part in micro_batches([len(row.tokens) for row in mine], run.config.tokens_at_once):
-        rows = [(mine[i].tokens, mine[i].loss_mask) for i in part]
+    for batch in by_length([len(row.tokens) for row in mine], run.config.tokens_at_once):
+        rows = [(mine[i].tokens, mine[i].loss_mask) for i in batch]
         logprobs = run.policy.logprobs(*pad(rows, run.policy.device))[0]  # [N]
         loss = -(weight(logprobs.detach().exp()) * logprobs).sum() / total
         (coefficient * run.masters.scale * loss).backward()
@@ -464,7 +403,7 @@ def sft_backward(
     return distributed.total(loss_sum)
 
 
-def sft_update(run: Run, examples: Sequence[Trajectory]) -> dict[str, float]:
+def sft_update(run: Run, examples: Sequence[Trajectory]) -> dict[str, Any]:
     """One optimiser step of SFT with the run's own optimiser."""
     started, trained = time.perf_counter(), sum(row.sampled_tokens for row in examples)
     loss = sft_backward(run, examples)
@@ -477,7 +416,7 @@ def sft_update(run: Run, examples: Sequence[Trajectory]) -> dict[str, float]:
     }
 
 
-def burst(run: Run, examples: Sequence[Trajectory], tokens: int = 0) -> dict[str, float]:
+def burst(run: Run, examples: Sequence[Trajectory], tokens: int = 0) -> dict[str, Any]:
     """SFT by itself between RL steps: `sft_epochs` passes over the examples in shuffled batches of
     `sft_batch`; with `tokens`, as many passes as train so many tokens. No burst if either is nothing.
 
@@ -499,53 +438,7 @@ def burst(run: Run, examples: Sequence[Trajectory], tokens: int = 0) -> dict[str
     batches = [rows[i : i + config.sft_batch] for i in range(0, len(rows), config.sft_batch)]
     optimizer, losses = new_optimizer(run.masters, config.sft_lr, config.weight_decay), []
     warm = max(1, round(config.sft_warmup * len(batches)))
-    for n, batch in enumerate(tqdm(batches, "SFT burst", unit="batch", leave=False, disable=None)):
+    for n, batch in enumerate(progress(batches, "SFT burst", unit="batch")):
         losses.append(sft_backward(run, batch))
         optimizer_step(run, losses[-1], optimizer, config.sft_lr * min(1.0, (n + 1) / (warm + 1)))
-    return {"sft_loss": _mean(losses), "sft_tokens": trained}
-
-
-def collect(run: Run, examples: Sequence[Trajectory]) -> None:
-    """Put a step's examples into the pool, and let go of those of more than `sft_window` steps ago."""
-    kept = [row for row in run.state.get("pool", []) if row["step"] > run.step - run.config.sft_window]
-    names = ("task_id", "category", "format", "tokens", "loss_mask", "source")
-    new = [{"step": run.step} | {name: getattr(row, name) for name in names} for row in examples]
-    run.state["pool"] = kept + new
-
-
-def pool(run: Run) -> list[Trajectory]:
-    """The collected examples, oldest first."""
-    rows = [
-        {name: value for name, value in row.items() if name != "step"} for row in run.state.get("pool", [])
-    ]
-    return [Trajectory(**row, logprobs=[0.0] * len(row["tokens"]), prompt_length=0) for row in rows]
-
-
-# -------------------------------------------------------------------------------------------------- snapshots
-def snapshot(run: Run) -> dict:
-    """Copies of weights and optimiser state, to be put back by `roll_back`; in main memory, where there is
-    more room than on a GPU."""
-    parts = {"model": run.policy.model, "optimizer": run.optimizer}
-    return copied({k: v.state_dict() for k, v in parts.items()} | {"masters": run.masters.state()})
-
-
-def copied(value: object) -> object:
-    """A copy of a nested state, its tensors in main memory."""
-    if isinstance(value, Tensor):
-        return value.detach().to("cpu", copy=True)
-    if isinstance(value, dict):
-        return {key: copied(item) for key, item in value.items()}
-    if isinstance(value, list | tuple):
-        return type(value)(copied(item) for item in value)
-    return value
-
-
-def roll_back(run: Run, saved: dict) -> None:
-    """Put a snapshot back."""
-    run.policy.model.load_state_dict(saved["model"])
-    run.optimizer.load_state_dict(copy.deepcopy(saved["optimizer"]))
-    run.masters.load(saved["masters"])
-
-
-def _mean(values: Sequence[float]) -> float:
-    return sum(values) / len(values) if values else math.nan
+    return {"sft_loss": mean(losses), "sft_tokens": trained}

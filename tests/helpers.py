@@ -188,7 +188,7 @@ def tiny_policy(tokenizer, seed=0, config_class=LlamaConfig, stop=0.1, close=0.0
         for layer in policy.model.model["layers"]:
             layer.self_attn.o_proj.weight[0] = layer.mlp.down_proj.weight[0] = 0
         policy.head[torch.arange(len(tokenizer)) % 20 > 0, 0] = -20  # ... so that the head can lean on it
-        hidden = policy.hidden(torch.randint(len(tokenizer), (1, 300)))[0]
+        hidden = policy.model(torch.randint(len(tokenizer), (1, 300)))[0]
         total = (hidden @ policy.head.T).logsumexp(-1).mean()
         for name, chance in (("<|im_end|>", stop), ("</tool_call>", close)):
             row = policy.head[policy.chat.control[name]]

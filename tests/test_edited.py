@@ -19,9 +19,11 @@ from safetensors.torch import load_file, save_file
 
 import sample
 import train
-from nanotoolrl.config import Refused, stored_config
+from nanotoolrl.commandline import stored_config
+from nanotoolrl.config import Refused
 from nanotoolrl.look import evaluate, report
-from nanotoolrl.look.rundir import METRICS, RunDirectory, checksum
+from nanotoolrl.look.metrics import metrics
+from nanotoolrl.look.rundir import RunDirectory, checksum
 from nanotoolrl.model import ModelError, load, load_chat
 
 SMALL = "--preset smoke --scheme grpo --eval-count 0 --prompts 2 --group 2 --probe-tasks 2 --max-messages 4 --threads 1"
@@ -386,7 +388,7 @@ def test_stored_settings_are_read_as_they_were_written(made, tmp_path):
     assert (stored.scheme, stored.steps, stored.lr) == ("grpo", 3, 2e-4)
     with pytest.raises(Refused, match="no config.json"):
         stored_config(tmp_path / "config.json")
-    assert (made / "run" / "metrics.csv").read_text(encoding="utf-8").startswith(",".join(METRICS))
+    assert (made / "run" / "metrics.csv").read_text(encoding="utf-8").startswith(",".join(metrics()))
 
 
 # ------------------------------------------------------------------------------------------ model directories

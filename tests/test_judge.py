@@ -458,17 +458,17 @@ def test_a_closed_judge_gives_up_and_asks_no_more(serve, monkeypatch, capsys, an
 INTERRUPTED = """
 import signal, sys
 from types import SimpleNamespace
-from nanotoolrl import judge, schemes
+from nanotoolrl import judge, signals
 judge.BACK_OFF = (600,) * 3
-schemes.ground_truth_of_failures = lambda *_: ([], {})
-schemes.collected_failures = lambda *_: range(40)
-schemes.reflections = lambda task, row, chat, others, context, judge: judge(task, "hermes", 0, "log")
+signals.ets = lambda *_: ([], {})
+signals.collected_failures = lambda *_: range(40)
+signals.reflections = lambda task, row, chat, others, context, judge: judge(task, "hermes", 0, "log")
 config = SimpleNamespace(judge=sys.argv[1], judge_model="m", judge_timeout=600.0, group=1)
 run = SimpleNamespace(
     config=config, policy=SimpleNamespace(chat=None), tasks=[], sampler=SimpleNamespace(context=9)
 )
 try:
-    schemes.reflections_on_failures(run, [None] * 40, [SimpleNamespace(reward=0)] * 40)
+    signals.prs(run, [None] * 40, [SimpleNamespace(reward=0)] * 40)
 except KeyboardInterrupt:
     sys.exit(130)
 """

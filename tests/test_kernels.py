@@ -3,23 +3,20 @@
 The same cases as the tiled path (test_logprob.py), so that the two and the reference agree.
 """
 
+from functools import partial
+
 import pytest
 import torch
 from test_logprob import agree, case, gradients
 
 from nanotoolrl import logprob
-from nanotoolrl.logprob import reference_logprob, token_logprob
+from nanotoolrl.logprob import reference_logprob
 
 triton = pytest.importorskip("triton", reason="Triton is for Linux only")
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 
 
-@pytest.fixture(autouse=True)
-def kernels():
-    """Run `token_logprob` on the kernels, wherever its inputs are."""
-    logprob.use("triton")
-    yield
-    logprob.use("auto")
+token_logprob = partial(logprob.token_logprob, backend="triton")  # wherever its inputs are
 
 
 def on_device(*tensors):

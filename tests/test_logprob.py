@@ -236,4 +236,4 @@ def test_triton_is_refused_where_it_cannot_run(monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     monkeypatch.delenv("TRITON_INTERPRET", raising=False)
     with pytest.raises(ValueError, match="needs a CUDA device"):
-        logprob.use("triton")
+        logprob.check_backend("triton")

@@ -6,7 +6,8 @@ from helpers import tiny_policy
 from test_schemes import made_up, make_run, parameters_of
 
 from nanotoolrl.gpu.masters import CALM, FP16_SCALE, Masters
-from nanotoolrl.updates import new_optimizer, optimizer_step, policy_update, roll_back, snapshot
+from nanotoolrl.run import new_optimizer, roll_back, snapshot
+from nanotoolrl.updates import optimizer_step, policy_update
 
 
 def half_run(policy, dtype, **changes):

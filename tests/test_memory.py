@@ -1,7 +1,6 @@
 """The memory plan: by hand, beside what autograd keeps, and beside what gradient checkpointing saves."""
 
 from collections.abc import Callable
-from dataclasses import replace
 
 import pytest
 import torch
@@ -9,10 +8,10 @@ from helpers import MODELS, policy_like
 from transformers import Qwen2Config
 
 from bench import rows as bench
-from nanotoolrl.config import parse
+from nanotoolrl.commandline import parse
 from nanotoolrl.gpu.memory import available, describe, plan
 from nanotoolrl.model import Policy
-from nanotoolrl.schemes import SCHEMES
+from nanotoolrl.signals import SCHEMES
 from nanotoolrl.transformer import Architecture, Transformer
 
 GIB = 2**30
@@ -93,13 +92,13 @@ def kept_bytes(policy: Policy, forward: Callable[[], torch.Tensor]) -> int:
 def test_activations_are_what_autograd_keeps(name, dtype):
     policy, ids = policy_like(name), torch.randint(100, (8, 64))
     policy.model.to(dtype)
-    config = replace(config_of(), tokens_at_once=ids.numel(), context=64, checkpointing=False)
-    whole = kept_bytes(policy, lambda: policy.hidden(ids))
+    config = config_of().but(tokens_at_once=ids.numel(), context=64, checkpointing=False)
+    whole = kept_bytes(policy, lambda: policy.model(ids))
     assert plan(policy.model, config)["activations"] == pytest.approx(whole, rel=0.05)
     policy.model.checkpointing = True
-    inputs = kept_bytes(policy, lambda: policy.hidden(ids))
+    inputs = kept_bytes(policy, lambda: policy.model(ids))
     assert inputs < whole / 5
-    less = plan(policy.model, replace(config, checkpointing=True))["activations"]
+    less = plan(policy.model, config.but(checkpointing=True))["activations"]
     layers = policy.model.shape.layers
     assert less == pytest.approx(inputs + whole / layers, rel=0.05)  # one layer at a time is computed again
 
@@ -112,7 +111,7 @@ def test_a_shared_prompt_keeps_a_dense_mask():
     mask = torch.ones_like(ids, dtype=torch.bool)
     mask[:, :256] = False
     kept = kept_bytes(policy, lambda: policy.trained_hidden(ids, mask, 256))  # 256 + 2 * 256 tokens
-    config = replace(config_of(), context=768, tokens_at_once=768, checkpointing=False, share_prompt=True)
+    config = config_of().but(context=768, tokens_at_once=768, checkpointing=False, share_prompt=True)
     assert plan(policy.model, config)["activations"] == pytest.approx(kept, rel=0.15)
 
 

@@ -9,10 +9,11 @@ from pathlib import Path
 import train
 from bench import rows as bench
 from nanotoolrl import env, schemes, tools
-from nanotoolrl.config import PRESETS, Config, parse
+from nanotoolrl.commandline import PRESETS, parse
+from nanotoolrl.config import SETTINGS, Config
 from nanotoolrl.look import study
 from nanotoolrl.look.evaluate import Scores, states_table, table
-from nanotoolrl.look.rundir import METRICS
+from nanotoolrl.look.metrics import metrics
 
 ROOT = Path(train.__file__).parent
 README = (ROOT / "README.md").read_text()
@@ -172,15 +173,15 @@ def test_the_model_card_is_made_from_the_committed_scores():
 def test_every_metric_is_explained():
     columns = re.findall(r"`(\w+\*?)`", README.split("## Metrics")[1].split("## Speed")[0])
     explained = {
-        name for name in METRICS if name in columns or "state_*" in columns and name.startswith("state_")
+        name for name in metrics() if name in columns or "state_*" in columns and name.startswith("state_")
     }
-    assert set(METRICS) - explained - {"step"} == set()
+    assert set(metrics()) - explained - {"step"} == set()
 
 
 def test_files_and_flags_named_in_the_readme_exist():
     for name in re.findall(r"`((?:nanotoolrl|data|tests)/[\w./]+|\w+\.py)`", README):
         assert any((ROOT / place / name).exists() for place in ("", "nanotoolrl", "data")), name
-    known = {"--" + name.replace("_", "-") for name in Config.__dataclass_fields__}
+    known = {"--" + name.replace("_", "-") for name in SETTINGS}
     known |= {
         "--no-adv-std",
         "--resume",

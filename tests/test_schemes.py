@@ -10,14 +10,25 @@ import pytest
 import torch
 from helpers import tiny_policy, whole_logits
 
-from nanotoolrl import schemes, updates
+from nanotoolrl import schemes, signals, updates
+from nanotoolrl.config import SETTINGS, Config
 from nanotoolrl.env import Call, Task, Turn, Verdict
+from nanotoolrl.run import (
+    Run,
+    Step,
+    failed_tasks,
+    group_advantages,
+    roll_back,
+    rollout,
+    snapshot,
+    trained_reward,
+)
 from nanotoolrl.sampler import Sampler
-from nanotoolrl.schemes import SCHEMES, grpo, hint
+from nanotoolrl.schemes import grpo, hint
+from nanotoolrl.signals import SCHEMES
 from nanotoolrl.tasks import load_tasks
-from nanotoolrl.trajectory import Trajectory
-from nanotoolrl.updates import Run, advantages, policy_update, rollout, score
-from train import Config
+from nanotoolrl.trajectory import Trajectory, demonstration
+from nanotoolrl.updates import policy_update, rescore
 
 TIMES = ("train_tok_s", "probe_seconds")
 
@@ -37,7 +48,7 @@ class Recorder(torch.optim.SGD):
 
 
 def make_run(policy, optimizer=Recorder, reference=None, **changes):
-    settings = dataclasses.asdict(Config()) | {
+    settings = {
         "group": 4,
         "max_messages": 3,
         "tokens_at_once": 100_000,
@@ -45,9 +56,9 @@ def make_run(policy, optimizer=Recorder, reference=None, **changes):
         "warmup": 0,
         "lr": 0.0,
     }
-    config = SimpleNamespace(**(settings | changes))
-    sampler = Sampler(policy, max_new_tokens=8, seed=3)
-    run = Run(config, policy, sampler, optimizer(policy.model.parameters(), lr=config.lr))
+    run = Run.begin(Config(**(settings | changes)), policy)
+    run.sampler = Sampler(policy, max_new_tokens=8, seed=3)
+    run.optimizer = optimizer(policy.model.parameters(), lr=run.config.lr)
     if reference:
         run.reference = reference
     return run
@@ -62,7 +73,7 @@ def tasks(n=2):
 
 
 def made_up(policy, temperature=1.0, n=8, spread=0.3, seed=0):
-    """(n trajectories of random tokens with 2 sampled messages each, scores [n]); the old log-probs differ
+    """(n trajectories of random tokens with 2 sampled messages each, advantages [n]); old log-probs differ
     from the policy's own by about `spread`."""
     generator = torch.Generator().manual_seed(seed)
 
@@ -101,19 +112,19 @@ def own_logprobs(policy, row, temperature):
     return torch.stack([logprobs[t - 1, row.tokens[t]] for t in range(len(row.tokens)) if row.loss_mask[t]])
 
 
-def loss_by_hand(policy, rows, scores, config, reference=None):
+def loss_by_hand(policy, rows, advantages, config, reference=None):
     """The whole objective, as the docstring of `grpo` has it."""
     loss, count = 0.0, 0
-    for row, score_of_row in zip(rows, scores.tolist(), strict=True):
+    for row, advantage in zip(rows, advantages.tolist(), strict=True):
         old = [x for x, sampled in zip(row.logprobs, row.loss_mask, strict=True) if sampled]
         new = own_logprobs(policy, row, config.temperature)
         base = own_logprobs(reference, row, config.temperature).detach() if reference else None
         for k in range(len(old)):
             ratio = (new[k] - old[k]).exp()
             bounded = ratio.clamp(1 - config.clip, 1 + config.clip)
-            term = torch.max(-score_of_row * ratio, -score_of_row * bounded)
-            if score_of_row < 0:
-                term = torch.clamp(term, max=-score_of_row * config.dual_clip)
+            term = torch.max(-advantage * ratio, -advantage * bounded)
+            if advantage < 0:
+                term = torch.clamp(term, max=-advantage * config.dual_clip)
             if reference:
                 d = base[k] - new[k]
                 term = term + config.kl * (d.exp() - d - 1).clamp(max=10)
@@ -137,10 +148,10 @@ def test_gradient_and_metrics_by_hand(policy, tiny, temperature, kl):
     reference = neighbour(policy) if kl else None
     settings = {"temperature": temperature, "kl": kl, "clip": 0.3, "clip_high": 0.3, "dual_clip": 1.5}
     run = make_run(tiny, reference=reference, **settings)
-    rows, scores = made_up(tiny, temperature)
-    expected = loss_by_hand(tiny, rows, scores, run.config, reference)
+    rows, advantages = made_up(tiny, temperature)
+    expected = loss_by_hand(tiny, rows, advantages, run.config, reference)
     gradients = torch.autograd.grad(expected, list(tiny.model.parameters()))
-    metrics = policy_update(run, rows, scores)
+    metrics = policy_update(run, rows, advantages)
     all_close(run.optimizer.gradients[0], gradients, atol=2e-5, rtol=1e-3)
     assert metrics["loss"] == pytest.approx(expected.item(), abs=1e-5)
     norm = torch.stack([gradient.norm() for gradient in gradients]).norm().item()
@@ -152,7 +163,7 @@ def test_gradient_and_metrics_by_hand(policy, tiny, temperature, kl):
 def test_logit_gradient_of_a_step_by_hand(tiny, temperature):
     """Self and other of every control token: the gradient of the objective at the whole logits, negated."""
     run = make_run(tiny, temperature=temperature, tokens_at_once=100, dual_clip=1.5)
-    rows, scores = made_up(tiny, temperature)
+    rows, advantages = made_up(tiny, temperature)
     with_control_tokens(tiny, rows)
     logits = []
 
@@ -161,7 +172,7 @@ def test_logit_gradient_of_a_step_by_hand(tiny, temperature):
         logits.append(out)
 
     handle = tiny.model.lm_head.register_forward_hook(keep)
-    loss_by_hand(tiny, rows, scores, run.config).backward()
+    loss_by_hand(tiny, rows, advantages, run.config).backward()
     handle.remove()
     expected = torch.zeros(2, len(run.control))
     for row, one in zip(rows, logits, strict=True):
@@ -169,25 +180,25 @@ def test_logit_gradient_of_a_step_by_hand(tiny, temperature):
             for c, token in enumerate(run.control.tolist()):
                 expected[int(row.tokens[t] != token), c] -= one.grad[0, t - 1, token]
     assert (expected.abs() > 1e-6).any(1).all()
-    found = torch.tensor(policy_update(run, rows, scores)["logit_gradient"])
+    found = torch.tensor(policy_update(run, rows, advantages)["logit_gradient"])
     torch.testing.assert_close(found, expected, atol=1e-9, rtol=1e-3)
 
 
 def test_clip_fraction_entropy_and_gap_by_hand(tiny):
     run = make_run(tiny, tokens_at_once=200)
-    rows, scores = made_up(tiny)
+    rows, advantages = made_up(tiny)
     clipped, gaps, entropies = [], [], []
-    for row, score_of_row in zip(rows, scores.tolist(), strict=True):
+    for row, advantage in zip(rows, advantages.tolist(), strict=True):
         new = own_logprobs(tiny, row, 1.0).tolist()
         old = [x for x, sampled in zip(row.logprobs, row.loss_mask, strict=True) if sampled]
         for a, b in zip(new, old, strict=True):
             ratio = math.exp(a - b)
-            clipped.append(ratio > 1.2 if score_of_row > 0 else ratio < 0.8 or ratio > 3)
+            clipped.append(ratio > 1.2 if advantage > 0 else ratio < 0.8 or ratio > 3)
             gaps.append(abs(a - b))
         logprobs = torch.log_softmax(whole_logits(tiny, torch.tensor([row.tokens]))[0], -1)
         by_place = (-logprobs.exp() * logprobs).sum(-1).tolist()
         entropies += [by_place[t - 1] for t in range(len(row.tokens)) if row.loss_mask[t]]
-    metrics = policy_update(run, rows, scores)
+    metrics = policy_update(run, rows, advantages)
     assert metrics["clip_fraction"] == pytest.approx(sum(clipped) / len(clipped))
     assert 0.1 < sum(clipped) / len(clipped) < 0.9
     assert metrics["logprob_gap"] == pytest.approx(max(gaps), abs=1e-4)
@@ -210,13 +221,13 @@ def test_one_row_at_ratio_one(tiny):
 
 def test_each_mask_bit_matters(tiny):
     """Training one more token, be it of the prompt or of the observation, gives another gradient."""
-    rows, scores = made_up(tiny, n=1)
+    rows, advantages = made_up(tiny, n=1)
     row = rows[0]
 
     def gradient(mask):
         changed = Trajectory(**{**vars(row), "loss_mask": mask})
         run = make_run(tiny, group=1)
-        policy_update(run, [changed], scores)
+        policy_update(run, [changed], advantages)
         return torch.cat([g.flatten() for g in run.optimizer.gradients[0]])
 
     usual = gradient(row.loss_mask)
@@ -227,11 +238,11 @@ def test_each_mask_bit_matters(tiny):
 
 
 def test_log_probs_outside_the_mask_are_never_read(tiny):
-    rows, scores = made_up(tiny)
+    rows, advantages = made_up(tiny)
 
     def gradient():
         run = make_run(tiny)
-        policy_update(run, rows, scores)
+        policy_update(run, rows, advantages)
         return run.optimizer.gradients[0]
 
     usual = gradient()
@@ -250,7 +261,7 @@ def test_sharing_the_prompt_changes_nothing_but_the_work(policy, tiny, budget, k
     def update(**changes):
         reference = neighbour(policy) if kl else None
         run = make_run(tiny, reference=reference, kl=kl, temperature=0.7, **changes)
-        rows, scores = made_up(tiny, temperature=0.7)
+        rows, advantages = made_up(tiny, temperature=0.7)
         for i, row in enumerate(rows):  # groups of four with one prompt each; the last row has its own
             like = rows[i - i % 4]
             if i < 7 and row is not like:
@@ -263,7 +274,7 @@ def test_sharing_the_prompt_changes_nothing_but_the_work(policy, tiny, budget, k
                     logprobs=[0.0] * n + row.logprobs[row.prompt_length :],
                     prompt_length=n,
                 )
-        metrics = policy_update(run, rows, scores)
+        metrics = policy_update(run, rows, advantages)
         return run.optimizer.gradients[0], metrics, rows
 
     gradients, plain, rows = update()
@@ -282,10 +293,10 @@ def test_sharing_the_prompt_changes_nothing_but_the_work(policy, tiny, budget, k
 
 @pytest.mark.parametrize("updates", [1, 2])
 def test_only_several_updates_need_a_scoring_pass(tiny, monkeypatch, updates):
-    calls, honest = [], score
+    calls, honest = [], rescore
     monkeypatch.setattr(schemes, "hint_text", lambda task, format: "Hint: say that docs is a folder.")
-    monkeypatch.setattr(schemes, "advantages", lambda run, rows: torch.linspace(-1, 1, len(rows)))
-    monkeypatch.setattr("nanotoolrl.updates.score", lambda *args: calls.append(1) or honest(*args))
+    monkeypatch.setattr(schemes, "group_advantages", lambda run, rows: torch.linspace(-1, 1, len(rows)))
+    monkeypatch.setattr("nanotoolrl.updates.rescore", lambda *args: calls.append(1) or honest(*args))
     hint(make_run(tiny, updates=updates), tasks())
     assert len(calls) == (0 if updates == 1 else 4)
 
@@ -316,25 +327,25 @@ def test_updates_share_the_prompts(policy):
     old log-probs of both from before."""
     tiny, other = tiny_policy(policy.tokenizer), tiny_policy(policy.tokenizer)
     run = make_run(tiny, torch.optim.SGD, updates=2, lr=0.1, group=2)
-    rows, scores = made_up(tiny)
+    rows, advantages = made_up(tiny)
     for part in (slice(0, 4), slice(4, 8)):
-        loss = loss_by_hand(other, rows[part], scores[part], run.config)
+        loss = loss_by_hand(other, rows[part], advantages[part], run.config)
         gradients = torch.autograd.grad(loss, list(other.model.parameters()))
         with torch.no_grad():
             for parameter, gradient in zip(other.model.parameters(), gradients, strict=True):
                 parameter -= 0.1 * gradient
-    policy_update(run, rows, scores)
+    policy_update(run, rows, advantages)
     all_close(parameters_of(tiny), parameters_of(other), atol=1e-5)
 
 
 def test_uneven_shares_use_every_prompt_once(tiny):
     """3 groups in 2 updates: no row is left out, none is used twice."""
-    rows, scores = made_up(tiny, n=6)
+    rows, advantages = made_up(tiny, n=6)
     run = make_run(tiny, updates=2, group=2)
-    policy_update(run, rows, scores)
+    policy_update(run, rows, advantages)
     expected = []
     for part in (slice(0, 2), slice(2, 6)):
-        loss = loss_by_hand(tiny, rows[part], scores[part], run.config)
+        loss = loss_by_hand(tiny, rows[part], advantages[part], run.config)
         expected.append(torch.autograd.grad(loss, list(tiny.model.parameters())))
     for ours, hand in zip(run.optimizer.gradients, expected, strict=True):
         all_close(ours, hand, atol=2e-5, rtol=1e-3)
@@ -346,18 +357,18 @@ def test_rows_without_advantage_may_be_left_out(policy, tiny):
     seen = []
     count = lambda module, args, out: seen.append(out[..., 0].numel())  # noqa: E731
     hook = tiny.model.register_forward_hook(count)
-    rows, scores = made_up(tiny)
-    scores[[1, 2, 5]] = 0.0
+    rows, advantages = made_up(tiny)
+    advantages[[1, 2, 5]] = 0.0
     gradients, tokens = [], []
     for kl in (0.0, 1e-30):
         run = make_run(tiny, reference=tiny_policy(policy.tokenizer), kl=kl, tokens_at_once=1)
         seen.clear()
-        policy_update(run, rows, scores)
+        policy_update(run, rows, advantages)
         gradients += run.optimizer.gradients
         tokens.append(sum(seen))
     hook.remove()
     all_close(*gradients, atol=1e-7)
-    loss = loss_by_hand(tiny, rows, scores, run.config)  # divided by the tokens of all rows
+    loss = loss_by_hand(tiny, rows, advantages, run.config)  # divided by the tokens of all rows
     all_close(gradients[0], torch.autograd.grad(loss, list(tiny.model.parameters())), atol=2e-5, rtol=1e-3)
     left_out = sum(len(rows[i].tokens) for i in (1, 2, 5))
     assert tokens == [tokens[1] - left_out, tokens[1]]
@@ -365,9 +376,9 @@ def test_rows_without_advantage_may_be_left_out(policy, tiny):
 
 def test_no_contrast_at_all(tiny):
     """Adam's momentum goes on; there is no loss and nothing to measure."""
-    rows, scores = made_up(tiny)
+    rows, advantages = made_up(tiny)
     run = make_run(tiny, torch.optim.AdamW, lr=1e-2)
-    policy_update(run, rows, scores)
+    policy_update(run, rows, advantages)
     before = parameters_of(tiny)
     metrics = policy_update(run, rows, torch.zeros(8))
     assert metrics["loss"] == metrics["grad_norm"] == run.skipped_updates == 0.0
@@ -390,7 +401,7 @@ def test_gradient_is_clipped_to_the_norm(tiny):
 )
 def test_non_finite_updates_are_skipped(tiny, bad, value):
     run = make_run(tiny, torch.optim.AdamW, lr=1e-2)
-    rows, scores = made_up(tiny)
+    rows, advantages = made_up(tiny)
     good = rows[2].logprobs
     if bad == "old log-prob":
         place = rows[2].loss_mask.index(True)
@@ -398,15 +409,15 @@ def test_non_finite_updates_are_skipped(tiny, bad, value):
     handle = tiny.head.register_hook(lambda g: g * value if bad == "gradient" else g)
     before = parameters_of(tiny)
     for count in (1, 2):
-        assert math.isnan(policy_update(run, rows, scores)["grad_norm"])
-        assert run.skipped_updates == run.state["skipped_in_a_row"] == count
+        assert math.isnan(policy_update(run, rows, advantages)["grad_norm"])
+        assert run.skipped_updates == run.state.skipped_in_a_row == count
     assert all(torch.equal(a, b) for a, b in zip(parameters_of(tiny), before, strict=True))
     assert not run.optimizer.state, "Adam's moments must not see it either"
     assert all((parameter.grad == 0).all() for parameter in tiny.model.parameters())
     handle.remove()
     rows[2].logprobs = good
-    metrics = policy_update(run, rows, scores)
-    assert run.skipped_updates == 2 and run.state["skipped_in_a_row"] == 0
+    metrics = policy_update(run, rows, advantages)
+    assert run.skipped_updates == 2 and run.state.skipped_in_a_row == 0
     assert math.isfinite(metrics["grad_norm"])
     assert not any(torch.equal(a, b) for a, b in zip(parameters_of(tiny), before, strict=True) if a.ndim > 1)
 
@@ -414,22 +425,22 @@ def test_non_finite_updates_are_skipped(tiny, bad, value):
 def test_one_bad_update_of_two(tiny):
     """The other update of the step is made."""
     run = make_run(tiny, updates=2)
-    rows, scores = made_up(tiny)
+    rows, advantages = made_up(tiny)
     rows[0].logprobs = [math.nan] * len(rows[0].tokens)
-    metrics = policy_update(run, rows, scores)
-    assert run.skipped_updates == 1 and run.state["skipped_in_a_row"] == 0
+    metrics = policy_update(run, rows, advantages)
+    assert run.skipped_updates == 1 and run.state.skipped_in_a_row == 0
     assert len(run.optimizer.gradients) == 1 and math.isfinite(metrics["grad_norm"])
 
 
 def test_a_burst_of_bad_updates_stops_the_run(tiny):
     """A good policy update later in the same step does not hide it."""
     run = make_run(tiny, torch.optim.AdamW, sft_batch=1, sft_epochs=1)
-    rows, scores = made_up(tiny)
+    rows, advantages = made_up(tiny)
     handle = tiny.head.register_hook(lambda g: g * math.nan)
     updates.burst(run, rows[:3])
     handle.remove()
     assert run.skipped_updates == 3 and run.stuck
-    policy_update(run, rows, scores)
+    policy_update(run, rows, advantages)
     assert run.skipped_updates == 3 and run.stuck
 
 
@@ -448,15 +459,17 @@ def test_rollout_is_in_group_order(tiny):
 def test_advantages_by_group(tiny):
     rows = [Trajectory("t", "base", "hermes", [], [], [], 0, reward=float(i == 0)) for i in range(6)]
     run = make_run(tiny, group=3)
-    assert advantages(run, rows).tolist() == pytest.approx([1.1547, -0.5774, -0.5774, 0, 0, 0], abs=1e-3)
+    assert group_advantages(run, rows).tolist() == pytest.approx(
+        [1.1547, -0.5774, -0.5774, 0, 0, 0], abs=1e-3
+    )
     run.config.adv_std = False
-    assert advantages(run, rows).tolist() == pytest.approx([2 / 3, -1 / 3, -1 / 3, 0, 0, 0])
+    assert group_advantages(run, rows).tolist() == pytest.approx([2 / 3, -1 / 3, -1 / 3, 0, 0, 0])
 
 
-def test_score_is_what_the_sampler_said(tiny):
+def test_rescore_gives_what_the_sampler_said(tiny):
     run = make_run(tiny, temperature=0.7)
     for row in rollout(run, tasks(1)):
-        scored = score(tiny, row, 0.7)
+        scored = rescore(tiny, row, 0.7)
         assert scored == pytest.approx(row.logprobs, abs=2e-5) and len(scored) == len(row.tokens)
 
 
@@ -492,7 +505,7 @@ def recorded(monkeypatch):
 
     monkeypatch.setattr(updates, "policy_loss", recording)
     monkeypatch.setattr(schemes, "hint_text", lambda task, format: "Hint: say that docs is a folder.")
-    monkeypatch.setattr(schemes, "advantages", lambda run, rows: torch.linspace(-1, 1, len(rows)))
+    monkeypatch.setattr(schemes, "group_advantages", lambda run, rows: torch.linspace(-1, 1, len(rows)))
     return calls
 
 
@@ -545,10 +558,10 @@ def gradient_of(loss, policy):
     return torch.autograd.grad(loss, list(policy.model.parameters()))
 
 
-def rows_by_hand(policy, rows, scores, config):
+def rows_by_hand(policy, rows, advantages, config):
     """[(losses, entropies) of a row's tokens], by the same formulas as `loss_by_hand`."""
     found = []
-    for row, a in zip(rows, scores.tolist(), strict=True):
+    for row, a in zip(rows, advantages.tolist(), strict=True):
         old = torch.tensor([x for x, sampled in zip(row.logprobs, row.loss_mask, strict=True) if sampled])
         new = own_logprobs(policy, row, config.temperature)
         ratio = (new - old).exp()
@@ -566,14 +579,14 @@ def rows_by_hand(policy, rows, scores, config):
 def test_aggregation_entropy_and_clip_high_by_hand(tiny, loss_agg, tokens_at_once):
     settings = {"loss_agg": loss_agg, "entropy": 0.1, "clip_high": 0.4, "tokens_at_once": tokens_at_once}
     run = make_run(tiny, **settings)
-    rows, scores = made_up(tiny)
-    scores[2] = 0.0
-    found = rows_by_hand(tiny, rows, scores, run.config)
+    rows, advantages = made_up(tiny)
+    advantages[2] = 0.0
+    found = rows_by_hand(tiny, rows, advantages, run.config)
     parts = [loss - 0.1 * entropy for loss, entropy in found]
     whole = torch.cat(parts).mean()
     expected = whole if loss_agg == "token" else torch.stack([part.mean() for part in parts]).mean()
     gradients = gradient_of(expected, tiny)
-    metrics = policy_update(run, rows, scores)
+    metrics = policy_update(run, rows, advantages)
     all_close(run.optimizer.gradients[0], gradients, atol=2e-5, rtol=1e-3)
     assert metrics["loss"] == pytest.approx(expected.item(), abs=1e-5)
     other = torch.stack([part.mean() for part in parts]).mean() if loss_agg == "token" else whole
@@ -588,13 +601,13 @@ def graded(passed, turns, states, reward=0.0):
 
 def test_trained_reward_by_hand():
     row = graded([True, False], 4, ["call", "bare", "malformed", "reply"])
-    config = SimpleNamespace(graded_reward=False, tag_penalty=0.0)
-    assert updates.trained_reward(config, row) == 0.0
+    config = Config()
+    assert trained_reward(config, row) == 0.0
     config.graded_reward = True
-    assert updates.trained_reward(config, row) == 0.25, "turns that were not reached did not pass"
+    assert trained_reward(config, row) == 0.25, "turns that were not reached did not pass"
     config.tag_penalty = 0.2
-    assert updates.trained_reward(config, row) == pytest.approx(0.25 - 0.2 * 2 / 4)
-    assert updates.trained_reward(config, graded([True], 1, [], 1.0)) == 1.0
+    assert trained_reward(config, row) == pytest.approx(0.25 - 0.2 * 2 / 4)
+    assert trained_reward(config, graded([True], 1, [], 1.0)) == 1.0
 
 
 def test_a_tag_penalty_pushes_as_hard_however_small_where_a_group_fails():
@@ -602,48 +615,49 @@ def test_a_tag_penalty_pushes_as_hard_however_small_where_a_group_fails():
     rows = [graded([False], 1, states) for states in (["bare"], ["bare", "call"], ["call"], ["call"])]
     found = []
     for penalty in (0.001, 0.5):
-        config = SimpleNamespace(graded_reward=False, tag_penalty=penalty, group=4, adv_std=True)
-        found.append(updates.advantages(SimpleNamespace(config=config), rows))
+        config = Config(tag_penalty=penalty, group=4)
+        found.append(group_advantages(SimpleNamespace(config=config), rows))
     assert torch.allclose(found[0], found[1], atol=0.02) and found[0].abs().max() > 1
 
 
 def test_advantages_use_the_trained_reward(tiny):
     rows = [graded([True] * k + [False] * (3 - k), 3, ["call"]) for k in range(4)]
     run = make_run(tiny, adv_std=False)
-    assert advantages(run, rows).tolist() == [0.0] * 4, "none of them passed"
+    assert group_advantages(run, rows).tolist() == [0.0] * 4, "none of them passed"
     run.config.graded_reward = True
-    assert advantages(run, rows).tolist() == pytest.approx([-0.5, -1 / 6, 1 / 6, 0.5])
+    assert group_advantages(run, rows).tolist() == pytest.approx([-0.5, -1 / 6, 1 / 6, 0.5])
 
 
 # -------------------------------------------------------------------------------------------- objectives
-def objective_of(scheme, monkeypatch, policy, rows, scores, **changes):
+def objective_of(scheme, monkeypatch, policy, rows, advantages, **changes):
     """(gradient, metrics) of what a scheme does with given rollouts."""
     run = make_run(policy, **changes)
     run.step = 1
-    monkeypatch.setattr(schemes, "rollout", lambda *_, **__: list(rows))
-    monkeypatch.setattr(schemes, "advantages", lambda *_: scores.clone())
-    step = SCHEMES[scheme].step(run, tasks(len(scores) // run.config.group))
+    for module in (schemes, signals):
+        monkeypatch.setattr(module, "rollout", lambda *_, **__: list(rows))
+        monkeypatch.setattr(module, "group_advantages", lambda *_: advantages.clone())
+    step = SCHEMES[scheme].step(run, tasks(len(advantages) // run.config.group))
     return run.optimizer.gradients, step.metrics
 
 
 @pytest.mark.parametrize("scheme, kept", [("psr", 1), ("nsr", -1)])
 @pytest.mark.parametrize("weight", [0.0, 0.3])
 def test_one_sign_by_hand(tiny, monkeypatch, scheme, kept, weight):
-    rows, scores = made_up(tiny)
-    changed = torch.where(scores * kept > 0, scores, weight * scores)
+    rows, advantages = made_up(tiny)
+    changed = torch.where(advantages * kept > 0, advantages, weight * advantages)
     settings = {"negative_weight": weight, "positive_weight": weight}
-    gradients, _ = objective_of(scheme, monkeypatch, tiny, rows, scores, **settings)
+    gradients, _ = objective_of(scheme, monkeypatch, tiny, rows, advantages, **settings)
     expected = gradient_of(loss_by_hand(tiny, rows, changed, make_run(tiny).config), tiny)
     all_close(gradients[0], expected, atol=2e-5, rtol=1e-3)
 
 
 @pytest.mark.parametrize("weight", [0.0, 0.5])
 def test_void_by_hand(tiny, monkeypatch, weight):
-    rows, scores = made_up(tiny)
+    rows, advantages = made_up(tiny)
     for i, states in enumerate([["call"], ["bare"], ["polluted"], ["call", "empty"], ["malformed"]]):
         rows[i].states = states
-    changed = scores * torch.tensor([1, weight, 1, weight, weight, 1, 1, 1])
-    gradients, metrics = objective_of("void", monkeypatch, tiny, rows, scores, void_weight=weight)
+    changed = advantages * torch.tensor([1, weight, 1, weight, weight, 1, 1, 1])
+    gradients, metrics = objective_of("void", monkeypatch, tiny, rows, advantages, void_weight=weight)
     expected = gradient_of(loss_by_hand(tiny, rows, changed, make_run(tiny).config), tiny)
     all_close(gradients[0], expected, atol=2e-5, rtol=1e-3)
     assert metrics["dropped_rows"] == 3 / 8
@@ -663,11 +677,11 @@ def with_control_tokens(policy, rows):
 
 @pytest.mark.parametrize("weight", [1.0, 0.4])
 def test_guard_by_hand(tiny, monkeypatch, weight):
-    rows, scores = made_up(tiny)
+    rows, advantages = made_up(tiny)
     rows, control = with_control_tokens(tiny, rows)
-    gradients, _ = objective_of("guard", monkeypatch, tiny, rows, scores, guard_weight=weight)
+    gradients, _ = objective_of("guard", monkeypatch, tiny, rows, advantages, guard_weight=weight)
     loss, count = 0.0, 0
-    for row, a in zip(rows, scores.tolist(), strict=True):
+    for row, a in zip(rows, advantages.tolist(), strict=True):
         new = own_logprobs(tiny, row, 1.0)
         old = torch.tensor([x for x, sampled in zip(row.logprobs, row.loss_mask, strict=True) if sampled])
         ids = [t for t, sampled in zip(row.tokens, row.loss_mask, strict=True) if sampled]
@@ -677,14 +691,14 @@ def test_guard_by_hand(tiny, monkeypatch, weight):
 
 
 def test_guard_kl_by_hand(policy, tiny, monkeypatch):
-    rows, scores = made_up(tiny)
+    rows, advantages = made_up(tiny)
     rows, control = with_control_tokens(tiny, rows)
-    scores[:4] = 0.0  # rows without advantage are guarded, too
+    advantages[:4] = 0.0  # rows without advantage are guarded, too
     reference = neighbour(policy)
     settings = {"guard_kl": 0.7, "reference": reference}
-    gradients, _ = objective_of("guard-kl", monkeypatch, tiny, rows, scores, **settings)
+    gradients, _ = objective_of("guard-kl", monkeypatch, tiny, rows, advantages, **settings)
     loss, count = 0.0, 0
-    for row, a in zip(rows, scores.tolist(), strict=True):
+    for row, a in zip(rows, advantages.tolist(), strict=True):
         new, base = own_logprobs(tiny, row, 1.0), own_logprobs(reference, row, 1.0).detach()
         old = torch.tensor([x for x, sampled in zip(row.logprobs, row.loss_mask, strict=True) if sampled])
         ids = [t for t, sampled in zip(row.tokens, row.loss_mask, strict=True) if sampled]
@@ -696,36 +710,36 @@ def test_guard_kl_by_hand(policy, tiny, monkeypatch):
 
 
 def test_llds_by_hand(tiny, monkeypatch):
-    rows, scores = made_up(tiny, spread=0.02)
-    scores = scores.abs() * torch.tensor([1, 1, -1, -1] * 2)
+    rows, advantages = made_up(tiny, spread=0.02)
+    advantages = advantages.abs() * torch.tensor([1, 1, -1, -1] * 2)
     for row in rows[::2]:
         row.logprobs = [x + 0.05 for x in row.logprobs]  # as if they had been likelier
     for row in rows[1::2]:
         row.logprobs = [x - 0.05 for x in row.logprobs]
-    gradients, _ = objective_of("llds", monkeypatch, tiny, rows, scores, llds_weight=0.6)
+    gradients, _ = objective_of("llds", monkeypatch, tiny, rows, advantages, llds_weight=0.6)
     loss, count, fell = 0.0, 0, 0
-    for row, a in zip(rows, scores.tolist(), strict=True):
+    for row, a in zip(rows, advantages.tolist(), strict=True):
         new = own_logprobs(tiny, row, 1.0)
         old = torch.tensor([x for x, sampled in zip(row.logprobs, row.loss_mask, strict=True) if sampled])
         loss, count = loss - (a * (new - old).exp()).sum(), count + len(old)
         if a > 0 and new.sum() < old.sum():
             loss, fell = loss + 0.6 * (old - new).clamp(min=0).sum(), fell + 1
-    assert 0 < fell < (scores > 0).sum()
+    assert 0 < fell < (advantages > 0).sum()
     all_close(gradients[0], gradient_of(loss / count, tiny), atol=2e-5, rtol=1e-3)
 
 
 @pytest.mark.parametrize("kind", ["shaped", "ratio"])
 def test_ops_by_hand(tiny, monkeypatch, kind):
     """One oracle row in each group, its tokens trained by their own loss, in the group's mean."""
-    rows, scores = made_up(tiny)
-    one = updates.demonstration(tiny.chat, tasks(1)[0], "hermes")
+    rows, advantages = made_up(tiny)
+    one = demonstration(tiny.chat, tasks(1)[0], "hermes")
     monkeypatch.setattr(schemes, "demonstrations", lambda run, tasks: [one] * len(tasks))
-    scores[0] = abs(scores[0])
+    advantages[0] = abs(advantages[0])
     del rows[4], rows[0]
-    gradients, _ = objective_of("ops", monkeypatch, tiny, rows, scores, ops_loss=kind)
+    gradients, _ = objective_of("ops", monkeypatch, tiny, rows, advantages, ops_loss=kind)
     placed = [one, *rows[:3], one, *rows[3:]]
     loss, count = 0.0, 0
-    for row, a in zip(placed, scores.tolist(), strict=True):
+    for row, a in zip(placed, advantages.tolist(), strict=True):
         new = own_logprobs(tiny, row, 1.0)
         if row is one:
             w = new.exp() / (new.exp() + 0.1) if kind == "shaped" else (new - new.detach()).exp()
@@ -747,20 +761,20 @@ def sft_by_hand(policy, rows, weight=lambda p: torch.ones_like(p)):
 
 @pytest.mark.parametrize("phi", [False, True])
 def test_chord_by_hand(tiny, monkeypatch, phi):
-    rows, scores = made_up(tiny)
+    rows, advantages = made_up(tiny)
     settings = {"chord_mu": 0.4, "chord_steps": 10, "chord_phi": phi, "temperature": 1.0}
-    gradients, metrics = objective_of("chord", monkeypatch, tiny, rows, scores, **settings)
+    gradients, metrics = objective_of("chord", monkeypatch, tiny, rows, advantages, **settings)
     config = make_run(tiny).config
-    shown = [updates.demonstration(tiny.chat, task, "hermes") for task in tasks(2)]
+    shown = [demonstration(tiny.chat, task, "hermes") for task in tasks(2)]
     weight = {"weight": lambda p: p * (1 - p)} if phi else {}
-    loss = 0.6 * loss_by_hand(tiny, rows, scores, config) + 0.4 * sft_by_hand(tiny, shown, **weight)
+    loss = 0.6 * loss_by_hand(tiny, rows, advantages, config) + 0.4 * sft_by_hand(tiny, shown, **weight)
     all_close(gradients[0], gradient_of(loss, tiny), atol=2e-5, rtol=1e-3)
     assert metrics["chord_mu"] == 0.4
 
 
 def test_chord_decays(tiny, monkeypatch):
-    rows, scores = made_up(tiny)
-    monkeypatch.setattr(schemes, "rollout", lambda *_: rows)
+    rows, _ = made_up(tiny)
+    monkeypatch.setattr(signals, "rollout", lambda *_: rows)
     run, seen = make_run(tiny, chord_mu=0.8, chord_steps=4), []
     for step in range(1, 7):
         run.step = step
@@ -770,24 +784,24 @@ def test_chord_decays(tiny, monkeypatch):
 
 def test_hpt_by_hand(tiny, monkeypatch):
     """The group that failed is trained by SFT on its ground truth, the other by its advantages."""
-    rows, scores = made_up(tiny)
-    scores[:4] = 0.0
+    rows, advantages = made_up(tiny)
+    advantages[:4] = 0.0
     rows[5].reward = 1.0
-    gradients, metrics = objective_of("hpt", monkeypatch, tiny, rows, scores, sft_coef=0.3)
-    shown = [updates.demonstration(tiny.chat, tasks(1)[0], "hermes")]
-    loss = loss_by_hand(tiny, rows, scores, make_run(tiny).config) + 0.3 * sft_by_hand(tiny, shown)
+    gradients, metrics = objective_of("hpt", monkeypatch, tiny, rows, advantages, sft_coef=0.3)
+    shown = [demonstration(tiny.chat, tasks(1)[0], "hermes")]
+    loss = loss_by_hand(tiny, rows, advantages, make_run(tiny).config) + 0.3 * sft_by_hand(tiny, shown)
     all_close(gradients[0], gradient_of(loss, tiny), atol=2e-5, rtol=1e-3)
     assert metrics["failed_tasks"] == 1 and metrics["sft_tokens"] == shown[0].sampled_tokens
     assert metrics["sft_loss"] == pytest.approx(sft_by_hand(tiny, shown).item(), abs=1e-5)
 
 
 def test_sync_rides_along_in_every_update(tiny, monkeypatch):
-    rows, scores = made_up(tiny)
+    rows, advantages = made_up(tiny)
     settings = {"schedule": "sync", "sft_coef": 0.5, "updates": 2, "sft_window": 1}
-    gradients, metrics = objective_of("ets", monkeypatch, tiny, rows, scores, **settings)
-    shown = [updates.demonstration(tiny.chat, task, "hermes") for task in tasks(2)]
+    gradients, metrics = objective_of("ets", monkeypatch, tiny, rows, advantages, **settings)
+    shown = [demonstration(tiny.chat, task, "hermes") for task in tasks(2)]
     for part, gradient in zip((slice(0, 4), slice(4, 8)), gradients, strict=True):
-        loss = loss_by_hand(tiny, rows[part], scores[part], make_run(tiny).config)
+        loss = loss_by_hand(tiny, rows[part], advantages[part], make_run(tiny).config)
         loss = loss + 0.5 * sft_by_hand(tiny, shown)
         all_close(gradient, gradient_of(loss, tiny), atol=2e-5, rtol=1e-3)
     assert metrics["failed_tasks"] == 2 and metrics["sft_tokens"] == 2 * sum(x.sampled_tokens for x in shown)
@@ -795,11 +809,11 @@ def test_sync_rides_along_in_every_update(tiny, monkeypatch):
 
 def test_nothing_failed(tiny, monkeypatch):
     """No example: sync is grpo, a burst is none, and no metric claims otherwise."""
-    rows, scores = made_up(tiny)
+    rows, advantages = made_up(tiny)
     for row in rows[::4]:
         row.reward = 1.0
-    gradients, metrics = objective_of("ets", monkeypatch, tiny, rows, scores, schedule="sync")
-    plain, _ = objective_of("grpo", monkeypatch, tiny, rows, scores)
+    gradients, metrics = objective_of("ets", monkeypatch, tiny, rows, advantages, schedule="sync")
+    plain, _ = objective_of("grpo", monkeypatch, tiny, rows, advantages)
     assert all(torch.equal(a, b) for a, b in zip(gradients[0], plain[0], strict=True))
     assert metrics["failed_tasks"] == 0 and "sft_loss" not in metrics
     assert updates.burst(make_run(tiny), []) == {"sft_tokens": 0}
@@ -807,7 +821,7 @@ def test_nothing_failed(tiny, monkeypatch):
 
 # ------------------------------------------------------------------------------------------------- bursts
 def examples(policy, n=5):
-    return [updates.demonstration(policy.chat, task, "hermes") for task in tasks(n)]
+    return [demonstration(policy.chat, task, "hermes") for task in tasks(n)]
 
 
 def test_sft_gradient_and_micro_batches(tiny):
@@ -880,9 +894,9 @@ def test_window_and_rounds(window, tiny, monkeypatch):
     """Bursts come before steps 4 and 7, from the last 2 (5: all) steps of their own round of 3."""
     made, run = [], make_run(tiny, round_steps=3, sft_window=window, schedule="interleaved")
     monkeypatch.setattr(
-        schemes, "burst", lambda run, rows, tokens: made.append((run.step, [r.task_id for r in rows])) or {}
+        signals, "burst", lambda run, rows, tokens: made.append((run.step, [r.task_id for r in rows])) or {}
     )
-    monkeypatch.setattr(schemes, "grpo", lambda run, tasks: updates.Step([], torch.zeros(0), {}))
+    monkeypatch.setattr(signals, "grpo", lambda run, tasks: Step([], torch.zeros(0), {}))
 
     def signal(run, tasks, trajectories):
         row = examples(tiny, 1)[0]
@@ -890,19 +904,17 @@ def test_window_and_rounds(window, tiny, monkeypatch):
         return [row], {}
 
     for run.step in range(1, 8):
-        schemes.interleaved(run, [], signal, between=schemes.grpo)
+        signals.interleaved(run, [], signal, between=signals.grpo)
     rounds = [(4, ["of step 1", "of step 2", "of step 3"]), (7, ["of step 4", "of step 5", "of step 6"])]
     assert made == [(step, names[-window:]) for step, names in rounds]
 
 
 def test_failed_tasks_by_both_rules(tiny):
     rows = [graded([], 1, [], reward) for reward in (0.0, 0.0, 1.0, 0.0, 1.0, 1.0)]
-    assert updates.failed_tasks(rows, 2) == [0]
-    assert updates.failed_tasks(rows, 2, any) == [0, 1]
+    assert failed_tasks(rows, 2) == [0]
+    assert failed_tasks(rows, 2, any) == [0, 1]
     run = make_run(tiny, group=2, ets_any=True)
-    assert [row.task_id for row in schemes.ground_truth_of_failures(run, tasks(3), rows)[0]] == [
-        task.id for task in tasks(3)[:2]
-    ]
+    assert [row.task_id for row in signals.ets(run, tasks(3), rows)[0]] == [task.id for task in tasks(3)[:2]]
 
 
 def test_ghpo_reports_the_success_of_unhinted_rollouts(tiny, monkeypatch):
@@ -922,8 +934,8 @@ def test_ghpo_reports_the_success_of_unhinted_rollouts(tiny, monkeypatch):
 def test_ctrl_sft_trains_control_tokens_only(tiny):
     run = make_run(tiny, group=2)
     rows = [graded([], 1, [], 0.0) for _ in range(4)]
-    whole, _ = schemes.ground_truth_of_failures(run, tasks(), rows)
-    narrow, _ = schemes.control_tokens_of_failures(run, tasks(), rows)
+    whole, _ = signals.ets(run, tasks(), rows)
+    narrow, _ = signals.ctrl_sft(run, tasks(), rows)
     control = set(run.control.tolist())
     for a, b in zip(whole, narrow, strict=True):
         assert a.tokens == b.tokens
@@ -938,7 +950,7 @@ def test_forced_prefixes_are_trained(policy):
     run = make_run(policy, max_messages=20)
     run.sampler = Sampler(policy, seed=3)
     chosen = [task for task in load_tasks("train") if len(task.turns) == 1][:24]
-    kept, counts = schemes.own_successes(run, chosen, [])
+    kept, counts = signals.selfrepair(run, chosen, [])
     assert kept and counts["forced_success"] == len(kept) / 24
     chat = policy.chat
     for row in kept:
@@ -954,12 +966,12 @@ def test_forced_prefixes_are_trained(policy):
 def test_roll_back_restores_weights_and_moments(tiny):
     run = make_run(tiny, torch.optim.AdamW, lr=1e-2)
     policy_update(run, *made_up(tiny))
-    saved = updates.snapshot(run)
+    saved = snapshot(run)
     before, moments = parameters_of(tiny), [s["exp_avg"].clone() for s in run.optimizer.state.values()]
     for _ in range(2):  # twice: the snapshot must survive being put back
         policy_update(run, *made_up(tiny, seed=1))
         assert not torch.equal(parameters_of(tiny)[0], before[0])
-        updates.roll_back(run, saved)
+        roll_back(run, saved)
         assert all(torch.equal(a, b) for a, b in zip(parameters_of(tiny), before, strict=True))
         now = [state["exp_avg"] for state in run.optimizer.state.values()]
         assert all(torch.equal(a, b) for a, b in zip(now, moments, strict=True))
@@ -969,23 +981,23 @@ def test_sentinel_rolls_back_and_bursts(policy, monkeypatch):
     tiny = tiny_policy(policy.tokenizer, stop=0.2, close=0.1)
     run = make_run(tiny, torch.optim.AdamW, lr=1e-2, sft_tokens=30, sentinel_limit=5.0)
     weights, notes, seen = [], [], {}
-    for real in (schemes.roll_back, schemes.burst):
+    for real in (signals.roll_back, signals.burst):
 
         def spied(run, *rest, real=real):
             notes = real(run, *rest)
             seen[real.__name__] = parameters_of(tiny)
             return notes
 
-        monkeypatch.setattr(schemes, real.__name__, spied)
+        monkeypatch.setattr(signals, real.__name__, spied)
     for run.step, growth in ((1, 1.0), (2, 2.0), (3, 6.0), (4, 1.0)):
         weights.append(parameters_of(tiny))
         notes.append(SCHEMES["sentinel"].step(run, tasks(6)).metrics)
-        run.state["probe"] = {"step": run.step, "spurious_growth": growth}
+        run.state.probe = {"step": run.step, "spurious_growth": growth}
     assert [note.get("rollbacks") for note in notes] == [None, None, None, 1]
     assert notes[3]["sft_tokens"] >= 30
     same = [torch.equal(a, b) for a, b in zip(seen["roll_back"], weights[2], strict=True)]
     assert all(same), "as measured after step 2"
-    healthy = run.state["healthy"]["model"]
+    healthy = run.state.healthy["model"]
     named = dict(zip((name for name, _ in tiny.model.named_parameters()), seen["burst"], strict=True))
     assert all(torch.equal(healthy[name], value) for name, value in named.items()), "as repaired"
 
@@ -1035,12 +1047,11 @@ def test_strength_and_its_neutral_value(policy, monkeypatch, name, schedule):
         assert any(not torch.equal(a, b) for a, b in zip(weights, others, strict=True))
 
 
-def test_every_scheme_has_a_source_and_its_strength_in_its_settings():
-    names = "sft grpo sft_rl ops hint ets prs guard guard-kl hpt psr nsr void llds ghpo chord sentinel"
-    assert set(SCHEMES) == {*names.split(), "ctrl_sft", "selfrepair", "bursts"}
-    for name, one in SCHEMES.items():
-        assert one.name == name and one.about and one.source and one.step.__doc__
-        assert set(one.neutral) <= set(one.settings) <= set(Config.__dataclass_fields__)
-        assert bool(one.neutral) != (name in ("grpo", "bursts"))
-        code = inspect.getsource(one.step).split('"""')[-1].strip().splitlines()
-        assert len(code) <= 30, name
+@pytest.mark.parametrize("name", SCHEMES)
+def test_a_scheme_says_what_it_is_and_fits_on_a_screen(name):
+    one = SCHEMES[name]
+    assert one.name == name and one.about and one.source and one.step.__doc__
+    assert set(one.neutral) <= {*one.settings, *one.uses} <= set(SETTINGS)
+    assert set(one.defaults) <= set(SETTINGS) and not set(one.settings) & set(one.uses)
+    code = inspect.getsource(one.step).split('"""')[-1].strip().splitlines()
+    assert len(code) <= 30

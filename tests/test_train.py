@@ -18,18 +18,21 @@ from helpers import MODELS, hears_signals, policy_like
 
 import sample
 import train
-from nanotoolrl import env, logprob, schemes
+from nanotoolrl import env, schemes
+from nanotoolrl.calls import UNHEALTHY_STATES
 from nanotoolrl.chat import control_tokens
-from nanotoolrl.config import PRESETS, Config, parse
+from nanotoolrl.commandline import PRESETS, parse
+from nanotoolrl.config import SETTINGS, Config
 from nanotoolrl.env import Episode, Task
 from nanotoolrl.judge import Judge
 from nanotoolrl.look import evaluate, report
 from nanotoolrl.look.evaluate import MOST_NAMED, Scores
 from nanotoolrl.look.rundir import checksum
+from nanotoolrl.look.screen import alarm
 from nanotoolrl.model import NANO, load
-from nanotoolrl.schemes import SCHEMES
+from nanotoolrl.run import Step
+from nanotoolrl.signals import SCHEMES
 from nanotoolrl.tasks import load_tasks, save_tasks, subset
-from nanotoolrl.updates import Step
 
 ROOT = Path(train.__file__).parent
 TINY = (
@@ -202,7 +205,6 @@ def test_reference_log_probs_train_the_same(tmp_path):
         assert run("--scheme", "grpo", "--steps", 1, "--logprob", name, out=tmp_path / name) == 0
     losses = [float(rows(tmp_path / name)[0]["loss"]) for name in ("auto", "reference", "tiled")]
     assert losses == pytest.approx([losses[0]] * 3, abs=1e-5)
-    logprob.use("auto")
 
 
 def test_interrupt_before_the_first_step_loses_nothing(tmp_path, monkeypatch, capsys):
@@ -677,11 +679,11 @@ def test_epochs_visit_every_task_once():
 
 
 def test_alarm_names_token_and_state():
-    calm = {f"state_{state}": 0.0 for state in train.UNHEALTHY_STATES}
+    calm = {f"state_{state}": 0.0 for state in UNHEALTHY_STATES}
     quiet = {"<tool_call>": {"growth": 9.9}, "<|im_end|>": {"growth": 1.0}}
-    assert train.alarm(calm, calm, quiet) == train.alarm({}, {}, {}) == ""
+    assert alarm(calm, calm, quiet) == alarm({}, {}, {}) == ""
     spiking = quiet | {"<tool_call>": {"growth": 12.0}, '{"': {"growth": 40.0}}
-    loud = train.alarm(calm | {"state_bare": 0.5}, calm, spiking)
+    loud = alarm(calm | {"state_bare": 0.5}, calm, spiking)
     assert "bare 50%" in loud and "<tool_call> x12" in loud and '{" x40' in loud and "im_end" not in loud
 
 
@@ -693,7 +695,7 @@ def test_list_and_help_show_everything(capsys):
     printed = capsys.readouterr().out
     for name in SCHEMES:
         assert name in printed
-    for name in Config.__dataclass_fields__:
+    for name in SETTINGS:
         assert "--" + name.replace("_", "-") in printed
 
 

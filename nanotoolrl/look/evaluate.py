@@ -21,7 +21,18 @@ from tqdm import tqdm
 from nanotoolrl.calls import FORMATS, MESSAGE_STATES
 from nanotoolrl.chat import Chat
 from nanotoolrl.cli import command, cpu_threads, number, out_of_bounds, refuse_unheard
-from nanotoolrl.env import CATEGORIES, MAX_MESSAGES, TOOL_SECONDS, Episode, Task, messages_needed
+from nanotoolrl.config import COUNTS, SECONDS
+from nanotoolrl.env import (
+    BFCL_LIMITS,
+    CATEGORIES,
+    MAX_MESSAGES,
+    OUR_LIMITS,
+    TOOL_SECONDS,
+    Episode,
+    Limits,
+    Task,
+    messages_needed,
+)
 from nanotoolrl.files import check_writable, finite
 from nanotoolrl.look.doctor import FORCED, Checkup, page, read_transcripts, transcripts_page, verdict
 from nanotoolrl.model import BUILT_IN, ModelError, Policy, load
@@ -33,23 +44,6 @@ from nanotoolrl.trajectory import demonstration
 
 PROBE_TASKS = 32  # training tasks whose ground truth the doctor probes
 MOST_NAMED = 3  # of the tasks that cannot be solved
-
-
-@dataclass(frozen=True)
-class Limits:
-    """What an episode may take: tokens of an assistant message, assistant messages, tokens in all, seconds of
-    one tool call; and whether a call fails a turn that has no ground-truth calls."""
-
-    max_new_tokens: int = 128
-    max_messages: int = 20
-    context: int = 2048
-    strict_empty_turn: bool = False
-    tool_seconds: float = TOOL_SECONDS
-
-
-OUR_LIMITS = Limits()  # of our own tasks; no ground truth has more than 14 messages
-BFCL_LIMITS = Limits(max_new_tokens=1024, max_messages=MAX_MESSAGES, context=8192)  # published
-COUNTS, SECONDS = {"above": 0, "most": 2**31 - 1}, {"least": 0, "most": 86_400}  # bounds of a limit
 
 
 @dataclass

@@ -14,30 +14,22 @@ import subprocess
 import zlib
 from collections.abc import Callable
 from pathlib import Path
+from typing import TextIO
 from zipfile import BadZipFile
 
 import torch
 import transformers
 from safetensors import SafetensorError
 
-from nanotoolrl.calls import MESSAGE_STATES
-from nanotoolrl.config import Config, Refused, stored_config
+from nanotoolrl.commandline import stored_config
+from nanotoolrl.config import Config, Refused
 from nanotoolrl.files import finite, replacing, sync, write_atomically
 from nanotoolrl.gpu import distributed
 from nanotoolrl.look.evaluate import Scores
-from nanotoolrl.model import Policy
-from nanotoolrl.updates import Run, Step
+from nanotoolrl.look.metrics import NOT_COLUMNS, columns_of, metrics
+from nanotoolrl.model import Policy, finite_weights
+from nanotoolrl.run import Run, State, Step
 
-METRICS = [
-    *"step reward success contrast_groups loss kl entropy grad_norm clip_fraction tokens".split(),
-    *"sample_tok_s train_tok_s logprob_gap".split(),
-    *(f"state_{state}" for state in MESSAGE_STATES),
-    *"spurious_control required_control nll_control nll_content spurious_growth".split(),
-    *"displacement_truth displacement_own probe_seconds eval_success".split(),
-    *"hinted_rows oracle_rows dropped_rows failed_tasks forced_success reflections judge_fallbacks".split(),
-    *"sft_loss sft_tokens chord_mu rollbacks".split(),
-    *"skipped_updates skipped_tasks forward_tokens sample_seconds seconds".split(),
-]
 CHANGEABLE = ("steps", "out")  # settings that may differ when a run goes on
 DIGITS = 6  # of numbers in the logs
 # What reading a file raises that is no checkpoint.
@@ -64,7 +56,9 @@ class RunDirectory:
         self.rollouts, self.checkpoint = self.path / "rollouts.jsonl", self.path / "checkpoint.pt"
         self.probes = self.path / "probes.jsonl"
         self.result, self.model = self.path / "result.json", self.path / "model"
-        self.owner, self.lock = self.path / "run.lock", None
+        self.owner = self.path / "run.lock"
+        self.lock: TextIO | None = None
+        self.columns = list(metrics())  # of metrics.csv
 
     def take(self) -> None:
         """Own the directory until `release` or the end of the process. Refuses, with the owner's number, one
@@ -118,7 +112,7 @@ class RunDirectory:
     def start(self, config: Config) -> None:
         """Write the settings, and logs without a line. From here on --resume works."""
         self.write_config(config)
-        header = ",".join(METRICS) + "\n"
+        header = ",".join(self.columns) + "\n"
         for path, content in ((self.metrics, header), (self.probes, ""), (self.rollouts, "")):
             write_atomically(path, content)
 
@@ -126,7 +120,7 @@ class RunDirectory:
         """Resolved settings with versions and git revision. Only its owner may read what names a judge."""
         versions = {"python": platform.python_version(), "torch": torch.__version__}
         versions |= {"transformers": transformers.__version__, "git": git_revision()}
-        content = json.dumps(dataclasses.asdict(config) | {"versions": versions}, indent=1)
+        content = json.dumps(vars(config) | {"versions": versions}, indent=1)
         write_atomically(self.config, content, 0o600 if config.judge else 0o666)
 
     # ----------------------------------------------------------------------------------------------- going on
@@ -148,7 +142,7 @@ class RunDirectory:
         if "steps" in given and config.steps < old.steps:
             raise Refused(f"--steps may only grow on --resume: the run has {old.steps}")
         steps = config.steps if "steps" in given else old.steps
-        resumed = dataclasses.replace(old, steps=steps, out=str(self.path))
+        resumed = old.but(steps=steps, out=str(self.path))
         if not self.checkpoint.exists():
             if logged_steps(self.metrics):
                 raise Refused(
@@ -158,29 +152,60 @@ class RunDirectory:
         saved = self.read_checkpoint()
         if saved["settings"] != digest(old):
             raise Refused(f"{self.checkpoint} was made with other settings than those in {self.config}")
-        self.kept_lines(saved["step"])
+        self.kept_lines(old.scheme, saved["step"])
         return resumed, saved
 
     def rewind(self, config: Config, step: int) -> None:
         """Cut what is newer than the checkpoint from the logs, and write the config of the longer run."""
-        for path, lines in self.kept_lines(step).items():
+        for path, lines in self.kept_lines(config.scheme, step).items():
             write_atomically(path, "".join(lines))
         self.write_config(config)
 
-    def kept_lines(self, step: int) -> dict[Path, list[str]]:
-        """The lines of every log up to a step. Refuses logs in which one of these steps is missing, twice, or
-        not whole; what comes after them may be anything. A missing rollouts.jsonl is an empty one."""
-        columns = ",".join(METRICS)
-        found = {self.metrics: [columns + "\n"]}
+    def kept_lines(self, scheme: str, step: int) -> dict[Path, list[str]]:
+        """The lines of every log up to a step. What comes after them may be anything.
+
+        Refuses logs in which one of these steps is missing, twice, or not whole; a missing rollouts.jsonl is
+        an empty one. The columns of metrics.csv stay those that the run began with: those of schemes that
+        were added since may be missing.
+        """
         lines = whole_lines(self.metrics)
-        if lines[:1] != [columns + "\n"]:
-            raise Refused(f"{self.metrics}, line 1: expected the columns {columns[:40]}...")
-        found[self.metrics] += _up_to(self.metrics, lines[1:], step, _step_of_row, range(1, step + 1), 2)
+        self.columns = lines[0].removesuffix("\n").split(",") if lines else []
+        unique = len(set(self.columns)) == len(self.columns)
+        if not (unique and columns_of(scheme) <= set(self.columns) <= metrics().keys()):
+            raise Refused(f"{self.metrics}, line 1: expected the columns {','.join(metrics())[:40]}...")
+        kept = _up_to(self.metrics, lines[1:], step, self._step_of_row, range(1, step + 1), 2)
+        found = {self.metrics: [lines[0], *kept]}
         lines = whole_lines(self.probes)
         found[self.probes] = _up_to(self.probes, lines, step, _step_of_entry, range(step + 1), 1)
         lines = whole_lines(self.rollouts) if self.rollouts.exists() else []
         found[self.rollouts] = _up_to(self.rollouts, lines, step, _step_of_entry, None, 1)
         return found
+
+    def _step_of_row(self, line: str) -> int:
+        """The step of a whole row of metrics.csv; ValueError if it is none."""
+        (cells,) = csv.reader([line], strict=True)
+        if len(cells) != len(self.columns) or not line.endswith("\n") or not cells[0].isdecimal():
+            raise ValueError("not a whole row")
+        return int(cells[0])
+
+    def restore(self, run: Run, saved: dict) -> None:
+        """Put a checkpoint into a run. Refuses one of another size, or with weights that are not finite."""
+        try:
+            run.policy.model.load_state_dict(saved["model"])
+            run.optimizer.load_state_dict(saved["optimizer"])
+            run.masters.load(saved["masters"])
+            for weight, moments in run.optimizer.state.items():
+                shapes = {name: x.shape for name, x in moments.items()}
+                if shapes != {"step": (), "exp_avg": weight.shape, "exp_avg_sq": weight.shape}:
+                    raise ValueError("the optimiser's moments have other names or shapes than AdamW's")
+            run.step, run.state = saved["step"], State(**saved["state"])
+            torch.set_rng_state(saved["torch_rng"])
+        except (RuntimeError, ValueError, LookupError, TypeError, AttributeError) as error:
+            raise Refused(
+                f"{self.checkpoint} does not fit the model {run.config.model}: {str(error).splitlines()[0]}"
+            ) from None
+        if not finite_weights(run.policy.model):
+            raise Refused(f"{self.checkpoint} holds weights that are not finite")
 
     def read_checkpoint(self) -> dict:
         """The saved state. Refuses, by name, a file that is half-written, changed, or no checkpoint."""
@@ -209,7 +234,7 @@ class RunDirectory:
             "model": run.policy.model.state_dict(),
             "optimizer": run.optimizer.state_dict(),
             "masters": run.masters.state(),
-            "state": run.state,
+            "state": vars(run.state),
             "torch_rng": torch.get_rng_state(),
             "before": dataclasses.asdict(before) if before else None,
             "settings": digest(run.config),
@@ -247,12 +272,21 @@ class RunDirectory:
         with self.probes.open("a", encoding="utf-8") as file:
             file.write(json.dumps(finite(details, DIGITS), allow_nan=False) + "\n")
 
-    def log(self, config: Config, run: Run, row: dict, details: dict, step: Step) -> None:
-        """One metrics row, one line of details, and the first `rollout_groups` groups of the step."""
+    def log(self, run: Run, row: dict, details: dict, step: Step) -> None:
+        """One metrics row, one line of details, and the first `rollout_groups` groups of the step.
+
+        Raises Refused if the scheme measured what its decorator does not declare.
+        """
+        config = run.config
+        if odd := row.keys() - columns_of(config.scheme) - NOT_COLUMNS:
+            raise Refused(
+                f"the scheme {config.scheme} measured {', '.join(sorted(odd))}, which its decorator does not "
+                "declare: add it to `metrics`"
+            )
         if not distributed.first():
             return
         with self.metrics.open("a", newline="", encoding="utf-8") as file:
-            csv.writer(file, lineterminator="\n").writerow([text(row.get(name)) for name in METRICS])
+            csv.writer(file, lineterminator="\n").writerow([text(row.get(name)) for name in self.columns])
         self.log_probes(details)
         with self.rollouts.open("a", encoding="utf-8") as file:
             shown = min(config.rollout_groups * config.group, len(step.trajectories))
@@ -308,14 +342,6 @@ def whole_lines(path: Path) -> list[str]:
 def logged_steps(metrics: Path) -> int:
     """How many rows a metrics.csv has; 0 if there is no such file."""
     return len(whole_lines(metrics)[1:]) if metrics.exists() else 0
-
-
-def _step_of_row(line: str) -> int:
-    """The step of a whole row of metrics.csv; ValueError if it is none."""
-    (cells,) = csv.reader([line], strict=True)
-    if len(cells) != len(METRICS) or not line.endswith("\n") or not cells[0].isdecimal():
-        raise ValueError("not a whole row")
-    return int(cells[0])
 
 
 def _step_of_entry(line: str) -> int:

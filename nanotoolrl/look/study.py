@@ -23,7 +23,8 @@ from tqdm import tqdm
 
 from nanotoolrl.calls import MESSAGE_STATES
 from nanotoolrl.cli import available_cores, command, number
-from nanotoolrl.config import Refused, parse, stored_config
+from nanotoolrl.commandline import parse, stored_config
+from nanotoolrl.config import Refused
 from nanotoolrl.files import check_writable
 from nanotoolrl.look.evaluate import Scores
 from nanotoolrl.look.report import RunFiles, Unreadable, read_run

@@ -1,0 +1,220 @@
+"""Presets, what wins where several places say something, and the command line of train.py."""
+
+import argparse
+import contextlib
+import difflib
+import json
+import textwrap
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from nanotoolrl.bfcl import NAME as BFCL
+from nanotoolrl.config import SETTINGS, Config, Refused, Setting, flag
+from nanotoolrl.env import BFCL_LIMITS
+from nanotoolrl.look.metrics import metrics_table
+from nanotoolrl.schemes import Scheme
+from nanotoolrl.signals import SCHEMES
+from nanotoolrl.tasks import is_bfcl
+
+LIMITS_OF_BFCL = {name: getattr(BFCL_LIMITS, name) for name in ("max_new_tokens", "max_messages", "context")}
+# Hao et al. 2026, published code; where it is silent, ours.
+PAPER = {
+    "steps": 300,
+    "prompts": 60,
+    "updates": 3,
+    "lr": 1e-6,
+    "warmup": 10,
+    "kl": 1e-4,
+    **LIMITS_OF_BFCL,
+    "sft_lr": 1e-5,
+    "sft_batch": 20,  # conversations; published: 128 pairs of a message and all before it
+    "sft_tokens": 0,
+    "chord_steps": 300,
+    "sft_window": 10,
+    "round_steps": 50,
+}
+# The paper's experiment: its benchmark, and what lets it run on one GPU.
+QWEN = PAPER | {
+    "tasks": "bfcl",
+    "checkpointing": True,
+    "slots": 32,
+    "tokens_at_once": 16384,
+    "eval_every": 50,
+    "show_every": 25,
+    "probe_every": 10,
+}
+PRESETS: dict[str, dict] = {
+    "nano": {},
+    "smoke": {
+        "steps": 2,
+        "prompts": 4,
+        "group": 4,
+        "warmup": 1,
+        "eval_count": 16,
+        "eval_part": 8,
+        "eval_every": 1,
+        "probe_tasks": 4,
+        "round_steps": 1,
+        "sft_window": 1,
+        "sft_epochs": 1,
+        "sft_tokens": 500,
+    },
+    # Many small, noisy steps at five times the usual rate: success first holds, then calls fall apart.
+    "collapse": {
+        "steps": 100,
+        "prompts": 4,
+        "lr": 1e-3,
+        "warmup": 60,
+        "probe_every": 4,
+        "eval_count": 100,
+        "eval_every": 25,
+        "show_every": 25,
+    },
+    "paper": PAPER,
+    "qwen0.5b": QWEN | {"model": "Qwen/Qwen2.5-0.5B-Instruct"},
+    "qwen1.5b": QWEN | {"model": "Qwen/Qwen2.5-1.5B-Instruct"},
+    "qwen3-1.7b": QWEN | {"model": "Qwen/Qwen3-1.7B"},
+}
+
+
+# ------------------------------------------------------------------------------------------------- precedence
+def resolve(given: Mapping[str, Any], stored: Mapping[str, Any] | None = None) -> Config:
+    """The settings of a run. What stands further down wins:
+
+    1. the defaults of `Config` and of the schemes
+    2. where the tasks are the benchmark's: its limits, and its test half for evaluations
+    3. the preset
+    4. what the scheme has other defaults for, and the first of its schedules
+    5. stored: the settings of the run that goes on
+    6. given: the flags
+
+    `--tasks bfcl` means its train half, and a run without `--out` gets one. Raises Refused, by name, for what
+    cannot be.
+    """
+    chosen = dict(stored or {}) | dict(given)
+    scheme = known("scheme", chosen.get("scheme", SETTINGS["scheme"].default), SCHEMES)
+    preset = known("preset", given.get("preset", SETTINGS["preset"].default), PRESETS)
+    first = {"schedule": scheme.schedules[0]} if scheme.schedules else {}
+    settings = preset | first | dict(scheme.defaults) | chosen
+    if is_bfcl(settings.get("tasks", "")):
+        settings = LIMITS_OF_BFCL | {"eval_tasks": f"{BFCL}:test"} | settings
+        if not settings["tasks"].endswith((":train", ":test")):
+            settings["tasks"] += ":train"
+    config = Config(**settings)
+    name = [config.scheme, config.schedule, config.preset, f"s{config.seed}"]
+    config.out = config.out or "runs/" + "-".join(filter(None, name))
+    check(config)
+    return config
+
+
+def known(name: str, value: str, table: Mapping[str, Any]) -> Any:
+    """What a table holds under the value of a setting. Raises Refused if that is nothing."""
+    if value not in table:
+        raise Refused(f"{flag(name)} must be one of {', '.join(table)}; it is {value!r}")
+    return table[value]
+
+
+def check(config: Config) -> None:
+    """Raise Refused, by name, for settings that cannot work, alone or together."""
+    config.check()
+    scheme: Scheme = known("scheme", config.scheme, SCHEMES)
+    known("preset", config.preset, PRESETS)
+    allowed = scheme.schedules or (scheme.defaults.get("schedule", ""),)
+    if config.schedule not in allowed:
+        those = f"one of {', '.join(allowed)}" if scheme.schedules else "no --schedule"
+        raise Refused(f"{config.scheme} takes {those}, not {config.schedule or 'none at all'}")
+
+
+def stored_config(path: Path) -> Config:
+    """The settings that a run wrote into its config.json. Refuses one that is missing or cannot be read."""
+    try:
+        stored = json.loads(path.read_text(encoding="utf-8"))
+        lacking = [name for name in SETTINGS if name not in stored]
+        if lacking:
+            raise ValueError(f"it lacks {', '.join(lacking)}")
+        config = Config(**{name: typed(one, stored[name]) for name, one in SETTINGS.items()})
+        config.check()
+        return config
+    except FileNotFoundError:
+        raise Refused(f"no run to resume in {path.parent}: it has no {path.name}") from None
+    except (OSError, ValueError, TypeError, RecursionError, Refused) as error:
+        raise Refused(f"{path} cannot be read: {error}") from None
+
+
+def typed(one: Setting, value: Any) -> Any:
+    """JSON may write a float as an integer; no other type stands for another (`Config.check` refuses it)."""
+    return float(value) if one.kind is float and type(value) is int else value
+
+
+# ------------------------------------------------------------------------------------------- the command line
+def parse(argv: list[str] | None) -> tuple[Config, set[str], bool]:
+    """(config, names given as flags, whether to resume). Bad flags exit with 2."""
+    parser = command_line()
+    namespace, unknown = parser.parse_known_args(argv)
+    if unknown:
+        flags = sorted(
+            name for action in parser._actions for name in action.option_strings if name.startswith("--")
+        )
+        near = difflib.get_close_matches(unknown[0], flags, 1)
+        meant = f"did you mean {near[0]}? " if near else ""
+        parser.error(f"unknown argument {unknown[0]}; {meant}known: {' '.join(flags)}")
+    given = vars(namespace)
+    if given.pop("list", False):
+        print(scheme_table())
+        raise SystemExit(0)
+    resume, stored = given.pop("resume", False), {}
+    if resume and "out" in given:
+        with contextlib.suppress(Refused):  # said later, by `reopen`
+            stored = vars(stored_config(Path(given["out"]) / "config.json"))
+    try:
+        return resolve(given, stored), set(given), resume
+    except Refused as error:
+        parser.error(str(error))
+
+
+def command_line() -> argparse.ArgumentParser:
+    """The flags: one for each setting, those of schemes in groups."""
+    parser = argparse.ArgumentParser(
+        description="Train a model to use tools over several turns.",
+        epilog=f"columns of metrics.csv:\n{metrics_table()}",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+        argument_default=argparse.SUPPRESS,
+    )
+    parser.add_argument("--list", action="store_true", help="list the schemes and exit")
+    parser.add_argument(
+        "--resume", action="store_true", help="go on with the run in --out; only --steps may grow"
+    )
+    schedules = dict.fromkeys(schedule for one in SCHEMES.values() for schedule in one.schedules)
+    choices = {"scheme": tuple(SCHEMES), "preset": tuple(PRESETS), "schedule": tuple(schedules)}
+    groups: dict[str, Any] = {}
+    for name, one in SETTINGS.items():
+        owners = ", ".join(scheme.name for scheme in SCHEMES.values() if name in scheme.settings)
+        if owners not in groups:
+            groups[owners] = parser.add_argument_group(f"of {owners}") if owners else parser
+        about = one.about + (f" (default: {one.default})" if one.default != "" else "")
+        possible = choices.get(name, one.choices)
+        if possible:
+            about += f"; one of {', '.join(possible)}"
+        how: dict[str, Any] = {"type": one.kind, "choices": possible or None, "metavar": name.upper()}
+        if one.kind is bool:
+            how = {"action": argparse.BooleanOptionalAction}
+        groups[owners].add_argument(flag(name), help=about.replace("%", "%%"), **how)
+    return parser
+
+
+def scheme_table() -> str:
+    """What --list prints: name, one line, source, settings that matter with the value that makes it grpo."""
+    lines = []
+    for one in SCHEMES.values():
+        flags = [f"--schedule {'|'.join(one.schedules)}"] if one.schedules else []
+        for name in (*one.settings, *one.uses):
+            neutral = f" ({one.neutral[name]:g}: grpo)" if name in one.neutral else ""
+            flags.append(flag(name) + neutral)
+        lines += [f"{one.name:<11}{one.about}", f"{'':<11}  {one.source}"]
+        indent = " " * 13
+        lines += textwrap.wrap(
+            ", ".join(flags), 110, break_on_hyphens=False, initial_indent=indent, subsequent_indent=indent
+        )
+    return "\n".join(lines)

@@ -1,0 +1,176 @@
+"""The one table of what is measured in a step, and the measuring of what all schemes share.
+
+The table makes the header of metrics.csv, the end of `train.py --help` and docs/metrics.md. What a scheme
+measures beyond it stands in its decorator.
+"""
+
+import math
+import textwrap
+import time
+from typing import Any, NamedTuple
+
+from nanotoolrl.calls import MESSAGE_STATES
+from nanotoolrl.gpu import distributed
+from nanotoolrl.probes import ProbeSet, advantage_mass, displacement_own, survival
+from nanotoolrl.run import Run, Step, trained_reward
+from nanotoolrl.signals import SCHEMES
+
+
+class Metric(NamedTuple):
+    """A column: its unit and one line about it."""
+
+    unit: str
+    about: str
+
+
+FIRST = {
+    "step": Metric("count", "RL steps so far"),
+    "reward": Metric(
+        "mean", "reward of the step's rollouts, as trained (`--graded-reward`, `--tag-penalty`)"
+    ),
+    "success": Metric(
+        "share",
+        "solved tasks over the policy's own rollouts: without hinted and oracle ones (`ghpo`: before any is "
+        "replaced)",
+    ),
+    "contrast_groups": Metric(
+        "count", "groups whose rewards differ: without a KL term, only these carry a gradient"
+    ),
+    "loss": Metric(
+        "mean",
+        "policy loss (with KL and entropy terms, if any) over sampled tokens, over the step's updates",
+    ),
+    "kl": Metric("nats", "mean KL(policy, start) on the probe set"),
+    "entropy": Metric(
+        "nats",
+        "mean over the sampled tokens (ground truth left out) of the step's first update (without a KL term, "
+        "of rows with an advantage)",
+    ),
+    "grad_norm": Metric("mean", "gradient norm before clipping"),
+    "clip_fraction": Metric(
+        "share", "of those tokens whose ratio was clipped (hinted and oracle rollouts left out)"
+    ),
+    "tokens": Metric("count", "sampled tokens"),
+    "sample_tok_s": Metric("1/s", "sampled tokens per second of sampling"),
+    "train_tok_s": Metric("1/s", "tokens per second through the update"),
+    "logprob_gap": Metric(
+        "nats",
+        "largest difference between the sampler's and the trainer's log-prob of a token, first update",
+    ),
+    **{
+        f"state_{state}": Metric("share", f"assistant messages (ground truth left out) in the state {state}")
+        for state in MESSAGE_STATES
+    },
+    "spurious_control": Metric(
+        "probability",
+        "of a control token where it is certainly wrong: mean over positions, then over tokens, on the probe "
+        "set",
+    ),
+    "required_control": Metric(
+        "probability", "of control tokens where they are next: mean over positions, then over tokens"
+    ),
+    "nll_control": Metric("nats", "mean negative log-likelihood of control tokens, on the probe set"),
+    "nll_content": Metric("nats", "mean negative log-likelihood of the other tokens, on the probe set"),
+    "spurious_growth": Metric(
+        "ratio",
+        "the largest spike: a control token's spurious probability to that at the start, both at least 1e-6",
+    ),
+    "displacement_truth": Metric(
+        "nats", "mean change of the log-prob of a ground-truth token since the start, on the probe set"
+    ),
+    "displacement_own": Metric(
+        "nats",
+        "mean change of the log-prob of a token of the step's own successes (at most 16 rollouts) by the "
+        "step's update",
+    ),
+    "probe_seconds": Metric("s", "spent on all of these and on `probes.jsonl`"),
+    "eval_success": Metric(
+        "share", "greedy success on the first `--eval-part` evaluation tasks, every `--eval-every` steps"
+    ),
+    "hinted_rows": Metric("share", "rollouts that saw a hint"),
+    "oracle_rows": Metric("share", "rollouts that are the ground truth"),
+}
+LAST = {
+    "sft_loss": Metric("nats", "mean of -w log p of the step's SFT (w is 1 but for `--chord-phi`)"),
+    "sft_tokens": Metric(
+        "count", "its trained tokens; a burst stands in the row of the step that follows it"
+    ),
+    "skipped_updates": Metric("count", "updates left out because loss or gradient were not finite"),
+    "skipped_tasks": Metric(
+        "count", "training tasks left out because nobody can solve them within the limits of an episode"
+    ),
+    "forward_tokens": Metric(
+        "count",
+        "tokens of the update that passed through the model, padding left out; `--share-prompt` lowers it",
+    ),
+    "sample_seconds": Metric("s", "of sampling"),
+    "seconds": Metric("s", "of the whole step"),
+}
+NOT_COLUMNS = {"logit_gradient"}  # what an update returns for probes.jsonl
+
+
+def metrics() -> dict[str, Metric]:
+    """Every column of metrics.csv, in order: shared ones, those that schemes declare, shared ones."""
+    own = {name: Metric(*what) for scheme in SCHEMES.values() for name, what in scheme.metrics.items()}
+    return FIRST | own | LAST
+
+
+def columns_of(scheme: str) -> set[str]:
+    """The columns that a run of a scheme can fill."""
+    return {*FIRST, *SCHEMES[scheme].metrics, *LAST}
+
+
+def metrics_table(width: int = 110) -> str:
+    """The table for a terminal."""
+    lines = []
+    for name, (unit, about) in metrics().items():
+        head = f"  {name:<20}{unit:<13}"
+        lines += textwrap.wrap(about, width, initial_indent=head, subsequent_indent=" " * len(head))
+    return "\n".join(lines)
+
+
+# ------------------------------------------------------------------------------------------------ measuring
+def measures(run: Run, step: Step) -> dict[str, Any]:
+    """The metrics every scheme shares, from its trajectories; none without any."""
+    rows = step.trajectories
+    if not rows:
+        return {}
+    own = [row.reward for row in rows if row.source == "policy"]
+    states = [state for row in rows if row.source != "oracle" for state in row.states]
+    return {
+        "reward": sum(trained_reward(run.config, row) for row in rows) / len(rows),
+        "success": sum(own) / len(own) if own else math.nan,
+        "contrast_groups": int((step.advantages.view(-1, run.config.group) != 0).any(1).sum()),
+        "hinted_rows": sum(row.source == "hint" for row in rows) / len(rows),
+        "oracle_rows": sum(row.source == "oracle" for row in rows) / len(rows),
+        "tokens": run.sampled_tokens,
+        "sample_tok_s": run.sampled_tokens / run.sample_seconds,
+        "sample_seconds": run.sample_seconds,
+        **{f"state_{state}": states.count(state) / len(states) for state in MESSAGE_STATES},
+    }
+
+
+def probe_step(run: Run, step: Step, probes: ProbeSet) -> tuple[dict[str, Any], dict[str, Any]]:
+    """(columns of metrics.csv, line of probes.jsonl) of a step: what it did at the control tokens.
+
+    Its rollouts and its update are looked at in every step. What the policy does there now is measured every
+    `probe_every` steps.
+    """
+    columns: dict[str, Any] = {}
+    details: dict[str, Any] = {"step": run.step}
+    started = time.perf_counter()
+    if step.trajectories:
+        details["survival"] = survival(step.trajectories)
+        details["advantage_mass"] = advantage_mass(step.trajectories, step.advantages, run.control)
+    if step.metrics.get("logit_gradient"):
+        names = ("self", "other")
+        pushes = zip(probes.control, *step.metrics["logit_gradient"], strict=True)
+        details["logit_gradient"] = {token: dict(zip(names, push)) for token, *push in pushes}
+    if run.step % run.config.probe_every == 0:
+        measured = distributed.from_first(lambda: probes.measure(run.policy))  # a scheme may act on it
+        columns = dict(measured.columns)
+        columns["displacement_own"] = displacement_own(run.policy, step.trajectories, run.config.temperature)
+        details["tokens"] = measured.tokens
+        run.state.probe = {"step": run.step} | measured.columns
+    spent = time.perf_counter() - started
+    return columns | {"probe_seconds": spent + step.metrics.get("probe_seconds", 0.0)}, details

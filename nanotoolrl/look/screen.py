@@ -1,0 +1,47 @@
+"""What the terminal says of a step: the progress bar, its alarm, a conversation."""
+
+import sys
+from typing import Any
+
+from nanotoolrl.calls import UNHEALTHY_STATES
+from nanotoolrl.chat import readable
+from nanotoolrl.model import Policy
+from nanotoolrl.trajectory import Trajectory
+
+STATE_JUMP = 0.2  # a share of an unhealthy message state this far above the first step's raises the alarm
+SPURIOUS_JUMP = 10  # so does this growth of a control token's spurious probability
+
+
+def said_of(row: dict[str, Any]) -> str:
+    """What the progress bar says of a step."""
+    said = []
+    if "reward" in row:
+        said += [f"reward {row['reward']:.2f}", f"success {row['success']:.2f}"]
+        said += [f"{row['sample_tok_s']:.0f} tok/s"]
+    if row.get("sft_tokens"):
+        said += [f"SFT loss {row['sft_loss']:.3f}"]
+    if "eval_success" in row:
+        said += [f"greedy {row['eval_success']:.2f}"]
+    return " ".join(said)
+
+
+def alarm(row: dict[str, Any], first: dict[str, float], tokens: dict[str, dict[str, float]]) -> str:
+    """What the progress bar warns of: an unhealthy message state, or a control token, that jumped.
+
+    first: shares of message states in the first step. tokens: what was measured of control tokens in this
+    step, if anything was.
+    """
+    spikes = {token: values["growth"] for token, values in tokens.items()}
+    warnings = [f"{token} x{spike:.0f}" for token, spike in spikes.items() if spike >= SPURIOUS_JUMP]
+    for name in (f"state_{state}" for state in UNHEALTHY_STATES):
+        if name in row and row[name] - first[name] > STATE_JUMP:
+            warnings.append(f"{name.removeprefix('state_')} {row[name]:.0%}")
+    return " ALARM " + ", ".join(warnings) if warnings else ""
+
+
+def shown(policy: Policy, trajectory: Trajectory, step: int) -> str:
+    """A trajectory for the terminal."""
+    verdicts = ", ".join("pass" if v.passed else f"fail ({v.reason})" for v in trajectory.verdicts)
+    head = f"--- step {step}, task {trajectory.task_id}, reward {trajectory.reward:.0f}; turns: {verdicts}"
+    body = readable(policy.chat.decode(trajectory.tokens), color=sys.stdout.isatty())
+    return f"{head}\n{body}\n---"

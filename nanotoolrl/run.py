@@ -1,0 +1,188 @@
+"""A run, and the verbs that schemes are composed of but for the updates: roll out, compare, look up, go back.
+
+Shapes: P prompts, G rollouts per prompt, B = P G rows in group order.
+"""
+
+import copy
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from functools import cached_property
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from nanotoolrl.calls import BROKEN_TAG_STATES
+from nanotoolrl.chat import control_tokens
+from nanotoolrl.config import Config
+from nanotoolrl.env import Episode, Task
+from nanotoolrl.gpu.masters import Masters
+from nanotoolrl.losses import relative_advantages
+from nanotoolrl.model import DTYPES, Policy, load
+from nanotoolrl.sampler import Sampler
+from nanotoolrl.tasks import load_tasks
+from nanotoolrl.trajectory import Trajectory, demonstration
+
+MOST_SKIPPED = 3  # updates in a row that were not finite, after which a run stops
+
+
+@dataclass
+class State:
+    """What a run keeps from step to step; the checkpoint holds it."""
+
+    first: dict[str, float] = field(default_factory=dict)  # shares of message states in the first step
+    probe: dict[str, float] = field(default_factory=dict)  # the last measurement, and its `step`
+    pool: list[dict[str, Any]] = field(default_factory=list)  # collected examples (signals.py)
+    skipped_in_a_row: int = 0  # updates that were not finite
+    healthy: dict[str, Any] | None = None  # a `snapshot`: where `sentinel` goes back to
+    reference: dict[str, Tensor] | None = None  # weights that KL terms pull to, if not those of the start
+    own: dict[str, Any] = field(default_factory=dict)  # whatever else a scheme keeps: plain values, tensors
+
+
+@dataclass
+class Step:
+    """What one step did: its trajectories, their advantages [B], and its metrics (columns of metrics.csv)."""
+
+    trajectories: list[Trajectory]
+    advantages: Tensor
+    metrics: dict[str, Any]
+
+
+@dataclass
+class Run:
+    """What a scheme works with: settings, policy and what feeds and steps it, all training tasks."""
+
+    config: Config
+    policy: Policy
+    sampler: Sampler
+    masters: Masters  # of the weights: what the optimiser steps
+    optimizer: torch.optim.Optimizer
+    tasks: list[Task]
+    step: int = 0
+    state: State = field(default_factory=State)
+    sampled_tokens: int = 0  # of this step so far
+    sample_seconds: float = 0.0  # of this step so far
+    skipped_updates: int = 0  # of this step so far
+
+    @classmethod
+    def begin(cls, config: Config, policy: Policy, tasks: Sequence[Task] = ()) -> "Run":
+        """A run before its first step."""
+        masters = Masters(policy.model)
+        optimizer = new_optimizer(masters, config.lr, config.weight_decay)
+        sampler = Sampler(policy, config.max_new_tokens, config.context, config.slots, config.seed)
+        return cls(config, policy, sampler, masters, optimizer, list(tasks))
+
+    def next_step(self) -> None:
+        """Count it, from nothing sampled and nothing skipped."""
+        self.step += 1
+        self.sampled_tokens, self.sample_seconds, self.skipped_updates = 0, 0.0, 0
+
+    @property
+    def stuck(self) -> bool:
+        """Whether too many updates in a row were not finite."""
+        return self.state.skipped_in_a_row >= MOST_SKIPPED
+
+    @cached_property
+    def reference(self) -> Policy:
+        """The policy RL started from, for KL terms; loaded when one first needs it."""
+        policy = load(self.config.model, dtype=DTYPES[self.config.dtype], backend=self.config.logprob)
+        if self.state.reference:
+            policy.model.load_state_dict(self.state.reference)
+        return policy
+
+    @cached_property
+    def foreign_tasks(self) -> list[Task]:
+        """Tasks of another domain, to learn calls from."""
+        return load_tasks("foreign")
+
+    @cached_property
+    def control(self) -> Tensor:
+        """Ids [C] of the control tokens of the format."""
+        ids = control_tokens(self.policy.chat, self.config.format).values()
+        return torch.tensor(list(ids), device=self.policy.device)
+
+
+def new_optimizer(masters: Masters, lr: float, weight_decay: float) -> torch.optim.Optimizer:
+    """AdamW over all weights in one fused call."""
+    return torch.optim.AdamW(masters.tensors, lr=lr, weight_decay=weight_decay, fused=True)
+
+
+# ------------------------------------------------------------------------------------ rollouts and advantages
+def rollout(
+    run: Run,
+    tasks: Sequence[Task],
+    hints: Sequence[str] | None = None,
+    group: int | None = None,
+    noise_key: int = 0,
+    force_prefix: bool = False,
+) -> list[Trajectory]:
+    """`group` rollouts (default: the config's G) of every task with the current policy, in group order.
+
+    hints: one text per row. noise_key: a second rollout within a step needs another one. force_prefix: write
+    the canonical prefix where a call should come (`Sampler.rollout`).
+    """
+    config = run.config
+    size = config.group if group is None else group
+    how = {name: getattr(config, name) for name in ("max_messages", "strict_empty_turn", "tool_seconds")}
+    episodes = [Episode(task, config.format, **how) for task in tasks for _ in range(size)]
+    started, stream = time.perf_counter(), run.step + (noise_key << 24)
+    rows = run.sampler.rollout(episodes, hints, config.temperature, stream, force_prefix)
+    run.sample_seconds += time.perf_counter() - started
+    run.sampled_tokens += sum(row.sampled_tokens for row in rows)
+    return rows
+
+
+def trained_reward(config: Config, row: Trajectory) -> float:
+    """The reward that advantages are made of: 0 or 1; with `--graded-reward` the share of turns passed.
+
+    `--tag-penalty` times the share of messages with a broken tag is taken from it.
+    """
+    passed = sum(verdict.passed for verdict in row.verdicts) / row.turns
+    broken = sum(state in BROKEN_TAG_STATES for state in row.states) / max(1, len(row.states))
+    return (passed if config.graded_reward else row.reward) - config.tag_penalty * broken
+
+
+def group_advantages(run: Run, trajectories: list[Trajectory]) -> Tensor:
+    """Group-relative advantages [B] of trajectories in group order."""
+    rewards = [trained_reward(run.config, row) for row in trajectories]
+    grouped = torch.tensor(rewards).view(-1, run.config.group)  # [P, G]
+    return relative_advantages(grouped, run.config.adv_std).flatten()
+
+
+def failed_tasks(trajectories: list[Trajectory], group: int, enough: Callable = all) -> list[int]:
+    """Indices of the tasks whose rollouts all failed, or (`enough` is any) of those with any failure."""
+    groups = [trajectories[i : i + group] for i in range(0, len(trajectories), group)]
+    return [i for i, rows in enumerate(groups) if enough(row.reward == 0 for row in rows)]
+
+
+def demonstrations(run: Run, tasks: Sequence[Task]) -> list[Trajectory]:
+    """Ground-truth conversations of the tasks; those that do not fit the context are left out."""
+    rows = [demonstration(run.policy.chat, task, run.config.format) for task in tasks]
+    return [row for row in rows if len(row.tokens) <= run.sampler.context]
+
+
+# -------------------------------------------------------------------------------------------------- snapshots
+def snapshot(run: Run) -> dict[str, Any]:
+    """Copies of weights and optimiser state, to be put back by `roll_back`; in main memory, where there is
+    more room than on a GPU."""
+    parts = {"model": run.policy.model, "optimizer": run.optimizer}
+    return copied({k: v.state_dict() for k, v in parts.items()} | {"masters": run.masters.state()})
+
+
+def copied(value: Any) -> Any:
+    """A copy of a nested state, its tensors in main memory."""
+    if isinstance(value, Tensor):
+        return value.detach().to("cpu", copy=True)
+    if isinstance(value, dict):
+        return {key: copied(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return type(value)(copied(item) for item in value)
+    return value
+
+
+def roll_back(run: Run, saved: dict[str, Any]) -> None:
+    """Put a snapshot back."""
+    run.policy.model.load_state_dict(saved["model"])
+    run.optimizer.load_state_dict(copy.deepcopy(saved["optimizer"]))
+    run.masters.load(saved["masters"])
