@@ -1,4 +1,4 @@
-"""Every performance row, beside its peers, in one run: `python -m bench kernel|sampler|step`.
+"""Every performance row, beside its peers, in one run: `python -m nanotoolrl.bench kernel|sampler|step`.
 `busy` times a whole run beside other work; `memory` is arithmetic: which settings fit real models into which
 GPUs.
 
@@ -45,11 +45,10 @@ from transformers import (
     Qwen3Config,
 )
 
-from bench.replay import Replay, messages_of
+from bench.replay import ReplayDecoder, ReplayProcessor, ReplaySampler
 from nanotoolrl.cli import MOST_THREADS, available_cores, command, cpu_threads, number
 from nanotoolrl.commandline import parse
 from nanotoolrl.config import Config
-from nanotoolrl.decode import Decoder
 from nanotoolrl.env import Episode, Task
 from nanotoolrl.files import check_writable, finite
 from nanotoolrl.gpu.memory import plan
@@ -367,10 +366,6 @@ class Workload:
     rows: list[Trajectory]
 
     @property
-    def forced(self) -> list[list[int]]:
-        return _sampled_ids(self.rows)
-
-    @property
     def tokens(self) -> int:
         return sum(row.sampled_tokens for row in self.rows)
 
@@ -418,7 +413,7 @@ def decode_row(policy: Policy, B: int, length: int, repeats: int, steps: int = 6
     generator = torch.Generator().manual_seed(0)
     top = min(policy.chat.stop_ids)  # no row stops
     ids = torch.randint(top, (B, length + steps), generator=generator)
-    decoder = Decoder(policy, seed=0, fast=device.type == "cuda")
+    decoder = ReplayDecoder(policy, ids, fast=device.type == "cuda")
     decoder.open(B, length + steps)
     theirs = DynamicCache()
     # Its name changed in transformers 5.24.
@@ -432,8 +427,7 @@ def decode_row(policy: Policy, B: int, length: int, repeats: int, steps: int = 6
         logprobs[OURS] = []
         for t in range(length, length + steps, decoder.window):
             rows = [(i, int(ids[i, t - 1]), t - 1, length + steps - t, i, t) for i in range(B)]
-            forced = ids[:, t : t + decoder.window].tolist()
-            logprobs[OURS] += decoder.decode(rows, 1.0, forced)[1]
+            logprobs[OURS] += decoder.decode(rows, 1.0)[1]
 
     def plain() -> None:
         logprobs[eager], on_device = [], ids.to(device)
@@ -467,12 +461,12 @@ def _bytes_per_second(device: torch.device) -> float:
 
 
 def sampler_row(policy: Policy, load: Workload, repeats: int) -> Row:
-    player, device = Sampler(policy), policy.device
+    player, device = ReplaySampler(policy, load.rows), policy.device
     found: dict[str, list] = {}
 
     def ours() -> None:
         episodes = [Episode(task) for task in load.tasks]
-        found[OURS] = player.rollout(episodes, load.hints, forced=load.forced)
+        found[OURS] = player.rollout(episodes, load.hints)
 
     def generate() -> None:
         found["generate"] = generate_rollout(policy, load)
@@ -526,7 +520,7 @@ def generate_rollout(policy: Policy, load: Workload) -> list[list[int]]:
         chat.prompt_ids(*episode.prompt(), "hermes", hint)
         for episode, hint in zip(episodes, load.hints, strict=True)
     ]
-    scripts = [messages_of(row) for row in load.rows]
+    scripts = [row.spoken() for row in load.rows]
     live, turn = list(range(len(ids))), 0
     while live:
         wanted = [scripts[i][turn] for i in live]
@@ -534,7 +528,7 @@ def generate_rollout(policy: Policy, load: Workload) -> list[list[int]]:
         padding = [width - len(ids[i]) for i in live]
         batch = torch.tensor([[settings.pad_token_id] * n + ids[i] for n, i in zip(padding, live)])
         mask = torch.tensor([[0] * n + [1] * (width - n) for n in padding])
-        replay = Replay(wanted, width, chat.end_id)
+        replay = ReplayProcessor(wanted, width, chat.end_id)
         model.generate(
             input_ids=batch.to(device),
             attention_mask=mask.to(device),
@@ -560,14 +554,14 @@ def step(device: torch.device, repeats: int, small: bool, model: str = BUILT_IN)
     tasks = load_tasks("train")[: config.prompts]
     first = new_run(config, device)
     trajectories = rollout(first, tasks)
-    forced = _sampled_ids(trajectories)
     run, found = new_run(config, device), []
+    player = ReplaySampler(run.policy, trajectories, context=config.context)
 
     def ours(every_row: bool = False, share_prompt: bool = False) -> None:
         config.share_prompt = share_prompt
         initial = {name: value.clone() for name, value in run.policy.model.state_dict().items()}
         episodes = [Episode(row, config.format, config.max_messages) for row in _grouped(tasks, config.group)]
-        rows = run.sampler.rollout(episodes, temperature=config.temperature, forced=forced)
+        rows = player.rollout(episodes, temperature=config.temperature)
         metrics = policy_update(run, rows, group_advantages(run, rows), every_row=every_row)
         found.append((metrics["grad_norm"], metrics["forward_tokens"]))
         run.policy.model.load_state_dict(initial)
@@ -593,10 +587,6 @@ def step(device: torch.device, repeats: int, small: bool, model: str = BUILT_IN)
         if arm.name in own:
             arm.note = ", ".join(filter(None, [arm.note, f"{own[arm.name][1]} tokens through the model"]))
     return [row]
-
-
-def _sampled_ids(rows: list[Trajectory]) -> list[list[int]]:
-    return [[t for t, mask in zip(row.tokens, row.loss_mask) if mask] for row in rows]
 
 
 def _grouped(tasks: list[Task], group: int) -> list[Task]:
@@ -797,7 +787,7 @@ def markdown(result: dict) -> str:
 @command
 def main(argv: list[str] | None = None) -> int:
     """The command: returns 0, 1 if a result is wrong, 2 if it cannot run."""
-    parser = argparse.ArgumentParser(prog="bench.rows", description=__doc__.split("\n\n")[0])
+    parser = argparse.ArgumentParser(prog="python -m nanotoolrl.bench", description=__doc__.split("\n\n")[0])
     parser.add_argument("what", choices=("kernel", "sampler", "step", "busy", "memory"))
     parser.add_argument(
         "--repeats",
@@ -843,7 +833,7 @@ def main(argv: list[str] | None = None) -> int:
         return 2
     if args.json:
         given = [x for x in argv or sys.argv[1:] if x not in ("--json", str(args.json))]
-        line = "python -m bench " + " ".join(given)
+        line = "python -m nanotoolrl.bench " + " ".join(given)
         args.json.write_text(
             json.dumps(finite({"command": line, "machine": machine(device)} | body), indent=1) + "\n",
             encoding="utf-8",

@@ -20,7 +20,7 @@ from datasets import Dataset
 from transformers import LogitsProcessorList, TrainerCallback
 from trl import GRPOConfig, GRPOTrainer
 
-from bench.replay import Replay, messages_of
+from bench.replay import ReplayProcessor
 from bench.rows import transformers_model
 from nanotoolrl.env import Episode, Task
 from nanotoolrl.model import load
@@ -107,11 +107,11 @@ class TrlStep:
         start = [chat.prompt_ids(*episode.prompt(), episode.format) for episode in episodes]
         written: list[list[int]] = [[] for _ in prompts]
         mask: list[list[int]] = [[] for _ in prompts]
-        scripts = [messages_of(row) for row in self.rows]
+        scripts = [row.spoken() for row in self.rows]
         live, turn = list(range(len(prompts))), 0
         while live:
             contexts, wanted = [start[i] + written[i] for i in live], [scripts[i][turn] for i in live]
-            self.replay = Replay(wanted, max(map(len, contexts)), chat.end_id)
+            self.replay = ReplayProcessor(wanted, max(map(len, contexts)), chat.end_id)
             groups = trainer.num_generations if turn == 0 else 1
             sampled = trainer._generate_single_turn(contexts, None, {}, groups)[0]
             still = []

@@ -4,7 +4,7 @@ Import it before torch: it decides how torch's threads wait for each other. By d
 milliseconds, which beside any other work makes a run many times slower. Here they spin for some microseconds,
 which loses nothing on an idle machine. Where others are at work at the start they sleep at once: an idle
 machine would lose a third of its speed by that, beside others it is the fastest. How they wait changes no
-result, so the load of the machine may decide it. `python -m bench busy` measures all of this.
+result, so the load of the machine may decide it. `python -m nanotoolrl.bench busy` measures all of this.
 """
 
 import os

@@ -19,7 +19,6 @@ CAPACITY_STEP = 128  # the cache grows by so many positions
 WINDOW = 8  # decode steps between two looks at what was sampled, on a GPU
 BUCKETS = (1, 2, 4, 8, 16, 32, 48, 64, 96, 128, 192, 256)  # batch sizes of CUDA graphs; then multiples of 128
 SLOT, TOKEN, LENGTH, LEFT, STREAM, PLACE = range(6)  # of a row's state, see `Decoder.decode`
-FREE = -1  # in place of a forced token: sample
 
 
 class Cache:
@@ -122,41 +121,40 @@ class Decoder:
         return hidden[torch.arange(len(rows), device=device), (counts - 1).to(device)]
 
     def choose(
-        self,
-        hidden: Tensor,
-        streams: Tensor,
-        places: Tensor,
-        temperature: float,
-        forced: Tensor | None = None,
+        self, hidden: Tensor, streams: Tensor, places: Tensor, temperature: float
     ) -> tuple[Tensor, Tensor]:
-        """(ids [B], log-probs [B]) sampled from hidden states [B, D]; the noise of a row is keyed by the
-        seed, its stream and its place. temperature 0: greedy, with the log-probs of temperature 1. forced: an
-        id per row that is taken instead, or FREE."""
+        """(ids [B], log-probs [B]) sampled from hidden states [B, D].
+
+        The noise of a row is keyed by the seed, its stream and its place. temperature 0: greedy, with the
+        log-probs of temperature 1.
+        """
         logits = self.policy.logits(hidden)  # [B, V], never rounded to half
-        noise = uniform(self.seed, streams, places) if temperature else None
-        if hidden.is_cuda and HAS_TRITON:
+        noise = uniform(self.seed, streams, places) if temperature else None  # [B]
+        return self.draw(logits, noise, temperature or 1.0)
+
+    def draw(self, logits: Tensor, noise: Tensor | None, temperature: float) -> tuple[Tensor, Tensor]:
+        """(ids [B], log-probs [B]): the id in which each row's noise falls, the likeliest without noise."""
+        if logits.is_cuda and HAS_TRITON:
             from nanotoolrl.gpu.kernels import pick  # needs Triton
 
-            return pick(logits, noise, forced, temperature or 1.0)
-        logprobs = torch.log_softmax(logits / (temperature or 1.0), dim=-1)
+            return pick(logits, noise, None, temperature)
+        logprobs = torch.log_softmax(logits / temperature, dim=-1)  # [B, V]
         if noise is None:
             ids = logprobs.argmax(-1)
         else:
             cumulated = logprobs.double().exp().cumsum(-1)
             ids = torch.searchsorted(cumulated, noise[:, None] * cumulated[:, -1:], right=True)[:, 0]
             ids = ids.clamp(max=logprobs.shape[1] - 1)
-        if forced is not None:
-            ids = torch.where(forced == FREE, ids, forced)
         return ids, logprobs.gather(1, ids[:, None])[:, 0]
 
     def decode(
-        self, rows: Sequence[Sequence[int]], temperature: float, forced: Sequence[Sequence[int]] | None = None
+        self, rows: Sequence[Sequence[int]], temperature: float
     ) -> tuple[list[list[int]], list[list[float]]]:
         """(ids, log-probs), each [steps][rows], of up to `window` decode steps.
 
         A row is (its slot, the token to feed, how many are cached before it, most tokens to sample, noise
         stream, place in it); slots rise. What is sampled past a row's stop token, or its most tokens, means
-        nothing. forced: `window` ids for each row, or FREE.
+        nothing.
         """
         steps = min(self.window, max(row[LEFT] for row in rows))
         batch = len(rows)
@@ -164,11 +162,10 @@ class Decoder:
         if self.fast:
             batch = next((size for size in BUCKETS if size >= batch), -(-batch // 128) * 128)
             rows = [*rows, *[(self.cache.size - 1, 0, 0, 0, 0, 0)] * (batch - len(rows))]
-        key = (batch, temperature, forced is not None)
-        loop = self.loops.get(key) or _Loop(self, *key)
+        loop = self.loops.get((batch, temperature)) or _Loop(self, batch, temperature)
         if self.fast:
-            self.loops[key] = loop
-        return loop.run(rows, steps, forced)
+            self.loops[batch, temperature] = loop
+        return loop.run(rows, steps)
 
     def forward(self, token: Tensor, length: Tensor, slot: Tensor) -> Tensor:
         """Hidden states [B, D] of one token [B] per row, which stands at position `length` [B]."""
@@ -184,39 +181,35 @@ class Decoder:
 class _Loop:
     """Decode steps of a fixed batch size over state that stays on the device."""
 
-    def __init__(self, decoder: Decoder, batch: int, temperature: float, forced: bool) -> None:
+    def __init__(self, decoder: Decoder, batch: int, temperature: float) -> None:
         self.decoder, self.temperature = decoder, temperature
         device, window = decoder.policy.device, decoder.window
         self.state = torch.zeros(6, batch, dtype=torch.long, device=device)
         self.state[SLOT] = decoder.cache.size - 1
-        self.forced = torch.full((window, batch), FREE, device=device) if forced else None
         self.ids = torch.zeros(window, batch, dtype=torch.long, device=device)
         self.logprobs = torch.zeros(window, batch, device=device)
         self.turn = torch.zeros(1, dtype=torch.long, device=device)
         self.graph = None
 
-    def run(
-        self, rows: Sequence[Sequence[int]], steps: int, forced: Sequence[Sequence[int]] | None
-    ) -> tuple[list[list[int]], list[list[float]]]:
+    def run(self, rows: Sequence[Sequence[int]], steps: int) -> tuple[list[list[int]], list[list[float]]]:
         """See `Decoder.decode`."""
         if self.graph is None and self.state.is_cuda:
             self._capture()
         self.state.copy_(torch.tensor(rows).T)
         self.turn.zero_()
-        if self.forced is not None:
-            self.forced.fill_(FREE)
-            self.forced[:, : len(forced)].copy_(torch.tensor(forced).T)
         for _ in range(steps):
             self.graph.replay() if self.graph else self.step()
         return self.ids[:steps].tolist(), self.logprobs[:steps].tolist()
 
     def step(self) -> None:
-        """Feed each row's token, sample the next one, note it, and find out who stopped. A row that did stays
-        at its length and goes on writing there; whoever continues it writes that position anew."""
+        """Feed each row's token, sample the next one, note it, and find out who stopped.
+
+        A row that did stays at its length and goes on writing there; whoever continues it writes that
+        position anew. The state changes in place: a graph holds its addresses.
+        """
         slot, token, length, left, stream, place = self.state
         hidden = self.decoder.forward(token, length, slot)
-        forced = None if self.forced is None else self.forced.index_select(0, self.turn)[0]
-        ids, logprobs = self.decoder.choose(hidden, stream, place, self.temperature, forced)
+        ids, logprobs = self.decoder.choose(hidden, stream, place, self.temperature)
         self.ids.index_copy_(0, self.turn, ids[None])
         self.logprobs.index_copy_(0, self.turn, logprobs[None])
         self.turn += 1

@@ -1,10 +1,25 @@
-"""Batched multi-turn rollouts.
+"""Batched multi-turn rollouts: who is fed when.
 
-Each row of the batch is one episode. Rows are never left-padded (position = length), never wait for each
-other's turns, and only tokens that are not in the cache yet pass through the model: one new token per row in
-a decode step, the ids of an observation after a tool call, the prompt once per group. What a row samples
-depends on its own noise stream and its own tokens alone. Who is fed when is decided here; the forward passes
-and the choice of tokens are in decode.py.
+Each row of the batch is one episode. Rows are never left-padded (position = length) and never wait for each
+other's turns. Only tokens that are not in the cache yet pass through the model: one new token per row in a
+decode step, the ids of an observation after a tool call, the prompt once per group. What a row samples
+depends on its own noise stream and its own tokens alone.
+
+The forward passes and the choice of tokens are in decode.py. Here is the loop around them, in four stages:
+`_admit` gives free slots to waiting episodes, `_prefill` feeds rows with several ids pending and `_decode`
+those with one, `_answer` hands a finished message to its episode. An example of four episodes on three slots,
+two of them of one task, where messages are three tokens long (* is a stop token):
+
+    stage      slot 0              slot 1              slot 2             waiting
+    admit      episode 0, task A   episode 1, task A   episode 2, task B  episode 3
+    prefill    prompt A -> token   copy of 0 -> token  prompt B -> token
+    decode     token               token               token
+    decode     token *             token               token *
+    answer     8 ids pending       -                   the episode is over
+    decode     waits               token *             free
+    answer     waits               the episode is over free
+    admit      waits               episode 3           free
+    prefill    8 ids -> token      its prompt -> token
 """
 
 import math
@@ -12,10 +27,11 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 import torch
+from torch import Tensor
 
 from nanotoolrl.calls import FORMATS, message_state
-from nanotoolrl.decode import FREE, Decoder
-from nanotoolrl.env import Episode
+from nanotoolrl.decode import Decoder
+from nanotoolrl.env import OUR_LIMITS, Episode
 from nanotoolrl.gpu import distributed
 from nanotoolrl.logprob import HAS_TRITON
 from nanotoolrl.model import Policy
@@ -23,32 +39,25 @@ from nanotoolrl.trajectory import Trajectory
 
 PREFILL_TOKENS = 8192  # most tokens in one prefill forward
 LEAST_TEMPERATURE = 0.01  # logits over less leave the range of fp32; 0 is greedy
-PREFILL_SHARE = 0.2  # rows that wait for a prefill before one is made; the others decode on
+WAITING_SHARE = 0.2  # of rows that wait for a prefill, or of free slots, before one is made; others decode on
 
 
 @dataclass
-class _Row:
-    """A live episode: its trajectory, the ids not yet in the cache, the message being written."""
+class Row:
+    """A live episode: its trajectory, and where the model is with it."""
 
     episode: Episode
     trajectory: Trajectory
     context: list[int]  # the ids the model sees: the trajectory under its sampled prompt
-    pending: list[int]
-    stream: int
-    forced: Sequence[int]
-    taken: int = 0  # of `forced`
-    message: list[int] = field(default_factory=list)
-    cached: int = 0
+    pending: list[int]  # the last of them, not yet in the cache
+    stream: int  # of its noise
+    cached: int = 0  # how many of them are in the cache
+    message: list[int] = field(default_factory=list)  # being written
 
     @property
     def key(self) -> tuple[int, int]:
         """(stream, place) of the noise of its next token."""
         return self.stream, len(self.trajectory.tokens)
-
-    def next_forced(self, count: int) -> list[int]:
-        """The next `count` tokens it shall sample, filled up with FREE."""
-        some = list(self.forced[self.taken : self.taken + count])
-        return some + [FREE] * (count - len(some))
 
 
 class Sampler:
@@ -62,7 +71,7 @@ class Sampler:
     def __init__(
         self,
         policy: Policy,
-        max_new_tokens: int = 128,
+        max_new_tokens: int = OUR_LIMITS.max_new_tokens,
         context: int | None = None,
         slots: int = 128,
         seed: int = 0,
@@ -80,15 +89,13 @@ class Sampler:
         temperature: float = 1.0,
         stream: int = 0,
         force_prefix: bool = False,
-        forced: Sequence[Sequence[int]] | None = None,
     ) -> list[Trajectory]:
         """Play the episodes to their end and return their trajectories in the same order.
 
         hints: a text per episode for the system prompt ("" for none). temperature 0 is greedy (log-probs are
         then those of temperature 1). stream: together with the seed and the episode's index it keys the
         noise; give every call of a run its own. force_prefix: write the canonical prefix of a call (unmasked)
-        at the start of every message for which the turn's ground truth still has calls. forced: per episode,
-        the tokens it shall sample, as long as they last: a replay, whose log-probs are still the policy's.
+        at the start of every message for which the turn's ground truth still has calls.
         Under torchrun each process plays its share of the episodes and all get all trajectories.
         Raises ValueError if a prompt leaves no room in the context, or for a temperature that is none.
         """
@@ -96,46 +103,41 @@ class Sampler:
             raise ValueError(
                 f"the temperature is 0 (greedy) or at least {LEAST_TEMPERATURE}, not {temperature}"
             )
-        hints, wanted = hints or [""] * len(episodes), forced or [()] * len(episodes)
-        if not len(episodes) == len(hints) == len(wanted):
-            raise ValueError("there must be as many hints and forced rows as episodes")
+        hints = hints or [""] * len(episodes)
+        if len(episodes) != len(hints):
+            raise ValueError("there must be as many hints as episodes")
         mine = distributed.share(len(episodes))
         queue = [
-            self._new_row(episodes[i], hints[i], (stream << 32) + i, force_prefix, wanted[i])
-            for i in reversed(mine)
+            self._new_row(episodes[i], hints[i], (stream << 32) + i, force_prefix) for i in reversed(mine)
         ]
-        rows: list[_Row | None] = []
-        live: list[_Row] = []
-        done = {}
+        live: dict[int, Row] = {}  # by slot
+        done: dict[int, Trajectory] = {}  # by noise stream
         self.decoder.open(min(self.slots, max(1, len(queue))), self.context)
         while queue or live:
-            free = [i for i, row in enumerate(rows) if row is None]
-            room = min(self.slots - len(live), len(queue))
-            if room and (not live or room >= PREFILL_SHARE * self.slots or room == len(queue)):
-                for _ in range(room):
-                    row = queue.pop()
-                    if free:
-                        rows[free.pop(0)] = row
-                    else:
-                        rows.append(row)
-            live = [row for row in rows if row is not None]
-            waiting = [i for i, row in enumerate(rows) if row is not None and len(row.pending) > 1]
-            if len(waiting) == len(live) or len(waiting) >= PREFILL_SHARE * len(live):
-                ended = self._prefill(rows, waiting, temperature, forced is not None)
+            self._admit(live, queue)
+            waiting = [slot for slot, row in sorted(live.items()) if len(row.pending) > 1]
+            if len(waiting) == len(live) or len(waiting) >= WAITING_SHARE * len(live):
+                ended = self._prefill(live, waiting, temperature)
             else:
-                ended = self._decode(rows, temperature, forced is not None)
-            for i in ended:
-                self._end_message(rows[i], force_prefix)
-                if rows[i].episode.done:
-                    rows[i].trajectory.end(rows[i].episode)
-                    done[rows[i].stream] = rows[i].trajectory
-                    rows[i] = None
-            live = [row for row in rows if row is not None]
+                ended = self._decode(live, temperature)
+            for slot in ended:
+                row = live[slot]
+                self._answer(row, force_prefix)
+                if row.episode.done:
+                    row.trajectory.end(row.episode)
+                    done[row.stream] = row.trajectory
+                    del live[slot]
         return distributed.gathered([done[(stream << 32) + i] for i in mine])
 
-    def _new_row(
-        self, episode: Episode, hint: str, stream: int, force_prefix: bool, forced: Sequence[int]
-    ) -> _Row:
+    # ---- admit
+    def _admit(self, live: dict[int, Row], queue: list[Row]) -> None:
+        """Give free slots to waiting rows: all at the end, else some at a time, which share a prefill."""
+        room = min(self.slots - len(live), len(queue))
+        if room and (not live or room >= WAITING_SHARE * self.slots or room == len(queue)):
+            free = (slot for slot in range(self.slots) if slot not in live)
+            live |= {next(free): queue.pop() for _ in range(room)}
+
+    def _new_row(self, episode: Episode, hint: str, stream: int, force_prefix: bool) -> Row:
         messages, tools = episode.prompt()
         prompt = self.chat.prompt_ids(messages, tools, episode.format)
         seen = self.chat.prompt_ids(messages, tools, episode.format, hint) if hint else prompt
@@ -146,11 +148,11 @@ class Sampler:
         trajectory = Trajectory.begin(episode, prompt)
         if hint:
             trajectory.source, trajectory.sampled_prompt = "hint", list(seen)
-        row = _Row(episode, trajectory, list(seen), list(seen), stream, forced)
+        row = Row(episode, trajectory, list(seen), list(seen), stream)
         self._open_message(row, force_prefix)
         return row
 
-    def _open_message(self, row: _Row, force_prefix: bool) -> None:
+    def _open_message(self, row: Row, force_prefix: bool) -> None:
         row.message = []
         if not (force_prefix and row.episode.calls_left):
             return
@@ -160,75 +162,86 @@ class Sampler:
             row.message = list(ids)
             self._give(row, ids)
 
-    def _give(self, row: _Row, ids: list[int]) -> None:
+    def _give(self, row: Row, ids: list[int]) -> None:
         row.trajectory.append(ids, sampled=False)
         row.context = row.context + ids
         row.pending = row.pending + ids
 
-    def _prefill(
-        self, rows: list[_Row | None], waiting: list[int], temperature: float, forced: bool
-    ) -> list[int]:
-        """Feed the pending ids of the waiting rows and sample a token for each; returns the rows whose
-        message ended. Rows that start with the same ids are fed once."""
-        groups: dict[tuple, list[int]] = {}
-        for i in waiting:
-            fresh = rows[i].cached == 0
-            groups.setdefault(tuple(rows[i].pending) if fresh else (-1, i), []).append(i)
-        leaders = sorted((members[0] for members in groups.values()), key=lambda i: len(rows[i].pending))
-        followers = {members[0]: members[1:] for members in groups.values()}
-        order, hidden = [], []
-        while leaders:
-            count = 1
-            while count < len(leaders) and (count + 1) * len(rows[leaders[count]].pending) <= PREFILL_TOKENS:
-                count += 1
-            part, leaders = leaders[:count], leaders[count:]
-            states = self.decoder.feed(part, [rows[i].cached for i in part], [rows[i].pending for i in part])
-            for leader, state in zip(part, states, strict=True):
-                width = rows[leader].cached + len(rows[leader].pending)
-                if followers[leader]:
-                    self.decoder.reserve(len(rows), width)
-                    self.decoder.cache.copy_row(leader, followers[leader], width)
-                for i in [leader, *followers[leader]]:
-                    rows[i].cached, rows[i].pending = width, []
-                    order.append(i)
-                    hidden.append(state)
-        keys = torch.tensor([rows[i].key for i in order]).T
-        wanted = torch.tensor([rows[i].next_forced(1)[0] for i in order]) if forced else None
-        keys, wanted = (x if x is None else x.to(self.policy.device) for x in (keys, wanted))
-        ids, logprobs = self.decoder.choose(torch.stack(hidden), *keys, temperature, wanted)
-        sampled = zip(order, ids.tolist(), logprobs.tolist(), strict=True)
-        return [i for i, token, logprob in sampled if self._take(rows[i], token, logprob)]
+    # ---- feed
+    def _prefill(self, live: dict[int, Row], waiting: list[int], temperature: float) -> list[int]:
+        """Feed the pending ids of the waiting rows and sample a token for each.
 
-    def _decode(self, rows: list[_Row | None], temperature: float, forced: bool) -> list[int]:
-        """Feed one token to every row that has exactly one pending, and go on for as many steps as the
-        decoder makes at a time; returns the rows whose message ended."""
-        ready = [i for i, row in enumerate(rows) if row is not None and len(row.pending) == 1]
-        states = [(i, rows[i].pending[0], rows[i].cached, self._left(rows[i]), *rows[i].key) for i in ready]
-        wanted = [rows[i].next_forced(self.decoder.window) for i in ready] if forced else None
-        found = self.decoder.decode(states, temperature, wanted)
+        Rows that start with the same ids are fed once, and the cache is copied. Returns the slots whose
+        message ended.
+        """
+        groups: dict[tuple, list[int]] = {}
+        for slot in waiting:
+            same = tuple(live[slot].pending) if live[slot].cached == 0 else (-1, slot)
+            groups.setdefault(same, []).append(slot)
+        leaders = {members[0]: members[1:] for members in groups.values()}
+        fed: list[int] = []
+        hidden: list[Tensor] = []  # [D] of each
+        for batch in self._prefill_batches(live, list(leaders)):
+            rows = [live[slot] for slot in batch]
+            states = self.decoder.feed(batch, [row.cached for row in rows], [row.pending for row in rows])
+            for leader, state in zip(batch, states, strict=True):
+                width, followers = live[leader].cached + len(live[leader].pending), leaders[leader]
+                if followers:
+                    self.decoder.reserve(max(live) + 1, width)
+                    self.decoder.cache.copy_row(leader, followers, width)
+                for slot in (leader, *followers):
+                    live[slot].cached, live[slot].pending = width, []
+                    fed.append(slot)
+                    hidden.append(state)
+        keys = torch.tensor([live[slot].key for slot in fed]).T.to(self.policy.device)  # [2, B]
+        ids, logprobs = self.decoder.choose(torch.stack(hidden), *keys, temperature)  # [B]
+        sampled = zip(fed, ids.tolist(), logprobs.tolist(), strict=True)
+        return [slot for slot, token, logprob in sampled if self._take(live[slot], token, logprob)]
+
+    def _prefill_batches(self, live: dict[int, Row], slots: list[int]) -> list[list[int]]:
+        """Slots in batches of similar length: at most PREFILL_TOKENS padded ids each, at least one row."""
+        batches: list[list[int]] = []
+        for slot in sorted(slots, key=lambda slot: len(live[slot].pending)):
+            width = len(live[slot].pending)
+            if batches and (len(batches[-1]) + 1) * width <= PREFILL_TOKENS:
+                batches[-1].append(slot)
+            else:
+                batches.append([slot])
+        return batches
+
+    def _decode(self, live: dict[int, Row], temperature: float) -> list[int]:
+        """Feed one token to every row that has exactly one pending, for as many steps as the decoder makes at
+        a time. Returns the slots whose message ended."""
+        ready = [slot for slot, row in sorted(live.items()) if len(row.pending) == 1]
+        states = [
+            (slot, live[slot].pending[0], live[slot].cached, self._left(live[slot]), *live[slot].key)
+            for slot in ready
+        ]
+        found = self.decoder.decode(states, temperature)  # ids and log-probs, each [steps][B]
         ended = []
-        for column, i in enumerate(ready):
+        for column, slot in enumerate(ready):
+            row = live[slot]
             for ids, logprobs in zip(*found, strict=True):
-                rows[i].cached, rows[i].pending = rows[i].cached + 1, []
-                if self._take(rows[i], ids[column], logprobs[column]):
-                    ended.append(i)
+                row.cached, row.pending = row.cached + 1, []
+                if self._take(row, ids[column], logprobs[column]):
+                    ended.append(slot)
                     break
         return ended
 
-    def _left(self, row: _Row) -> int:
+    def _left(self, row: Row) -> int:
         """How many more tokens the row may sample in its message."""
         return min(self.max_new_tokens - len(row.message), self.context - len(row.context))
 
-    def _take(self, row: _Row, token: int, logprob: float) -> bool:
+    def _take(self, row: Row, token: int, logprob: float) -> bool:
         """Append a sampled token; returns whether the message ended."""
         row.trajectory.append([token], sampled=True, logprobs=[logprob])
         row.context.append(token)
         row.pending.append(token)
         row.message.append(token)
-        row.taken += 1
         return token in self.chat.stop_ids or self._left(row) <= 0
 
-    def _end_message(self, row: _Row, force_prefix: bool) -> None:
+    # ---- answer
+    def _answer(self, row: Row, force_prefix: bool) -> None:
         """Hand the finished message to the episode and queue what answers it."""
         stop_id = row.message[-1]
         stopped = stop_id in self.chat.stop_ids

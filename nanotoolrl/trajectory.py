@@ -63,17 +63,24 @@ class Trajectory:
         """Whether `logprobs` are the sampler's under this very prompt; false for oracle and hinted rows."""
         return self.source in ("policy", "hint") and self.sampled_prompt is None
 
-    def messages(self, chat: Chat) -> list[tuple[str, bool]]:
-        """(text, whether it ended with a stop token) of every assistant message. Nothing may be forced."""
-        spoken: list[list[int]] = []
+    def spoken(self) -> list[list[int]]:
+        """The sampled ids of every assistant message. Nothing may be forced."""
+        found: list[list[int]] = []
         before = False
         for token, sampled in zip(self.tokens, self.loss_mask):
             if sampled:
-                spoken = spoken if before else [*spoken, []]
-                spoken[-1].append(token)
+                found = found if before else [*found, []]
+                found[-1].append(token)
             before = sampled
-        ends = [ids[-1] in chat.stop_ids for ids in spoken]
-        return [(chat.decode(ids[:-1] if end else ids), end) for ids, end in zip(spoken, ends)]
+        return found
+
+    def messages(self, chat: Chat) -> list[tuple[str, bool]]:
+        """(text, whether it ended with a stop token) of every assistant message. Nothing may be forced."""
+        texts = []
+        for ids in self.spoken():
+            stopped = ids[-1] in chat.stop_ids
+            texts.append((chat.decode(ids[:-1] if stopped else ids), stopped))
+        return texts
 
     def with_sampled_prompt(self) -> "Trajectory":
         """The same trajectory under the prompt it was sampled with (the hint kept)."""

@@ -8,7 +8,7 @@ import torch
 from test_sampler import ragged_episodes, sampled, small_task
 
 from bench import rows as bench
-from bench.replay import Replay, messages_of
+from bench.replay import ReplayProcessor
 from bench.rows import Arm, Row, check_parity, markdown, table
 from nanotoolrl.model import load
 from nanotoolrl.sampler import Sampler
@@ -30,7 +30,7 @@ def test_command(what, tmp_path, capsys):
     assert bench.main([what, "--small", "--repeats", "1", "--device", "cpu", "--json", str(path)]) == 0
     out = capsys.readouterr().out
     result = json.loads(path.read_text())
-    assert result["command"] == f"python -m bench.rows {what} --small --repeats 1 --device cpu"
+    assert result["command"] == f"python -m nanotoolrl.bench {what} --small --repeats 1 --device cpu"
     assert {"cpu", "threads", "torch", "transformers", "python"} <= set(result["machine"])
     for row in result["rows"]:
         assert row["name"] in out and row["arms"][0]["name"] == "nanotoolrl"
@@ -129,12 +129,12 @@ def test_busy_runs_what_it_says(monkeypatch):
 def test_messages_of(policy):
     rows = Sampler(policy, max_new_tokens=8).rollout(ragged_episodes())
     for row in rows:
-        spoken = messages_of(row)
+        spoken = row.spoken()
         assert len(spoken) == len(row.states) and sum(spoken, []) == sampled(row)
 
 
 def test_replay_leaves_one_token():
-    replay = Replay([[5, 7], [3]], prompt_width=4, fill=9)
+    replay = ReplayProcessor([[5, 7], [3]], prompt_width=4, fill=9)
     for width, expected in ((4, [5, 3]), (5, [7, 9])):
         scores = replay(torch.zeros(2, width, dtype=torch.long), torch.randn(2, 12))
         assert scores.argmax(1).tolist() == expected and (scores > -1).sum() == 2

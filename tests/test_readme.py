@@ -88,7 +88,7 @@ def test_the_speed_tables_are_made_from_the_committed_results():
         result = json.loads(path.read_text())
         if path.stem != "parity":
             assert bench.markdown(result) in README
-            assert result["command"] == f"python -m bench.rows {path.stem}"
+            assert result["command"] == f"python -m nanotoolrl.bench {path.stem}"
     parity = json.loads((RESULTS / "bench" / "parity.json").read_text())["parity"]
     assert str(bench.Parity(**parity)) in README
 

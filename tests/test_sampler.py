@@ -1,11 +1,14 @@
 """The batched, cached sampler against the slow obvious way: a full uncached forward for every token."""
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 import torch
 from helpers import Script, ScriptedModel, tiny_policy, whole_logits
 from transformers import AutoModelForCausalLM, LlamaConfig, Qwen2Config, Qwen3Config
 
+from bench.replay import ReplaySampler
 from nanotoolrl import decode
 from nanotoolrl import sampler as sampler_module
 from nanotoolrl.calls import FORMATS
@@ -205,7 +208,7 @@ def usual(tiny):
 @pytest.mark.parametrize("prefill", [1e-9, 2.0])
 def test_scheduling_changes_nothing(tiny, usual, monkeypatch, slots, prefill):
     """Prefill as soon as one row waits or only when all wait."""
-    monkeypatch.setattr(sampler_module, "PREFILL_SHARE", prefill)
+    monkeypatch.setattr(sampler_module, "WAITING_SHARE", prefill)
     player = Sampler(tiny, max_new_tokens=16, slots=slots)
     same_rows(player.rollout(ragged_episodes(), temperature=0.7), usual)
 
@@ -223,7 +226,7 @@ def test_the_fast_way_changes_nothing(tiny, monkeypatch, slots, prefill, window)
     """What a GPU does, but for the recording of graphs: rows found through their slots, attention by the
     kernel, tokens read back every few steps; here in Triton's interpreter."""
     pytest.importorskip("triton", reason="Triton is for Linux only")
-    monkeypatch.setattr(sampler_module, "PREFILL_SHARE", prefill)
+    monkeypatch.setattr(sampler_module, "WAITING_SHARE", prefill)
     monkeypatch.setattr(decode, "WINDOW", window)
     plain = Sampler(tiny, max_new_tokens=6).rollout(ragged_episodes())
     sampler = Sampler(tiny, max_new_tokens=6, slots=slots)
@@ -246,7 +249,7 @@ def test_a_graph_never_outlives_the_cache_it_was_recorded_on(tiny, monkeypatch):
         return run(loop, *arguments)
 
     monkeypatch.setattr(decode._Loop, "run", watched)
-    monkeypatch.setattr(sampler_module, "PREFILL_SHARE", 0.01)
+    monkeypatch.setattr(sampler_module, "WAITING_SHARE", 0.01)
     tasks = [small_task("a " * (60 * (n % 2)) + str(n)) for n in range(8)]  # long prompts beside long rows
     sampler = Sampler(tiny, max_new_tokens=40, slots=3)
     sampler.decoder = decode.Decoder(tiny, 0, fast=True)
@@ -273,9 +276,14 @@ def test_replay(tiny):
     sampler = Sampler(tiny, max_new_tokens=16)
     rows = sampler.rollout(ragged_episodes())
     spoken = [sampled(row) for row in rows]
-    same_rows(sampler.rollout(ragged_episodes(), stream=5, forced=spoken), rows)
+    same_rows(ReplaySampler(tiny, rows, max_new_tokens=16).rollout(ragged_episodes(), stream=5), rows)
     halves = [ids[: len(ids) // 2] for ids in spoken]
-    others = sampler.rollout(ragged_episodes(), stream=5, forced=halves)
+    places = [[t for t, mask in enumerate(row.loss_mask) if mask] for row in rows]
+    shown = [
+        replace(row, loss_mask=[t in own[: len(half)] for t in range(len(row.tokens))])
+        for row, own, half in zip(rows, places, halves, strict=True)
+    ]
+    others = ReplaySampler(tiny, shown, max_new_tokens=16).rollout(ragged_episodes(), stream=5)
     assert all(sampled(row)[: len(half)] == half for row, half in zip(others, halves))
     assert any(sampled(row) != ids for row, ids in zip(others, spoken))
     for place, row in enumerate(others):
