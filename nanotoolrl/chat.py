@@ -35,9 +35,9 @@ class Layout:
     name: str
     begin: str
     middle: str
-    end: str  # the control token that a message stops with
+    end: str  # the special token that a message stops with
     after: str
-    stops: tuple[str, ...]  # other control tokens that stop, where the tokenizer has them
+    stops: tuple[str, ...]  # other special tokens that stop, where the tokenizer has them
     trims: bool  # whether the blanks around a text are left out
     tool_role: str
     results: Callable[[list[str]], list[str]]  # guarded results in a row -> texts of the messages with them
@@ -87,8 +87,8 @@ SAMPLE = 'Text {"a": 1}'  # any tokenizer gives it back
 class Chat:
     """A conversation in the layout of one tokenizer: messages to ids, by appending only.
 
-    Trusted text (the template's own and rendered calls) may hold control tokens; text from users, tools and
-    models goes through `guard` first, and can then spell a control token but never become its id.
+    Trusted text (the template's own and rendered calls) may hold special tokens; text from users, tools and
+    models goes through `guard` first, and can then spell a special token but never become its id.
 
     What is written is what the checkpoint's own chat template writes (`_check` compares ids, and raises
     ValueError with the first that differs), with one exception: Qwen3's template opens a message that shall
@@ -102,17 +102,17 @@ class Chat:
 
     def __init__(self, tokenizer) -> None:
         self.tokenizer = tokenizer
-        self.control = dict(sorted(tokenizer.get_added_vocab().items()))
-        layouts = [layout for layout in LAYOUTS if {layout.begin, layout.end} <= self.control.keys()]
+        self.special_ids = dict(sorted(tokenizer.get_added_vocab().items()))
+        layouts = [layout for layout in LAYOUTS if {layout.begin, layout.end} <= self.special_ids.keys()]
         if not layouts:
             known = " or ".join(f"{layout.begin} and {layout.end} ({layout.name})" for layout in LAYOUTS)
             raise ValueError(f"the tokenizer has no {known}: no other layout of conversations is supported")
         self.layout = layouts[0]
         # One character cannot be pulled apart, and the tokenizer finds it by itself.
-        longest_first = sorted((name for name in self.control if len(name) > 1), key=len, reverse=True)
+        longest_first = sorted((name for name in self.special_ids if len(name) > 1), key=len, reverse=True)
         self._split = re.compile("(" + "|".join(map(re.escape, longest_first)) + ")")
-        self.end_id = self.control[self.layout.end]
-        stops = {self.control[name] for name in self.layout.stops if name in self.control}
+        self.end_id = self.special_ids[self.layout.end]
+        stops = {self.special_ids[name] for name in self.layout.stops if name in self.special_ids}
         self.stop_ids = sorted(stops | {self.end_id} | ({tokenizer.eos_token_id} - {None}))
         if self.decode(self.encode(SAMPLE)) != SAMPLE:
             raise ValueError(f"the tokenizer cannot write {SAMPLE!r}: its vocabulary is not there")
@@ -168,8 +168,12 @@ class Chat:
                 f"{here} here, {there} there"
             )
 
+    def pieces(self, text: str) -> list[str]:
+        """`text` split at special strings, which stand at the odd places."""
+        return self._split.split(text)
+
     def guard(self, text: str, keep: tuple[str, ...] = ()) -> str:
-        """`text` with a mark inside every control string but those of `keep`: `encode` then reads text."""
+        """`text` with a mark inside every special string but those of `keep`: `encode` then reads text."""
         text = text.encode("utf-8", "replace").decode().replace(self.MARK, "")
         while True:  # breaking one string can leave another that overlaps it
             broken = self._split.sub(lambda m: m[0] if m[0] in keep else m[0][0] + self.MARK + m[0][1:], text)
@@ -178,18 +182,18 @@ class Chat:
             text = broken
 
     def encode(self, text: str) -> list[int]:
-        """Ids of trusted text; control strings become their ids, guarded ones do not."""
+        """Ids of trusted text; special strings become their ids, guarded ones do not."""
         ids = []
-        for i, piece in enumerate(self._split.split(text)):
+        for i, piece in enumerate(self.pieces(text)):
             if i % 2:
-                ids.append(self.control[piece])
+                ids.append(self.special_ids[piece])
                 continue
             for part in piece.split(self.MARK):
                 ids += self.tokenizer.encode(part, add_special_tokens=False) if part else []
         return ids
 
     def decode(self, ids: list[int]) -> str:
-        """Text of ids, control tokens spelled out; bytes that are no UTF-8 become U+FFFD."""
+        """Text of ids, special tokens spelled out; bytes that are no UTF-8 become U+FFFD."""
         return self.tokenizer.decode(ids, skip_special_tokens=False, clean_up_tokenization_spaces=False)
 
     def prompt_ids(self, messages: list[dict], tools: list[dict], format: str, hint: str = "") -> list[int]:
@@ -280,7 +284,7 @@ def control_tokens(chat: Chat, format: str) -> dict[str, int]:
         "<tool_response>",
         "</tool_response>",
     )
-    ids = {chat.control[name] for name in structure if name in chat.control}
+    ids = {chat.special_ids[name] for name in structure if name in chat.special_ids}
     ids = ids.union(*call_ends(chat, format))
     return {chat.decode([i]): i for i in sorted(ids)}
 
@@ -290,7 +294,7 @@ def call_ends(chat: Chat, format: str) -> tuple[set[int], set[int]]:
     openers, closers = set(), set()
     for value in (1, "a"):
         text = render_calls([Call("name", {"key": value})], format)
-        body = [piece for piece in chat._split.split(text) if piece not in chat.control and piece.strip()][0]
+        body = [piece for piece in chat.pieces(text) if piece not in chat.special_ids and piece.strip()][0]
         written = [i for i in chat.encode(body) if chat.decode([i]).strip()]
         openers.add(written[0])
         closers.add(written[-1])
@@ -301,7 +305,7 @@ ROLE_COLORS = {"system": "90", "user": "36", "assistant": "32", "tool": "33"}
 
 
 def readable(text: str, color: bool = False) -> str:
-    """A conversation for people: one line per message, control tokens of the layout left out, those a
+    """A conversation for people: one line per message, special tokens of the layout left out, those a
     model misplaced left in. The system message is cut to its first line."""
     lines = []
     layout = next((layout for layout in LAYOUTS if layout.begin in text), LAYOUTS[0])

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from nanotoolrl.calls import FORMATS
-from nanotoolrl.chat import call_ends, control_tokens
+from nanotoolrl.chat import Chat, call_ends, control_tokens
 from nanotoolrl.env import Task
 from nanotoolrl.model import Policy, pad
 from nanotoolrl.trajectory import Trajectory, demonstration
@@ -42,16 +42,38 @@ class Measurement:
 class ProbeSet:
     """Ground-truth conversations, what the assistant writes in them, and the model to compare with.
 
-    Keeps the start's hidden states [N, D] and a copy of its head [V, D]. A control token is *required* where
-    it is next; it is *spurious* where it is certainly wrong. Honest choices are neither: the token that opens
-    a call at the start of a message and after a complete call, and the stop token inside an answer.
+    Keeps the start's hidden states [N, D] and a copy of its head [V, D].
+
+    A control token is *required* at a place where it is next, and *spurious* where it is certainly wrong.
+    Where something else is next, three of them are honest choices and count as neither:
+
+        where                                       what may come as well
+        the first token of a message                what opens a call: to call or to answer is a choice
+        inside an answer                            the stop token: the answer may end
+        inside a call, where no control token is    what closes a call's body: a value may end
+        after a whole call, where the stop is next  what opens a call: there may be another
+
+    Example: the call and the answer `Done.` with the built-in model's tokens; R required, c choice, s
+    spurious. `content` stands for `name` to `docs`. The other control tokens are spurious everywhere.
+
+        next token    <tool_call>  {"  "}}  }}  </tool_call>  <|im_end|>
+        <tool_call>   R            s   s    s   s            s
+        \\n            s            s   c    c   s            s
+        {"            s            R   s    s   s            s
+        content       s            s   c    c   s            s
+        "}}           s            s   R    s   s            s
+        \\n            s            s   c    c   s            s
+        </tool_call>  s            s   s    s   R            s
+        <|im_end|>    c            s   s    s   s            R
+        Done          c            s   s    s   s            s
+        .             s            s   s    s   s            c
+        <|im_end|>    s            s   s    s   s            R
     """
 
     def __init__(self, policy: Policy, tasks: Sequence[Task], format: str) -> None:
         chat = policy.chat
         self.control = control_tokens(chat, format)
         self.control_ids = torch.tensor(list(self.control.values()), device=policy.device)  # [C]
-        prefix = chat.assistant_ids(FORMATS[format].prefix, format)[:-1]
         rows = [demonstration(chat, task, format) for task in tasks]
         self.ids, self.mask = pad([(row.tokens, row.loss_mask) for row in rows], policy.device)
         self.targets = self.ids[self.mask]  # [N]
@@ -60,21 +82,30 @@ class ProbeSet:
         calls = torch.tensor([state == "call" for row in rows for state in row.states], device=policy.device)
         self.calls = calls[message]  # [N], inside a message that calls
         place = torch.arange(len(message), device=policy.device)
-        starts = place[self.first][message]
+        starts = place[self.first][message]  # [N]
+        prefix = chat.assistant_ids(FORMATS[format].prefix, format)[:-1]
         self.prefixed = self.calls & (place == starts + len(prefix))  # [N], right after the canonical prefix
-        stop, opener = self.targets == chat.end_id, self.control_ids == prefix[0]
         self.is_next = self.targets[:, None] == self.control_ids  # [N, C]
-        choice = (self.first | (self.calls & stop))[:, None] & opener
-        choice |= (~self.calls & ~self.first)[:, None] & (self.control_ids == chat.end_id)
-        closer = torch.isin(
-            self.control_ids, torch.tensor(sorted(call_ends(chat, format)[1])).to(stop.device)
-        )
-        choice |= (self.calls & ~self.first & ~self.is_next.any(1))[:, None] & closer
-        self.wrong = ~self.is_next & ~choice  # [N, C]
+        self.wrong = ~self.is_next & ~self._choices(chat, format, prefix[0])  # [N, C]
         with torch.inference_mode():
             self.start_hidden, self.start_head = self._hidden(policy), policy.head.detach().clone()
             self.start_logprobs = policy.token_logprob(self.start_hidden, self.targets)[0]
             self.start_spurious = self._spurious(self.start_hidden, self.start_head, self.start_logprobs)
+
+    def _choices(self, chat: Chat, format: str, opener: int) -> Tensor:
+        """[N, C], True where a control token is an honest choice: the table above, row by row."""
+        closers = torch.tensor(sorted(call_ends(chat, format)[1]), device=self.control_ids.device)
+        stop_is_next, control_is_next = self.targets == chat.end_id, self.is_next.any(1)  # [N]
+        table = [
+            (self.first, self.control_ids == opener),
+            (~self.calls & ~self.first, self.control_ids == chat.end_id),
+            (self.calls & ~self.first & ~control_is_next, torch.isin(self.control_ids, closers)),
+            (self.calls & stop_is_next, self.control_ids == opener),
+        ]
+        choices = torch.zeros_like(self.is_next)
+        for where, tokens in table:
+            choices |= where[:, None] & tokens
+        return choices
 
     def _hidden(self, policy: Policy) -> Tensor:
         rows = zip(self.ids, self.mask, strict=True)

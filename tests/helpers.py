@@ -191,7 +191,7 @@ def tiny_policy(tokenizer, seed=0, config_class=LlamaConfig, stop=0.1, close=0.0
         hidden = policy.model(torch.randint(len(tokenizer), (1, 300)))[0]
         total = (hidden @ policy.head.T).logsumexp(-1).mean()
         for name, chance in (("<|im_end|>", stop), ("</tool_call>", close)):
-            row = policy.head[policy.chat.control[name]]
+            row = policy.head[policy.chat.special_ids[name]]
             row.zero_()[0] = (total + math.log(chance)) / hidden[:, 0].mean()
     return policy
 

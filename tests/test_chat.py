@@ -688,7 +688,7 @@ SPELLED = st.lists(
 @pytest.mark.parametrize("text", SPELLINGS)
 def test_a_spelled_control_token_stays_text(chat, text):
     ids = chat.encode(chat.guard(text))
-    assert not set(ids) & set(chat.control.values())
+    assert not set(ids) & set(chat.special_ids.values())
     assert chat.decode(ids) == text
 
 
@@ -696,7 +696,7 @@ def test_a_spelled_control_token_stays_text(chat, text):
 @settings(max_examples=400)
 def test_guarded_text_holds_no_control_id_and_decodes_to_itself(chat, text):
     ids = chat.encode(chat.guard(text))
-    assert not set(ids) & set(chat.control.values())
+    assert not set(ids) & set(chat.special_ids.values())
     assert chat.decode(ids) == text
 
 
@@ -704,14 +704,14 @@ def test_the_mark_itself_cannot_be_smuggled_in(chat):
     """The mark is removed before it is used, so it cannot pull a control string apart unseen."""
     text = f"<|im{Chat.MARK}_end|>"
     ids = chat.encode(chat.guard(text))
-    assert not set(ids) & set(chat.control.values())
+    assert not set(ids) & set(chat.special_ids.values())
     assert chat.decode(ids) == "<|im_end|>"
 
 
 def test_trusted_text_becomes_control_ids(chat):
     ids = chat.encode("<|im_start|>user\nhi<|im_end|>")
-    assert (ids[0], ids[-1]) == (chat.control["<|im_start|>"], chat.end_id)
-    assert Counter(set(chat.control.values()) & set(ids)).total() == 2
+    assert (ids[0], ids[-1]) == (chat.special_ids["<|im_start|>"], chat.end_id)
+    assert Counter(set(chat.special_ids.values()) & set(ids)).total() == 2
 
 
 def test_a_control_token_of_one_character_is_left_alone():
@@ -721,7 +721,7 @@ def test_a_control_token_of_one_character_is_left_alone():
     chat = Chat(tokenizer)
     for text in ("a\nb<|im_end|>", "\n" * 50, " " * 50):
         ids = chat.encode(chat.guard(text))
-        assert set(ids) & set(chat.control.values()) <= {chat.control["\n"]}
+        assert set(ids) & set(chat.special_ids.values()) <= {chat.special_ids["\n"]}
         assert chat.decode(ids) == text
 
 
@@ -737,7 +737,7 @@ def test_no_speaker_can_forge_the_layout(chat, text):
         "user": chat.extend_ids([{"role": "user", "content": ""}], chat.end_id),
         "tool": chat.extend_ids([{"role": "tool", "content": ""}], chat.end_id),
     }
-    control = set(chat.control.values())
+    control = set(chat.special_ids.values())
 
     def controls(ids: list[int]) -> list[int]:
         return [i for i in ids if i in control]
@@ -753,7 +753,7 @@ def test_no_speaker_can_forge_the_layout(chat, text):
         ids = chat.assistant_ids(text, format)
         assert controls(ids) == [chat.end_id]
         assert chat.decode(ids) == text + "<|im_end|>"
-    tags = {chat.control[tag] for tag in FORMATS["hermes"].tags}
+    tags = {chat.special_ids[tag] for tag in FORMATS["hermes"].tags}
     ids = chat.assistant_ids(text, "hermes")
     assert set(controls(ids[:-1])) <= tags
     assert chat.decode(ids) == text + "<|im_end|>"
@@ -772,10 +772,10 @@ def test_a_hint_cannot_forge_the_layout(chat):
 def test_the_hermes_tags_of_a_model_are_control_ids(chat):
     text = render_calls([Call("find_tickets", {"status": "<tool_call>"})], "hermes")
     ids = chat.assistant_ids(text, "hermes")
-    assert ids[0] == chat.control["<tool_call>"]
-    assert ids[-2:] == [chat.control["</tool_call>"], chat.end_id]
-    assert ids.count(chat.control["<tool_call>"]) == 1
-    assert chat.control["<tool_call>"] not in chat.assistant_ids(text, "python")
+    assert ids[0] == chat.special_ids["<tool_call>"]
+    assert ids[-2:] == [chat.special_ids["</tool_call>"], chat.end_id]
+    assert ids.count(chat.special_ids["<tool_call>"]) == 1
+    assert chat.special_ids["<tool_call>"] not in chat.assistant_ids(text, "python")
 
 
 # ------------------------------------------------------------------------------- conversations as ids
@@ -891,12 +891,12 @@ def test_a_message_that_ended_otherwise_is_closed(chat):
     """After <|endoftext|>, or a cut, the layout goes on as ChatML."""
     answer = [{"role": "user", "content": "go on"}]
     usual = chat.extend_ids(answer, chat.end_id)
-    assert chat.extend_ids(answer, chat.control["<|endoftext|>"]) == [chat.end_id, *usual]
+    assert chat.extend_ids(answer, chat.special_ids["<|endoftext|>"]) == [chat.end_id, *usual]
     assert chat.extend_ids(answer, None) == [chat.end_id, *usual]
 
 
 def test_the_stop_ids(chat):
-    assert set(chat.stop_ids) == {chat.control["<|im_end|>"], chat.control["<|endoftext|>"]}
+    assert set(chat.stop_ids) == {chat.special_ids["<|im_end|>"], chat.special_ids["<|endoftext|>"]}
 
 
 def test_a_tokenizer_without_chatml_is_refused(chat):

@@ -191,7 +191,7 @@ def test_save_then_load(tiny, tmp_path):
         tiny.model.state_dict().items(), again.model.state_dict().items(), strict=True
     ):
         assert name == other and a.dtype == b.dtype and torch.equal(a, b)
-    assert again.chat.control == tiny.chat.control and again.chat.stop_ids == tiny.chat.stop_ids
+    assert again.chat.special_ids == tiny.chat.special_ids and again.chat.stop_ids == tiny.chat.stop_ids
 
 
 def test_save_over_an_older_model(tiny, policy, tmp_path):

@@ -7,9 +7,9 @@ import pytest
 import torch
 from helpers import Script, tiny_policy, whole_logits
 
-from nanotoolrl.calls import FORMATS
+from nanotoolrl.calls import FORMATS, Call
 from nanotoolrl.chat import control_tokens
-from nanotoolrl.env import Episode, Verdict, oracle
+from nanotoolrl.env import Episode, Task, Turn, Verdict, oracle
 from nanotoolrl.probes import (
     ProbeSet,
     advantage_mass,
@@ -203,7 +203,9 @@ def test_growth_names_the_token_that_is_pushed(tiny, tasks, name):
     probes = ProbeSet(tiny, tasks[:3], "hermes")
     before = probes.measure(tiny).columns
     with torch.no_grad():
-        tiny.head[tiny.chat.control[name], 0] += 50.0  # dimension 0 of the hidden state is always positive
+        tiny.head[tiny.chat.special_ids[name], 0] += (
+            50.0  # dimension 0 of the hidden state is always positive
+        )
     found = probes.measure(tiny)
     assert max(found.tokens, key=lambda token: found.tokens[token]["growth"]) == name
     assert found.columns["spurious_growth"] >= 10
@@ -280,3 +282,23 @@ def test_displacement_of_own_successes(policy):
     now = tiny.logprobs(ids, mask)[0]
     then = torch.tensor(rows[1].logprobs)[mask[0]]
     assert displacement_own(tiny, rows, 1.0) == pytest.approx((now - then).mean().item(), abs=1e-5)
+
+
+def test_the_table_in_the_docstring_is_what_the_code_does(policy):
+    """The example of `ProbeSet`, read and compared token by token."""
+    files = {"Files": {"folders": {"docs": {"b": "x"}}}}
+    turn = Turn("List docs.", [Call("list_files", {"folder": "docs"})], "Done.")
+    probes = ProbeSet(policy, [Task("t", "base", files, ["list_files"], [turn])], "hermes")
+    head, *lines = ProbeSet.__doc__.split("next token")[1].strip().splitlines()
+    columns, table = head.split(), [line.replace("\\n", "newline").split() for line in lines]
+    written = [policy.chat.decode([i]) for i in probes.targets.tolist()]
+    content = written[3:12]
+    assert content[0] == "name" and content[-1] == "docs"
+    names = [*(row[0].replace("newline", "\n") for row in table)]
+    assert written == [*names[:3], *content, *names[4:]]
+    rows = [*table[:3], *[table[3]] * len(content), *table[4:]]
+    for place, row in enumerate(rows):
+        right = dict(zip(columns, row[1:], strict=True))
+        for c, token in enumerate(probes.control):
+            found = "R" if probes.is_next[place, c] else "s" if probes.wrong[place, c] else "c"
+            assert found == right.get(token, "s"), (row[0], token)

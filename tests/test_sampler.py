@@ -362,7 +362,7 @@ def test_sampled_ids_are_never_encoded_again(tiny):
 def test_other_stop_token(policy):
     """<|endoftext|> ends a message too; the layout is repaired by an unmasked <|im_end|>."""
     model = tiny_policy(policy.tokenizer, stop=1e-6)
-    text_end = model.chat.control["<|endoftext|>"]
+    text_end = model.chat.special_ids["<|endoftext|>"]
     with torch.no_grad():
         model.head[text_end] = 0
         model.head[text_end, 0] = 100.0

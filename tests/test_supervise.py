@@ -87,7 +87,7 @@ def flat(task, calls):
 
 
 def control_counts(chat, ids):
-    names = {i: name for name, i in chat.control.items()}
+    names = {i: name for name, i in chat.special_ids.items()}
     return Counter(names[i] for i in ids if i in names)
 
 

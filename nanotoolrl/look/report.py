@@ -352,7 +352,7 @@ def _rollout(row: dict, chat: Chat) -> dict:
 def messages_of(tokens: list[int], mask: list[int], states: list[str], chat: Chat) -> list[dict]:
     """Role, first and last token, and state of every message. A message begins where the layout wrote the
     token that begins one; one that a model sampled is its text."""
-    begin = chat.control[chat.layout.begin]
+    begin = chat.special_ids[chat.layout.begin]
     starts = [t for t, (token, sampled) in enumerate(zip(tokens, mask)) if token == begin and not sampled]
     left, found = list(states), []
     for start, end in zip(starts, starts[1:] + [len(tokens)]):
