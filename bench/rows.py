@@ -49,6 +49,7 @@ from bench.replay import ReplayDecoder, ReplayProcessor, ReplaySampler
 from nanotoolrl.cli import MOST_THREADS, available_cores, command, cpu_threads, number
 from nanotoolrl.commandline import parse
 from nanotoolrl.config import Config
+from nanotoolrl.decode import Feed
 from nanotoolrl.env import Episode, Task
 from nanotoolrl.files import check_writable, finite
 from nanotoolrl.gpu.memory import plan
@@ -426,7 +427,7 @@ def decode_row(policy: Policy, B: int, length: int, repeats: int, steps: int = 6
     def ours() -> None:
         logprobs[OURS] = []
         for t in range(length, length + steps, decoder.window):
-            rows = [(i, int(ids[i, t - 1]), t - 1, length + steps - t, i, t) for i in range(B)]
+            rows = [Feed(i, int(ids[i, t - 1]), t - 1, length + steps - t, i, t) for i in range(B)]
             logprobs[OURS] += decoder.decode(rows, 1.0)[1]
 
     def plain() -> None:

@@ -141,7 +141,7 @@ def look_back(model: Transformer, strength: float = 8.0, pairs: int = 6) -> None
     of queries and keys are set, on the fastest `pairs` of rotary dimensions, so that the score of a key peaks
     at the wanted offset.
     """
-    layer, width = model.model["layers"][0].self_attn, model.shape.head_width
+    layer, width = model.model.layers[0].self_attn, model.shape.head_width
     turns = frequencies(model.shape, torch.device("cpu"))[:pairs]
     amplitude = math.sqrt(strength * math.sqrt(width))
     for head, offset in ((0, 1), (1, 2)):

@@ -10,6 +10,7 @@ import re
 import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 MAX_CHARS = 50_000  # a longer message is answered, not parsed
 MAX_BITS = 2048  # of an integer argument; Python refuses to write those of more than 4300 digits
@@ -17,21 +18,28 @@ MAX_BITS = 2048  # of an integer argument; Python refuses to write those of more
 #   unhealthy: what a working model does not write; the alarm and the report count these.
 #   void: neither a call nor an answer; the scheme of that name drops such rollouts.
 #   broken tag: a tag without a call behind it; --tag-penalty punishes these.
+#   unreadable: it tries to call and holds no call; reviews of failed rollouts ask for these.
+#   broken text: beside calls that a log holds as structures, such a text says that they are broken, too.
 _KINDS: dict[str, tuple[str, ...]] = {
-    "overlong": ("unhealthy",),
+    "overlong": ("unhealthy", "unreadable"),
     "empty": ("unhealthy", "void"),
-    "bare": ("unhealthy", "void", "broken tag"),
-    "malformed": ("unhealthy", "void", "broken tag"),
-    "polluted": ("unhealthy",),
+    "bare": ("unhealthy", "void", "broken tag", "unreadable", "broken text"),
+    "malformed": ("unhealthy", "void", "broken tag", "unreadable", "broken text"),
+    "polluted": ("unhealthy", "broken text"),
     "call": (),
-    "foreign": ("unhealthy",),
+    "foreign": ("unhealthy", "unreadable", "broken text"),
     "reply": (),
 }
+
+
+def _states(kind: str) -> tuple[str, ...]:
+    return tuple(state for state, kinds in _KINDS.items() if kind in kinds)
+
+
 MESSAGE_STATES = tuple(_KINDS)
-UNHEALTHY_STATES, VOID_STATES, BROKEN_TAG_STATES = (
-    tuple(state for state, kinds in _KINDS.items() if kind in kinds)
-    for kind in ("unhealthy", "void", "broken tag")
-)
+UNHEALTHY_STATES, VOID_STATES = _states("unhealthy"), _states("void")
+BROKEN_TAG_STATES, UNREADABLE_STATES = _states("broken tag"), _states("unreadable")
+BROKEN_TEXT_STATES = _states("broken text")
 
 
 @dataclass(frozen=True)
@@ -88,7 +96,8 @@ def spoken(text: str) -> str:
 
     Example: `spoken("<think>Hm.</think>Done.")` is `Done.`
     """
-    return text[_THOUGHTS.match(text).end() :]
+    thoughts = _THOUGHTS.match(text)
+    return text[thoughts.end() :] if thoughts else text
 
 
 def parse_calls(text: str, format: str) -> list[Call | BadCall]:
@@ -149,7 +158,7 @@ def _blocks(form: CallFormat, text: str, tags: list[Tag]) -> list[Block]:
 def _read(form: CallFormat, body: str) -> list[Call | BadCall]:
     """The calls of a block, or one BadCall."""
     try:
-        return form.read(body)
+        return [*form.read(body)]
     except ValueError as error:
         return [BadCall(str(error), _succeeds(form.salvage, body))]
     except (RecursionError, MemoryError):
@@ -187,7 +196,7 @@ def _refuse(name: str) -> None:
     raise ValueError(f"{name} is no JSON value")
 
 
-def _loads(text: str) -> object:
+def _loads(text: str) -> Any:
     """JSON without NaN and infinities, with lone surrogates replaced; raises ValueError."""
     try:
         value = json.loads(text, parse_constant=_refuse)
@@ -197,7 +206,7 @@ def _loads(text: str) -> object:
     return _clean(value)
 
 
-def _clean(value: object) -> object:
+def _clean(value: Any) -> Any:
     """Text that UTF-8 can hold, lists for tuples, finite floats; ValueError for what is not JSON."""
     if isinstance(value, str):
         return value.encode("utf-8", "replace").decode()

@@ -136,7 +136,7 @@ class Chat:
         parameters = {"type": "object", "properties": {}, "required": []}
         tools = [{"name": call.name, "description": "Look.", "parameters": parameters}]
         results = [{"role": "tool", "content": text} for text in ('{"found": 1}', "[]")]
-        exchanges = [
+        exchanges: list[tuple[str, list[dict]]] = [
             (render_calls([call], hermes), results),
             ("There is one.\n\nShall I go on?", [{"role": "user", "content": " Yes, please.\n"}]),
             ("Done.", [{"role": "user", "content": "Thanks."}]),
@@ -146,7 +146,7 @@ class Chat:
         for text, answers in exchanges:
             ours += self.assistant_ids(text, hermes) + self.extend_ids(answers, self.end_id)
             said += [{"role": "assistant", "content": text}, *answers]
-        listed = [{"type": "function", "function": tool} for tool in tools]
+        listed: list[dict] | None = [{"type": "function", "function": tool} for tool in tools]
         if not self._lists_tools(hermes):
             asked[0]["content"], listed = self._with_tools(asked[0]["content"], tools), None
         self._compare(ours, [*asked, *said], listed)
@@ -206,7 +206,7 @@ class Chat:
         system, rest = messages[0], messages[1:]
         content = "\n\n".join(filter(None, [system["content"], hint]))
         content = self.guard(content, keep=FORMATS[format].tags)
-        wrapped = [{"type": "function", "function": tool} for tool in tools]
+        wrapped: list[dict] | None = [{"type": "function", "function": tool} for tool in tools]
         if not self._lists_tools(format):
             content, wrapped = self._with_tools(content, tools), None
         head = self._template([{"role": "system", "content": content}], tools=wrapped)
@@ -227,7 +227,6 @@ class Chat:
     def _messages_ids(self, messages: list[dict]) -> list[int]:
         parts = []
         for is_tool, group in itertools.groupby(messages, key=lambda message: message["role"] == "tool"):
-            group = list(group)
             if is_tool:
                 texts = self.layout.results([self.guard(message["content"]) for message in group])
                 parts += [self.layout.message(self.layout.tool_role, text) for text in texts]

@@ -19,7 +19,9 @@ from nanotoolrl.sampler import LEAST_TEMPERATURE
 from nanotoolrl.tasks import TASK_NAMES
 
 LARGEST = 2**31 - 1  # of an integer setting that says nothing else
-COUNTS, SECONDS = {"above": 0, "most": LARGEST}, {"least": 0, "most": 86_400}  # bounds of an episode's limits
+# Bounds of an episode's limits.
+COUNTS: dict[str, Any] = {"above": 0, "most": LARGEST}
+SECONDS: dict[str, Any] = {"least": 0, "most": 86_400}
 
 
 class Refused(Exception):
@@ -37,7 +39,7 @@ class Setting:
     problem: Callable[[Any], str] = lambda value: ""  # why a value cannot be, or ""
 
     @property
-    def kind(self) -> type:
+    def kind(self) -> Any:
         return type(self.default)
 
     def wrong(self, value: Any) -> str:
@@ -49,7 +51,7 @@ class Setting:
         if self.kind is str and "\0" in value:
             return "holds a character that no name can have"
         if self.kind in (int, float):
-            numbers = {"most": LARGEST} if self.kind is int else {}
+            numbers: dict[str, float] = {"most": LARGEST} if self.kind is int else {}
             numbers |= {how: bound for how, bound in self.bounds.items() if not isinstance(bound, str)}
             if problem := out_of_bounds(value, **numbers):
                 return f"{problem}; it is {value}"

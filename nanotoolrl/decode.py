@@ -7,6 +7,7 @@ optimiser updates weights in place, so graphs outlive training steps.
 """
 
 from collections.abc import Sequence
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -18,7 +19,17 @@ from nanotoolrl.model import Policy
 CAPACITY_STEP = 128  # the cache grows by so many positions
 WINDOW = 8  # decode steps between two looks at what was sampled, on a GPU
 BUCKETS = (1, 2, 4, 8, 16, 32, 48, 64, 96, 128, 192, 256)  # batch sizes of CUDA graphs; then multiples of 128
-SLOT, TOKEN, LENGTH, LEFT, STREAM, PLACE = range(6)  # of a row's state, see `Decoder.decode`
+
+
+class Feed(NamedTuple):
+    """A row of a decode step: what it is fed, and where it stands."""
+
+    slot: int = 0  # in the cache
+    token: int = 0  # to feed
+    length: int = 0  # how many are cached before it
+    left: int = 0  # most tokens to sample
+    stream: int = 0  # of its noise
+    place: int = 0  # in that stream
 
 
 class Cache:
@@ -29,8 +40,9 @@ class Cache:
 
     def __init__(self, policy: Policy) -> None:
         shape = policy.model.shape
-        like = {"dtype": policy.dtype, "device": policy.device}
-        nothing = torch.zeros(0, shape.kv_heads, 0, shape.head_width, **like)
+        nothing = torch.zeros(
+            0, shape.kv_heads, 0, shape.head_width, dtype=policy.dtype, device=policy.device
+        )
         self.layers = [[nothing, nothing] for _ in range(shape.layers)]  # keys, values
         self.size = self.capacity = 0
 
@@ -147,21 +159,19 @@ class Decoder:
             ids = ids.clamp(max=logprobs.shape[1] - 1)
         return ids, logprobs.gather(1, ids[:, None])[:, 0]
 
-    def decode(
-        self, rows: Sequence[Sequence[int]], temperature: float
-    ) -> tuple[list[list[int]], list[list[float]]]:
+    def decode(self, rows: Sequence[Feed], temperature: float) -> tuple[list[list[int]], list[list[float]]]:
         """(ids, log-probs), each [steps][rows], of up to `window` decode steps.
 
-        A row is (its slot, the token to feed, how many are cached before it, most tokens to sample, noise
-        stream, place in it); slots rise. What is sampled past a row's stop token, or its most tokens, means
+        The slots of the rows rise. What is sampled past a row's stop token, or its most tokens, means
         nothing.
         """
-        steps = min(self.window, max(row[LEFT] for row in rows))
+        steps = min(self.window, max(row.left for row in rows))
         batch = len(rows)
-        self.reserve(0, max(row[LENGTH] + min(steps, row[LEFT]) for row in rows))
+        self.reserve(0, max(row.length + min(steps, row.left) for row in rows))
         if self.fast:
             batch = next((size for size in BUCKETS if size >= batch), -(-batch // 128) * 128)
-            rows = [*rows, *[(self.cache.size - 1, 0, 0, 0, 0, 0)] * (batch - len(rows))]
+            idle = Feed(slot=self.cache.size - 1)  # in the scratch slot
+            rows = [*rows, *[idle] * (batch - len(rows))]
         loop = self.loops.get((batch, temperature)) or _Loop(self, batch, temperature)
         if self.fast:
             self.loops[batch, temperature] = loop
@@ -173,7 +183,8 @@ class Decoder:
 
         def attend(layer: int, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
             self.cache.write(layer, slot, positions, key, value)
-            return self.attention(query[:, :, 0], *self.cache.layers[layer], slot, length + 1)[:, :, None]
+            keys, values = self.cache.layers[layer]
+            return self.attention(query[:, :, 0], keys, values, slot, length + 1)[:, :, None]
 
         return self.policy.model(token[:, None], positions, attend)[:, 0]
 
@@ -184,14 +195,14 @@ class _Loop:
     def __init__(self, decoder: Decoder, batch: int, temperature: float) -> None:
         self.decoder, self.temperature = decoder, temperature
         device, window = decoder.policy.device, decoder.window
-        self.state = torch.zeros(6, batch, dtype=torch.long, device=device)
-        self.state[SLOT] = decoder.cache.size - 1
+        idle = torch.tensor([Feed(slot=decoder.cache.size - 1)] * batch)
+        self.state = idle.T.contiguous().to(device)  # [6, batch]: a row for each field of `Feed`
         self.ids = torch.zeros(window, batch, dtype=torch.long, device=device)
         self.logprobs = torch.zeros(window, batch, device=device)
         self.turn = torch.zeros(1, dtype=torch.long, device=device)
-        self.graph = None
+        self.graph: torch.cuda.CUDAGraph | None = None
 
-    def run(self, rows: Sequence[Sequence[int]], steps: int) -> tuple[list[list[int]], list[list[float]]]:
+    def run(self, rows: Sequence[Feed], steps: int) -> tuple[list[list[int]], list[list[float]]]:
         """See `Decoder.decode`."""
         if self.graph is None and self.state.is_cuda:
             self._capture()

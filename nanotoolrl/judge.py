@@ -17,6 +17,7 @@ from concurrent.futures import FIRST_COMPLETED, Future, wait
 from contextlib import suppress
 from dataclasses import dataclass, field
 from itertools import islice
+from typing import Any, TypeVar
 from urllib.error import HTTPError, URLError
 from urllib.parse import parse_qsl, urlsplit
 
@@ -26,6 +27,7 @@ from nanotoolrl.calls import Call, escaped_json, parse_calls, render_calls
 from nanotoolrl.env import Task, replay
 from nanotoolrl.supervise import MAX_TEXT, MISTAKES, Review, TurnReview, play_again
 
+T = TypeVar("T")
 MODEL, TIMEOUT = "judge", 30.0  # the model's name; seconds
 AT_ONCE = 8  # requests in flight
 BACK_OFF = (1.0, 2.0, 4.0)  # seconds between requests about the same rollout
@@ -34,8 +36,16 @@ MAX_BODY = 1_000_000  # bytes of an answer
 MAX_STARTS = 100  # beginnings of JSON objects that are tried in an answer
 ADDRESS = re.compile(r"https?://([A-Za-z0-9._-]+|\[[0-9A-Fa-f:.]+\])(:[0-9]*)?([/?][!-~]*)?")
 SECRET = re.compile(r"key|token|secret|pass|pwd|auth|cred|jwt|bearer|session|sig(nature)?$|^code$", re.I)
-FAILURES = (OSError, http.client.HTTPException, ValueError, LookupError, TypeError)
-FAILURES += (ArithmeticError, MemoryError, RuntimeError)  # the last: nested too deeply, no more threads
+FAILURES = (
+    OSError,
+    http.client.HTTPException,
+    ValueError,
+    LookupError,
+    TypeError,
+    ArithmeticError,
+    MemoryError,
+    RuntimeError,  # nested too deeply, no more threads
+)
 JUDGE_PROMPT = """You review a failed rollout of an assistant that calls tools. Answer with one JSON object:
 {"turns": [{"intent": "...", "mistake": "...", "evidence": "...",
             "calls": [{"name": "...", "arguments": {}}]}], "cause": "...", "fix": "..."}
@@ -106,7 +116,7 @@ class Judge:
         if not self._closed.done():
             self._closed.set_result(None)
 
-    def _ask(self, messages: list[dict], read: Callable[[str], object]) -> object:
+    def _ask(self, messages: list[dict], read: Callable[[str], T]) -> T:
         """What `read` makes of the first answer that it can read; raises the last JudgeError."""
         for pause in (*BACK_OFF, None):
             try:
@@ -164,7 +174,9 @@ class _Exchange(urllib.request.HTTPHandler, urllib.request.HTTPSHandler):
 
     def __init__(self) -> None:
         super().__init__()
-        self.answer, self.line, self.left = Future(), None, False
+        self.answer: Future = Future()
+        self.line: socket.socket | None = None
+        self.left = False
 
     def fetch(self, request: urllib.request.Request, timeout: float, closed: Future) -> bytes:
         """Body of the answer, cut at MAX_BODY; raises TimeoutError, or what went wrong."""
@@ -180,7 +192,8 @@ class _Exchange(urllib.request.HTTPHandler, urllib.request.HTTPSHandler):
         raise TimeoutError
 
     def http_open(self, request: urllib.request.Request) -> http.client.HTTPResponse:
-        kind = http.client.HTTPSConnection if request.type == "https" else http.client.HTTPConnection
+        secure = request.type == "https"
+        kind: Any = http.client.HTTPSConnection if secure else http.client.HTTPConnection
 
         class Connection(kind):
             def connect(connection) -> None:
@@ -191,7 +204,7 @@ class _Exchange(urllib.request.HTTPHandler, urllib.request.HTTPSHandler):
 
         return self.do_open(Connection, request)
 
-    https_open = http_open
+    https_open = http_open  # type: ignore[assignment]
 
     def _run(self, request: urllib.request.Request, timeout: float) -> None:
         try:
@@ -222,8 +235,8 @@ def _endpoint(url: str) -> str:
         parts = urlsplit(url)
         names = [name for name, _ in parse_qsl(parts.query, True, strict_parsing=bool(parts.query))]
         private = "@" in parts.netloc or any(map(SECRET.search, names))
-        sound = ADDRESS.fullmatch(url) and not parts.fragment and parts.port != 0
-        sound = sound and parts.hostname.encode("idna")
+        sound = bool(ADDRESS.fullmatch(url)) and not parts.fragment and parts.port != 0
+        sound = sound and bool((parts.hostname or "").encode("idna"))
     except ValueError:
         private = sound = False
     if private:
@@ -241,10 +254,10 @@ def _accepted(content: str, task: Task, format: str, error_turn: int) -> Review:
     """Read a judge's answer (text around the object is ignored); raises one of FAILURES unless it has the
     right shape and its calls earn reward 1, none of them refused and none where the user must be asked."""
     raw = _first_object(content)
-    turns = [
-        TurnReview(*(_text(turn[key]) for key in ("intent", "mistake", "evidence")), _calls(turn["calls"]))
-        for turn in raw["turns"]
-    ]
+    turns = []
+    for turn in raw["turns"]:
+        intent, mistake, evidence = (_text(turn[key]) for key in ("intent", "mistake", "evidence"))
+        turns.append(TurnReview(intent, mistake, evidence, _calls(turn["calls"])))
     if [bool(turn.calls) for turn in turns] != [bool(turn.calls) for turn in task.turns]:
         raise ValueError("calls in other turns than the ground truth")
     if not turns[error_turn].mistake or any(turn.mistake not in ("", *MISTAKES) for turn in turns):
@@ -273,8 +286,9 @@ def _calls(raw: object) -> list[Call]:
     """Calls from JSON values; raises TypeError or ValueError."""
     if not isinstance(raw, list):
         raise TypeError("calls are a list")
-    calls = parse_calls("".join(f"<tool_call>{escaped_json(call)}</tool_call>" for call in raw), "hermes")
-    if not all(isinstance(call, Call) for call in calls):
+    read = parse_calls("".join(f"<tool_call>{escaped_json(call)}</tool_call>" for call in raw), "hermes")
+    calls = [call for call in read if isinstance(call, Call)]
+    if len(calls) != len(read):
         raise ValueError("a call that cannot be read")
     return calls
 

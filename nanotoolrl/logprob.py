@@ -10,7 +10,8 @@ obvious version.
 
 import importlib.util
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -106,14 +107,15 @@ class _FusedLogprob(torch.autograd.Function):
         rows = (g != 0 if h is None else (g != 0) | (h != 0)).nonzero()[:, 0]  # the others add nothing
         every = len(rows) == len(ids)
         live = [x if x is None or every else x[rows] for x in (hidden, ids, top, log_total, entropy, g, h)]
-        d_live = torch.zeros(live[0].shape, dtype=torch.float32, device=hidden.device)
+        used: Any = live[0]  # hidden states of these rows
+        d_live = torch.zeros(used.shape, dtype=torch.float32, device=hidden.device)
         d_weight = (torch.empty_like if len(rows) else torch.zeros_like)(weight) if want_weight else None
-        for start, d in _slabs(weight, *live, ctx.temperature, ctx.triton) if len(rows) else ():
+        for start, d in _slabs(weight, live, ctx.temperature, ctx.triton) if len(rows) else ():
             slab = slice(start, start + d.shape[1])
             if want_hidden:
                 _add_product(d_live, d, weight[slab])
-            if want_weight:
-                d_weight[slab] = d.T @ live[0].to(d.dtype)
+            if d_weight is not None:
+                d_weight[slab] = d.T @ used.to(d.dtype)
         d_hidden = d_live if every else d_live.new_zeros(hidden.shape).index_copy_(0, rows, d_live)
         return d_hidden.to(hidden.dtype), d_weight, None, None, None, None
 
@@ -149,20 +151,15 @@ def _statistics(
 
 
 def _slabs(
-    weight: Tensor,
-    hidden: Tensor,
-    ids: Tensor,
-    top: Tensor,
-    log_total: Tensor,
-    entropy: Tensor,
-    g: Tensor,
-    h: Tensor | None,
-    temperature: float,
-    triton: bool,
+    weight: Tensor, live: Sequence[Any], temperature: float, triton: bool
 ) -> Iterator[tuple[int, Tensor]]:
-    """(first column, gradient [N, slab] of the logits) of one slab of the vocabulary after the other. A slab
-    is overwritten by the next."""
-    g, h = ((x / temperature).contiguous() if x is not None else None for x in (g, h))
+    """(first column, gradient [N, slab] of the logits) of one slab of the vocabulary after the other.
+
+    live: hidden, ids, top, log_total, entropy, g and h (or None) of the rows. A slab is overwritten by the
+    next.
+    """
+    hidden, ids, top, log_total, entropy, g, h = live
+    g, h = (x / temperature).contiguous(), None if h is None else (h / temperature).contiguous()
     if triton:
         from nanotoolrl.gpu.kernels import logit_gradient
 

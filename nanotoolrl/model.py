@@ -10,6 +10,7 @@ import os
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -100,8 +101,9 @@ class Policy:
             raise ValueError("the first token of a row has no log-probability: mask[:, 0] must be False")
         if not shared:
             return self.model(ids)[:, :-1][mask[:, 1:]]
-        packed, positions, owner = [ids[0, :shared]], [torch.arange(shared)], [torch.zeros(shared)]
-        predictors, end = [], shared
+        # One sequence: the prompt, then the rest of every row. `owners` is 0 in the prompt, i + 1 in row i.
+        packed, positions = [ids[0, :shared]], [torch.arange(shared)]
+        owners, predictors, end = [torch.zeros(shared)], [], shared
         for i, trained in enumerate(mask):
             places = trained.nonzero()[:, 0].cpu()  # of the row's tokens in the mask
             length = int(places[-1]) + 1 if len(places) else shared
@@ -109,15 +111,16 @@ class Policy:
             predictors.append(torch.where(places == shared, shared - 1, end + places - shared - 1))
             packed.append(ids[i, shared:length])
             positions.append(torch.arange(shared, length))
-            owner.append(torch.full((length - shared,), i + 1.0))
+            owners.append(torch.full((length - shared,), i + 1.0))
             end += length - shared
-        owner = torch.cat(owner).to(ids.device)
-        before = torch.arange(end, device=ids.device)[:, None] >= torch.arange(end, device=ids.device)
-        visible = before & (
-            (owner == 0) | (owner == owner[:, None])
-        )  # [T, T], True where a row sees a column
-        places = torch.cat(positions)[None].to(ids.device)
-        hidden = self.model(torch.cat(packed)[None], places, masked(visible))
+        owner, order = (
+            torch.cat(owners).to(ids.device),
+            torch.arange(end, device=ids.device),
+        )  # [T] of the sequence
+        visible = (order[:, None] >= order) & ((owner == 0) | (owner == owner[:, None]))  # [T, T]
+        hidden = self.model(
+            torch.cat(packed)[None], torch.cat(positions)[None].to(ids.device), masked(visible)
+        )
         return hidden[0, torch.cat(predictors).to(ids.device)]
 
     def logprobs(
@@ -187,8 +190,9 @@ def load(
         dtype = half if device.startswith("cuda") else torch.float32
     with _checkpoint(name_or_dir) as name:
         tokenizer = AutoTokenizer.from_pretrained(name, trust_remote_code=False)
-        how = {"dtype": dtype, "attn_implementation": "sdpa", "trust_remote_code": False}
-        foreign, info = AutoModelForCausalLM.from_pretrained(name, output_loading_info=True, **how)
+        how: dict[str, Any] = {"dtype": dtype, "attn_implementation": "sdpa", "trust_remote_code": False}
+        loaded: Any = AutoModelForCausalLM.from_pretrained(name, output_loading_info=True, **how)
+        foreign, info = loaded
         if info["missing_keys"]:
             raise ValueError(f"weights are missing: {', '.join(sorted(info['missing_keys'])[:3])}")
         if left_over := sorted(key for key in info["unexpected_keys"] if ".layers." in key):

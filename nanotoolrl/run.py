@@ -5,7 +5,7 @@ Shapes: P prompts, G rollouts per prompt, B = P G rows in group order.
 
 import copy
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any
@@ -150,7 +150,9 @@ def group_advantages(run: Run, trajectories: list[Trajectory]) -> Tensor:
     return relative_advantages(grouped, run.config.adv_std).flatten()
 
 
-def failed_tasks(trajectories: list[Trajectory], group: int, enough: Callable = all) -> list[int]:
+def failed_tasks(
+    trajectories: list[Trajectory], group: int, enough: Callable[[Iterable[bool]], bool] = all
+) -> list[int]:
     """Indices of the tasks whose rollouts all failed, or (`enough` is any) of those with any failure."""
     groups = [trajectories[i : i + group] for i in range(0, len(trajectories), group)]
     return [i for i, rows in enumerate(groups) if enough(row.reward == 0 for row in rows)]
@@ -166,8 +168,8 @@ def demonstrations(run: Run, tasks: Sequence[Task]) -> list[Trajectory]:
 def snapshot(run: Run) -> dict[str, Any]:
     """Copies of weights and optimiser state, to be put back by `roll_back`; in main memory, where there is
     more room than on a GPU."""
-    parts = {"model": run.policy.model, "optimizer": run.optimizer}
-    return copied({k: v.state_dict() for k, v in parts.items()} | {"masters": run.masters.state()})
+    parts = {"model": run.policy.model.state_dict(), "optimizer": run.optimizer.state_dict()}
+    return copied(parts | {"masters": run.masters.state()})
 
 
 def copied(value: Any) -> Any:

@@ -30,7 +30,7 @@ import torch
 from torch import Tensor
 
 from nanotoolrl.calls import FORMATS, message_state
-from nanotoolrl.decode import Decoder
+from nanotoolrl.decode import Decoder, Feed
 from nanotoolrl.env import OUR_LIMITS, Episode
 from nanotoolrl.gpu import distributed
 from nanotoolrl.logprob import HAS_TRITON
@@ -193,8 +193,8 @@ class Sampler:
                     live[slot].cached, live[slot].pending = width, []
                     fed.append(slot)
                     hidden.append(state)
-        keys = torch.tensor([live[slot].key for slot in fed]).T.to(self.policy.device)  # [2, B]
-        ids, logprobs = self.decoder.choose(torch.stack(hidden), *keys, temperature)  # [B]
+        streams, places = torch.tensor([live[slot].key for slot in fed]).T.to(self.policy.device)  # [B]
+        ids, logprobs = self.decoder.choose(torch.stack(hidden), streams, places, temperature)  # [B]
         sampled = zip(fed, ids.tolist(), logprobs.tolist(), strict=True)
         return [slot for slot, token, logprob in sampled if self._take(live[slot], token, logprob)]
 
@@ -213,11 +213,11 @@ class Sampler:
         """Feed one token to every row that has exactly one pending, for as many steps as the decoder makes at
         a time. Returns the slots whose message ended."""
         ready = [slot for slot, row in sorted(live.items()) if len(row.pending) == 1]
-        states = [
-            (slot, live[slot].pending[0], live[slot].cached, self._left(live[slot]), *live[slot].key)
-            for slot in ready
-        ]
-        found = self.decoder.decode(states, temperature)  # ids and log-probs, each [steps][B]
+        feeds = []
+        for slot in ready:
+            row = live[slot]
+            feeds.append(Feed(slot, row.pending[0], row.cached, self._left(row), *row.key))
+        found = self.decoder.decode(feeds, temperature)  # ids and log-probs, each [steps][B]
         ended = []
         for column, slot in enumerate(ready):
             row = live[slot]

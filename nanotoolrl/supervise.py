@@ -9,14 +9,21 @@ from bisect import bisect
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 
-from nanotoolrl.calls import FORMATS, Call, escaped_json, message_state, parse_calls, render_calls
+from nanotoolrl.calls import (
+    FORMATS,
+    UNREADABLE_STATES,
+    Call,
+    escaped_json,
+    message_state,
+    parse_calls,
+    render_calls,
+)
 from nanotoolrl.chat import Chat
 from nanotoolrl.env import FAILED, Episode, Task, to_json
 from nanotoolrl.tasks import similar, wish
 from nanotoolrl.trajectory import Trajectory
 
 LINE = 200  # characters of one text in a log or a review
-UNREADABLE = ("overlong", "bare", "malformed", "foreign")  # messages that try to call and hold no call
 MAX_TEXT = 600  # characters of one text that somebody else wrote
 
 # mistake: (cause, fix). {got} is the tool of the offending call, {due} the call that was due.
@@ -85,6 +92,11 @@ class Attempt:
     call: Call | None
     said: str
     answer: str
+
+    @property
+    def tool(self) -> str:
+        """Name of what it calls, or ""."""
+        return self.call.name if self.call else ""
 
     @property
     def refused(self) -> bool:
@@ -173,18 +185,18 @@ def play_again(task: Task, messages: list[tuple[str, bool]], format: str) -> lis
         for call, answer in zip(calls, answers):
             now.log.append(("tool", answer))
             now.attempts.append(Attempt(call if isinstance(call, Call) else None, text, answer))
-        if not calls and message_state(text, format, overlong=not ended) in UNREADABLE:
+        if not calls and message_state(text, format, overlong=not ended) in UNREADABLE_STATES:
             now.attempts.append(Attempt(None, text, ""))
     return played
 
 
 def _find(task: Task, truth: list[Call], now: Played, reason: str, earlier: _Finding | None) -> _Finding:
     mistake, attempt, due = _diagnose(task, truth, now, earlier is not None)
-    if not mistake:
+    if not mistake and earlier:
         return replace(earlier, evidence=f"its calls are right, but before: {earlier.evidence}")
     role, text = now.log[-1]
     said = f'it said "{_short(text)}"; ' if role == "assistant" else ""
-    got = attempt.call.name if attempt and attempt.call else ""
+    got = attempt.tool if attempt else ""
     words = {"got": got, "due": _in_words(due) if due else "answer the user"}
     cause, fix = (text.format(**words) for text in ADVICE[mistake])
     return _Finding(mistake, str(attempt) if attempt else said + reason, cause, fix)
@@ -204,7 +216,7 @@ def _diagnose(
             left_out.append(call)
     due = [call.name for call in left_out]
     settled = {call.name for call in truth} - set(due)
-    others = [attempt for attempt in others if not (attempt.refused and attempt.call.name in settled)]
+    others = [attempt for attempt in others if not (attempt.refused and attempt.tool in settled)]
     unread = now.attempts[-1] if now.attempts and not now.attempts[-1].call else None
     first = left_out[0] if left_out else None
     if now.calls and not truth:
@@ -216,11 +228,11 @@ def _diagnose(
             return "premature end", None, first
         if not now.calls:
             return "no call", None, first
-        at_fault = next((attempt for attempt in others if attempt.call.name == due[0]), None)
+        at_fault = next((attempt for attempt in others if attempt.tool == due[0]), None)
         if at_fault:
             return "wrong argument", at_fault, first
         if others:
-            return "missing step" if others[0].call.name in due else "wrong tool", others[0], first
+            return "missing step" if others[0].tool in due else "wrong tool", others[0], first
         return "premature end" if truth[-len(due) :] == left_out else "missing step", None, first
     done = [attempt for attempt in now.calls if not attempt.refused]
     extra = next((attempt for attempt in others if not attempt.refused), None)
@@ -234,8 +246,10 @@ def _diagnose(
     return "malformed" if unread else "premature end", unread, None
 
 
-def _key(task: Task, call: Call) -> tuple[str, str]:
+def _key(task: Task, call: Call | None) -> tuple[str, str]:
     """Equal for calls that do the same: defaults filled in, arguments in any order."""
+    if call is None:
+        return "", ""
     known = task.schema(call.name)["parameters"]["properties"] if task.owner(call.name) else {}
     defaults = {name: kind["default"] for name, kind in known.items() if "default" in kind}
     return call.name, to_json(sorted((defaults | call.arguments).items()))

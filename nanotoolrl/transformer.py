@@ -15,6 +15,7 @@ Shapes: B rows, T tokens, D width, H query heads, K key-value heads, W width of 
 import math
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -49,7 +50,7 @@ class Architecture:
     rope: dict = field(default_factory=dict)  # rotary positions: theta, type, and what the type needs
 
     @classmethod
-    def of(cls, config: object) -> "Architecture":
+    def of(cls, config: Any) -> "Architecture":
         """That of a transformers config. Raises ValueError, saying what is missing here, for any other."""
         family = config.model_type
         if family not in FAMILIES:
@@ -97,20 +98,14 @@ class Transformer(nn.Module):
         super().__init__()
         self.shape = shape
         self.checkpointing = False  # keep a layer's input only, and compute it again in the backward pass
-        self.model = nn.ModuleDict(
-            {
-                "embed_tokens": nn.Embedding(shape.vocabulary, shape.width),
-                "layers": nn.ModuleList(Layer(shape, index) for index in range(shape.layers)),
-                "norm": RMSNorm(shape.width, shape.norm_eps),
-            }
-        )
+        self.model = Backbone(shape)
         self.lm_head = nn.Linear(shape.width, shape.vocabulary, bias=False)
         self.tie()
 
     def tie(self) -> None:
         """Make the output embedding the input embedding, where the architecture says so."""
         if self.shape.tied:
-            self.lm_head.weight = self.model["embed_tokens"].weight
+            self.lm_head.weight = self.model.embed_tokens.weight
 
     def forward(self, ids: Tensor, positions: Tensor | None = None, attend: Attend | None = None) -> Tensor:
         """Hidden states [B, T, D] of `ids` [B, T], from which `lm_head` predicts what follows each of them.
@@ -120,14 +115,24 @@ class Transformer(nn.Module):
         """
         if positions is None:
             positions = torch.arange(ids.shape[1], device=ids.device)[None]
-        x = self.model["embed_tokens"](ids)  # [B, T, D]
+        x = self.model.embed_tokens(ids)  # [B, T, D]
         turn = rotation(frequencies(self.shape, ids.device), positions, x.dtype)
-        for layer in self.model["layers"]:
+        for layer in self.model.layers:
             if self.checkpointing and torch.is_grad_enabled():
                 x = checkpoint(layer, x, turn, attend or causal, use_reentrant=False)
             else:
                 x = layer(x, turn, attend or causal)
-        return self.model["norm"](x)
+        return self.model.norm(x)
+
+
+class Backbone(nn.Module):
+    """All but the head, where transformers' checkpoints have it: `model.embed_tokens`, `model.layers`, ..."""
+
+    def __init__(self, shape: Architecture) -> None:
+        super().__init__()
+        self.embed_tokens = nn.Embedding(shape.vocabulary, shape.width)
+        self.layers = nn.ModuleList(Layer(shape, index) for index in range(shape.layers))
+        self.norm = RMSNorm(shape.width, shape.norm_eps)
 
 
 class Layer(nn.Module):

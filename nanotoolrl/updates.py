@@ -202,8 +202,8 @@ def forward(
     counts = torch.tensor([row.sampled_tokens for row in rows], device=logprobs.device)  # [R]
     index = torch.arange(len(rows), device=logprobs.device).repeat_interleave(counts)  # [N]
     missing = torch.tensor([values is None for values in old], device=logprobs.device)[index]  # [N]
-    known = [values or [0.0] * len(row.tokens) for values, row in zip(old, rows)]
-    known = [x for values, row in zip(known, rows) for x, sampled in zip(values, row.loss_mask) if sampled]
+    filled = [values or [0.0] * len(row.tokens) for values, row in zip(old, rows)]
+    known = [x for values, row in zip(filled, rows) for x, sampled in zip(values, row.loss_mask) if sampled]
     before = torch.where(missing, logprobs.detach(), logprobs.new_tensor(known))  # [N]
     weights = advantages.to(logprobs)[index]  # [N]
     return Tokens(run, rows, ids, mask, hidden.detach(), logprobs, before, weights, index, shared), entropy
@@ -366,6 +366,7 @@ def pushes(tokens: Tokens) -> Tensor:
     """Which way the policy loss of a micro-batch pushes the logits of control tokens [2, C], through the
     log-probs (an entropy or SFT term pushes, too, and is not counted)."""
     run, ids, logprobs = tokens.run, tokens.ids[tokens.mask], tokens.logprobs
+    assert logprobs.grad is not None  # after the backward pass
     temperature = run.config.temperature
     p = control_probabilities(
         tokens.hidden, run.policy.head, ids, logprobs, run.control, temperature

@@ -184,8 +184,8 @@ def tiny_policy(tokenizer, seed=0, config_class=LlamaConfig, stop=0.1, close=0.0
     policy = Policy(model, tokenizer)
     with torch.no_grad():
         # Dimension 0 of the hidden state is always positive ...
-        policy.model.model["embed_tokens"].weight[:, 0] = 4
-        for layer in policy.model.model["layers"]:
+        policy.model.model.embed_tokens.weight[:, 0] = 4
+        for layer in policy.model.model.layers:
             layer.self_attn.o_proj.weight[0] = layer.mlp.down_proj.weight[0] = 0
         policy.head[torch.arange(len(tokenizer)) % 20 > 0, 0] = -20  # ... so that the head can lean on it
         hidden = policy.model(torch.randint(len(tokenizer), (1, 300)))[0]

@@ -266,7 +266,7 @@ def test_padding_contents_do_not_matter(tiny):
         tiny.model.zero_grad()
         logprobs = tiny.logprobs(rows, mask)[0]
         logprobs.sum().backward()
-        embedding = tiny.model.model["embed_tokens"].weight
+        embedding = tiny.model.model.embed_tokens.weight
         return logprobs.detach(), tiny.head.grad.clone(), embedding.grad.clone()
 
     assert all(torch.equal(a, b) for a, b in zip(result(ids), result(other), strict=True))

@@ -263,7 +263,7 @@ def test_a_spoiled_rollout_leaves_nothing_behind(tiny):
     """NaN in the cache, from weights that were then rolled back, does not reach those that come after."""
     sampler = Sampler(tiny, max_new_tokens=16)
     usual = sampler.rollout(ragged_episodes())
-    weight = tiny.model.model["layers"][0].self_attn.v_proj.weight.data
+    weight = tiny.model.model.layers[0].self_attn.v_proj.weight.data
     kept = weight[0, 0].item()
     weight[0, 0] = float("nan")
     sampler.rollout(ragged_episodes())

@@ -73,7 +73,7 @@ def ours(model):
 def test_logits_and_gradients_are_those_of_transformers(name, tied):
     model = theirs(name, tied)
     made = ours(model)
-    assert (made.lm_head.weight is made.model["embed_tokens"].weight) == tied
+    assert (made.lm_head.weight is made.model.embed_tokens.weight) == tied
     names = [name for name, _ in made.named_parameters()]
     assert names == [name for name, _ in model.named_parameters()]  # an optimiser's state knows their order
     ids = torch.randint(211, (3, 200))

@@ -9,11 +9,13 @@ many processes there are. With one process, every function here gives back what 
 import os
 from collections.abc import Callable, Sequence
 from datetime import timedelta
+from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
+T = TypeVar("T")
 PATIENCE = timedelta(hours=2)  # the first process may evaluate or ask a judge while the others wait
 
 
@@ -93,11 +95,11 @@ def wait() -> None:
     total(0)
 
 
-def from_first(make: Callable[[], object]) -> object:
+def from_first(make: Callable[[], T]) -> T:
     """What `make` gives, or raises, in the first process: for what may differ from call to call."""
     if world() == 1:
         return make()
-    found: list = [None, None]
+    found: list[Any] = [None, None]
     if first():
         try:
             found[0] = make()

@@ -14,6 +14,7 @@ import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import torch
 from tqdm import tqdm
@@ -256,7 +257,7 @@ def chosen_limits(args: argparse.Namespace) -> Limits:
     return Limits(**found)
 
 
-def rules(limits: Limits) -> dict[str, object]:
+def rules(limits: Limits) -> dict[str, Any]:
     """The limits that `evaluate` takes; the others are the sampler's."""
     return {name: getattr(limits, name) for name in ("max_messages", "strict_empty_turn", "tool_seconds")}
 

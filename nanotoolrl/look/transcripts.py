@@ -23,7 +23,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-from nanotoolrl.calls import MESSAGE_STATES, Call, message_state, render_calls
+from nanotoolrl.calls import BROKEN_TEXT_STATES, MESSAGE_STATES, Call, message_state, render_calls
 from nanotoolrl.chat import LAYOUTS
 
 # Who speaks: the assistant, the assistant in a call that is JSON text, or somebody else.
@@ -44,7 +44,6 @@ ARGUMENTS = ("arguments", "parameters", "input")  # keys of a call that hold its
 ABOUT = {"name", "id", "call_id", "type", "index"}  # keys of a call that hold none
 THOUGHTS = ("thinking", "redacted_thinking", "reasoning")  # parts of a content that are not said
 STOPS = tuple(token for layout in LAYOUTS for token in (layout.end, *layout.stops)) + ("</s>",)
-BROKEN_TEXT = ("bare", "malformed", "polluted", "foreign")  # beside structured calls
 
 _ROLE = "(system|developer|user|assistant|tool|function|observation|ipython)"
 _HEADERS = {
@@ -246,7 +245,7 @@ def _message(message: object, format: str) -> list[Said]:
     if message.get("finish_reason") == "length" or message.get("stop_reason") == "max_tokens":
         return [Said(text, "overlong")]
     said = _of_text(text, format)
-    return [said if not calls or said.state in BROKEN_TEXT else _calling(calls, format)]
+    return [said if not calls or said.state in BROKEN_TEXT_STATES else _calling(calls, format)]
 
 
 def _content(content: object) -> tuple[str, list]:
