@@ -159,7 +159,7 @@ def _slabs(
     next.
     """
     hidden, ids, top, log_total, entropy, g, h = live
-    g, h = (x / temperature).contiguous(), None if h is None else (h / temperature).contiguous()
+    g, h = (g / temperature).contiguous(), None if h is None else (h / temperature).contiguous()
     if triton:
         from nanotoolrl.gpu.kernels import logit_gradient
 
