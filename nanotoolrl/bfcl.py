@@ -110,8 +110,8 @@ class BfclTask(Task):
         except Exception as error:  # whatever a class of the package raises is an observation
             return f"{FAILED[1]}{error}"
 
-    def fault(self, i: int, world: dict[str, object], seen: list[str], calls: int) -> str:
-        """See `Task.fault`; the verdict is the package's."""
+    def why_turn_fails(self, i: int, world: dict[str, object], seen: list[str], calls: int) -> str:
+        """See `Task.why_turn_fails`; the verdict is the package's."""
         checker = importlib.import_module(f"{PACKAGE}.multi_turn_checker")
         truth, results = self.expected[i]
         if not calls:
@@ -124,12 +124,12 @@ class BfclTask(Task):
             found = checker.response_checker(seen, results, i)
         return "" if found["valid"] else found["error_message"]
 
-    def caps(self, max_messages: int) -> tuple[float, float]:
-        """See `Task.caps`."""
+    def message_limits(self, max_messages: int) -> tuple[float, float]:
+        """See `Task.message_limits`."""
         return (float("inf") if self.official else max_messages), STEPS_A_TURN
 
-    def alone(self, i: int, user: str) -> "BfclTask":
-        """See `Task.alone`."""
+    def turn_alone(self, i: int, user: str) -> "BfclTask":
+        """See `Task.turn_alone`."""
         before = [*self.before, *(call for turn in self.turns[:i] for call in turn.calls)]
         turns = [replace(self.turns[i], user=user)]
         return replace(self, id=f"{self.id}/{i}", tools=self.tools_before(i), turns=turns, before=before)

@@ -54,8 +54,8 @@ class Task:
     """A conversation with ground truth. `state` maps API class names to the fields of the instance; `tools`
     are the tools shown from the start.
 
-    The methods down to `alone` are all that the rest of the repository knows of a world; those of this class
-    are about our own (tools.py), those of `BfclTask` (bfcl.py) about the benchmark's.
+    The methods down to `turn_alone` are all that the rest of the repository knows of a world. Those of this
+    class are about our own (tools.py), those of `BfclTask` (bfcl.py) about the benchmark's.
     """
 
     id: str
@@ -84,7 +84,7 @@ class Task:
         """Make a call that is allowed; the observation. What a tool raises is for `observe` to answer."""
         return _carry_out(world, call)
 
-    def fault(self, i: int, world: dict[str, object], seen: list[str], calls: int) -> str:
+    def why_turn_fails(self, i: int, world: dict[str, object], seen: list[str], calls: int) -> str:
         """Why turn i, which has ground-truth calls, fails, or "". `world` is what the episode made of it,
         `seen` are all results so far, `calls` how many calls were made in this turn."""
         truth, results = self.expected[i]
@@ -94,14 +94,18 @@ class Task:
         unseen = Counter(results) - Counter(seen)
         return f"result {next(iter(unseen))[:80]} was never seen" if unseen else ""
 
-    def caps(self, max_messages: int) -> tuple[float, float]:
-        """Most assistant messages of an episode, and of those that call in a turn; one more ends the episode,
-        where a last turn is still judged by what was done, as in the benchmark."""
+    def message_limits(self, max_messages: int) -> tuple[float, float]:
+        """Two limits: assistant messages in an episode, and calling messages in a turn.
+
+        Exceeding either ends the episode. If the second is exceeded in the last turn, that turn is still
+        judged by what was done, as in the benchmark.
+        """
         return max_messages, math.inf
 
-    def alone(self, i: int, user: str) -> "Task":
-        """Turn i with another user message as a task of its own, in the world as it is before that turn.
+    def turn_alone(self, i: int, user: str) -> "Task":
+        """Turn i as a task of its own, with another user message.
 
+        Its world begins as the ground truth leaves it before that turn. Its tools are those shown by then.
         Raises TypeError if the world cannot be made anew: a class whose attributes are not its parameters.
         """
         world = self.expected[i - 1][0] if i else self.new_world()
@@ -262,7 +266,7 @@ class Episode:
         if not 0 <= tool_seconds <= 86400:
             raise ValueError(f"tool_seconds is {tool_seconds}; it must be from 0 (no limit) to 86400, a day")
         self.task, self.format, self.strict_empty_turn = task, format, strict_empty_turn
-        self.max_messages, self.max_turn_messages = task.caps(max_messages)
+        self.max_messages, self.max_turn_messages = task.message_limits(max_messages)
         self.world, self.tool_seconds = task.new_world(), tool_seconds
         self.tools = [*task.tools, *task.turns[0].offers]
         self.turn, self.messages, self.done = 0, 0, False
@@ -331,10 +335,10 @@ class Episode:
             strict = self.strict_empty_turn and self._calls > 0
             return Verdict(not strict, "called a tool where it should ask" if strict else "")
         try:
-            fault = self.task.fault(self.turn, self.world, self._seen, self._calls)
+            reason = self.task.why_turn_fails(self.turn, self.world, self._seen, self._calls)
         except Exception as error:  # a world of anybody's classes may refuse to be copied, say
-            fault = f"the world cannot be judged: {type(error).__name__}"
-        return Verdict(not fault, fault)
+            reason = f"the world cannot be judged: {type(error).__name__}"
+        return Verdict(not reason, reason)
 
     def _user_message(self) -> dict:
         turn = self.task.turns[self.turn]

@@ -969,7 +969,7 @@ def _alone(task: Task, i: int) -> Task:
     """Turn i of a task, with its whole wish, as a task of its own; the task itself if the world before the
     turn cannot be made anew or the turn does not replay in it."""
     try:
-        alone = task.alone(i, wish(task, i))
+        alone = task.turn_alone(i, wish(task, i))
         return alone if replay(alone, [turn.calls for turn in alone.turns]) == 1 else task
     except TypeError:
         return task

@@ -112,7 +112,7 @@ def test_verdicts_are_the_packages(category):
 
 
 def test_the_check_finds_a_wrong_verdict(monkeypatch, capsys):
-    monkeypatch.setattr(bfcl.BfclTask, "fault", lambda *_: "")
+    monkeypatch.setattr(bfcl.BfclTask, "why_turn_fails", lambda *_: "")
     assert bfcl.main(["--check", "--tasks", "bfcl:base:test"]) == 1
     assert "ours True, the package's False" in capsys.readouterr().out
 
@@ -220,8 +220,8 @@ def test_arguments_that_a_class_keeps_stay_as_they_are(tasks):
 
 def test_a_turn_without_a_call_fails_where_there_is_ground_truth(tasks):
     task = a_task(tasks, "base", 0)
-    assert task.fault(0, task.expected[0][0], task.expected[0][1], calls=0) == "nothing was called"
-    assert task.fault(0, task.expected[0][0], task.expected[0][1], calls=1) == ""
+    assert task.why_turn_fails(0, task.expected[0][0], task.expected[0][1], calls=0) == "nothing was called"
+    assert task.why_turn_fails(0, task.expected[0][0], task.expected[0][1], calls=1) == ""
 
 
 # --------------------------------------------------------------------------------------------- hostile text
@@ -427,7 +427,7 @@ def test_calls_that_failed_are_known_to_reflections(tasks):
 def test_a_turn_alone_begins_where_it_did(tasks):
     task = a_task(tasks, "base", 0)
     for i, turn in enumerate(task.turns):
-        alone = task.alone(i, "do it")
+        alone = task.turn_alone(i, "do it")
         assert alone.turns[0].user == "do it" and replay(alone, [turn.calls]) == 1
         assert not i or replay(alone, [task.turns[0].calls]) == 0
 

@@ -1038,7 +1038,7 @@ def test_what_a_task_hands_out_is_the_callers():
         Turn("?", [LIGHT], "!"), Turn("Here.", [DELETE_A], "!", ["delete_file"]), tools=["set_light"]
     )
     schemas, expected = copy.deepcopy(list(map(schema, task.tools))), copy.deepcopy(task.expected)
-    alone = task.alone(1, "?")
+    alone = task.turn_alone(1, "?")
     alone.state["Home"]["rooms"].clear()
     alone.tools.clear()
     assert task.expected == expected
@@ -1064,7 +1064,7 @@ def test_a_turn_alone_needs_a_world_that_can_be_made_anew(classes):
 
     task = Task("t", "base", {"Sealed": {}}, ["seal"], [Turn("?", [call("seal")], "!")] * 2)
     with pytest.raises(TypeError, match="the world before turn 1 cannot be made anew"):
-        task.alone(1, "?")
+        task.turn_alone(1, "?")
 
 
 def reachable(value: object) -> set[int]:

@@ -188,7 +188,7 @@ def obstacle(chat: Chat, task: Task, format: str, limits: Limits, room: int, hin
     longest = max(n for n, state in zip(lengths, truth.states, strict=True) if state != "reply")
     if longest > limits.max_new_tokens:
         return f"a ground-truth call has {longest} tokens, and may have {limits.max_new_tokens}"
-    most = task.caps(limits.max_messages)[0]
+    most = task.message_limits(limits.max_messages)[0]
     if (least := messages_needed(task)) > most:
         return f"its ground truth takes at least {least} messages; an episode may have {most}"
     return ""
