@@ -23,10 +23,10 @@ from functools import cached_property
 from pathlib import Path
 
 from nanotoolrl.calls import FORMATS, BadCall, Call, parse_calls, render_calls
-from nanotoolrl.signatures import wrong
-from nanotoolrl.taskfile import read_task, write_lines
-from nanotoolrl.timelimit import TimeLimit, TooLong
 from nanotoolrl.tools import API, API_CLASSES, ToolError, owner_of, schema
+from nanotoolrl.world.signatures import wrong
+from nanotoolrl.world.taskfile import read_task, write_lines
+from nanotoolrl.world.timelimit import TimeLimit, TooLong
 
 MAX_MESSAGES = 30  # assistant messages per episode, as published
 MAX_CALLS = 16  # calls executed per message; the rest get one error

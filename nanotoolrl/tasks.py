@@ -23,8 +23,8 @@ from nanotoolrl.bfcl import load_bfcl
 from nanotoolrl.calls import FORMATS
 from nanotoolrl.cli import command
 from nanotoolrl.env import Call, Task, Turn, call_tool, export, mutations, replay
-from nanotoolrl.taskfile import read_lines, write_lines
 from nanotoolrl.tools import API_CLASSES, method_names, owner_of
+from nanotoolrl.world.taskfile import read_lines, write_lines
 
 TASK_DIR = Path(__file__).resolve().parent.parent / "data" / "tasks"
 SPLITS = ("train", "test", "foreign", "ood")

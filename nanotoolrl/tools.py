@@ -18,7 +18,7 @@ from dataclasses import dataclass, field
 from functools import cache
 from typing import Literal
 
-from nanotoolrl.signatures import tool_schema
+from nanotoolrl.world.signatures import tool_schema
 
 API_CLASSES: dict[str, type["API"]] = {}
 POOLS = ("train", "foreign", "ood")

@@ -33,9 +33,9 @@ from nanotoolrl.env import (
     oracle,
     replay,
 )
-from nanotoolrl.signatures import MAX_INT
 from nanotoolrl.tasks import SPLITS, load_tasks
 from nanotoolrl.tools import API, API_CLASSES, ToolError, method_names, owner_of, schema
+from nanotoolrl.world.signatures import MAX_INT
 
 ALL_TASKS = {split: load_tasks(split) for split in SPLITS}
 FILES = {"folders": {"docs": {"a.txt": "one", "b.txt": "two"}, "work": {}}}

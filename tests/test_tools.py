@@ -8,9 +8,9 @@ from typing import Literal
 
 import pytest
 
-from nanotoolrl.signatures import JSON_TYPES, MAX_INT
 from nanotoolrl.tasks import SMALL, WORLDS, Random
 from nanotoolrl.tools import API, API_CLASSES, POOLS, ToolError, method_names, owner_of, schema
+from nanotoolrl.world.signatures import JSON_TYPES, MAX_INT
 
 TOOLS = [tool for cls in API_CLASSES.values() for tool in method_names(cls)]
 DAYS = ["Monday", "Tuesday", "Wednesday", "Thursday", "Friday", "Saturday", "Sunday"]

@@ -15,7 +15,7 @@ from pathlib import Path
 
 from nanotoolrl import tools
 from nanotoolrl.calls import FORMATS, Call, parse_calls
-from nanotoolrl.signatures import JSON_TYPES, MAX_INT, type_schema, wrong
+from nanotoolrl.world.signatures import JSON_TYPES, MAX_INT, type_schema, wrong
 
 # The keys of each object and the type of their values; `offers` may be left out.
 TASK = {"id": str, "category": str, "state": dict, "tools": list, "turns": list}
