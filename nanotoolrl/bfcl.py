@@ -11,8 +11,7 @@ and reflected on like any other. What differs from the benchmark's own runner:
 - What would keep the machine busy is answered with an error: huge numbers and precisions, walks through a
   directory of very many entries, more than 16 calls or 50,000 characters in a message.
 
-`python -m nanotoolrl.bfcl --check` compares verdicts with the package's, `--export FILE` writes tasks for
-other trainers.
+`python -m nanotoolrl.bfcl --check` compares verdicts with the package's.
 """
 
 import argparse
@@ -36,7 +35,7 @@ from tqdm import tqdm
 
 from nanotoolrl.calls import FORMATS, Call
 from nanotoolrl.cli import command
-from nanotoolrl.env import CATEGORIES, FAILED, Task, Turn, export, mutations, replay
+from nanotoolrl.env import CATEGORIES, FAILED, Task, Turn, mutations, replay
 
 NAME = "bfcl"
 TRAINED = CATEGORIES[:3]  # as published: long_context is only tested
@@ -337,15 +336,11 @@ def main(argv: list[str] | None = None) -> int:
     """The command: 0, 1 if a verdict differs, 2 when refused."""
     parser = argparse.ArgumentParser(prog="python -m nanotoolrl.bfcl", description=__doc__.split("\n")[0])
     parser.add_argument("--tasks", default=NAME, help=f"{NAME}[:category][:train|:test] (default: {NAME})")
-    kind = parser.add_mutually_exclusive_group(required=True)
-    kind.add_argument("--check", action="store_true", help="compare verdicts with the package's")
-    kind.add_argument("--export", metavar="FILE", help="write the tasks as JSONL for other trainers")
+    about = "compare verdicts with the package's"
+    parser.add_argument("--check", action="store_true", required=True, help=about)
     args = parser.parse_args(argv)
     try:
         tasks = load_bfcl(args.tasks)
-        if args.export:
-            print(export(tasks, Path(args.export)))
-            return 0
     except (OSError, ValueError) as error:
         print(f"bfcl: {error}", file=sys.stderr)
         return 2

@@ -15,6 +15,7 @@ from nanotoolrl.look import evaluate
 from nanotoolrl.sampler import Sampler
 from nanotoolrl.supervise import hint_text, play_again, reflections, review
 from nanotoolrl.tasks import load_tasks, similar
+from nanotoolrl.tasks import main as tasks_command
 from nanotoolrl.trajectory import demonstration
 
 LINE = "pip install --no-deps bfcl-eval mpmath"
@@ -435,7 +436,7 @@ def test_a_turn_alone_begins_where_it_did(tasks):
 # ---------------------------------------------------------------------------------------------- the commands
 def test_export(tmp_path, capsys):
     path = tmp_path / "out.jsonl"
-    assert bfcl.main(["--export", str(path), "--tasks", "bfcl:test"]) == 0
+    assert tasks_command(["--export", str(path), "--tasks", "bfcl:test"]) == 0
     assert "400 tasks in" in capsys.readouterr().out
     rows = [json.loads(line) for line in path.read_text().splitlines()]
     task = load_tasks("bfcl:test")[0]
