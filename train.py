@@ -39,9 +39,9 @@ from nanotoolrl.probes import ProbeSet, advantage_mass, displacement_own, surviv
 from nanotoolrl.sampler import Sampler
 from nanotoolrl.schemes import SCHEMES
 from nanotoolrl.supervise import hint_text
-from nanotoolrl.tasks import in_epochs, is_bfcl, load_tasks, subset
 from nanotoolrl.trajectory import Trajectory
 from nanotoolrl.updates import Run, Step, new_optimizer, trained_reward
+from nanotoolrl.world.tasks import in_epochs, is_bfcl, load_tasks, subset
 
 STATE_JUMP = 0.2  # a share of an unhealthy message state this far above the first step's raises the alarm
 SPURIOUS_JUMP = 10  # so does this growth of a control token's spurious probability

@@ -35,7 +35,9 @@ from tqdm import tqdm
 
 from nanotoolrl.calls import FORMATS, Call
 from nanotoolrl.cli import command
-from nanotoolrl.env import CATEGORIES, FAILED, Task, Turn, mutations, replay
+from nanotoolrl.env import CATEGORIES, Task, Turn, replay
+from nanotoolrl.world.mutations import mutations
+from nanotoolrl.world.observe import FAILED
 
 NAME = "bfcl"
 TRAINED = CATEGORIES[:3]  # as published: long_context is only tested

@@ -18,7 +18,7 @@ from nanotoolrl.look.evaluate import BFCL_LIMITS, COUNTS, OUR_LIMITS, SECONDS
 from nanotoolrl.model import BUILT_IN, DTYPES
 from nanotoolrl.sampler import LEAST_TEMPERATURE
 from nanotoolrl.schemes import SCHEDULES, SCHEMES
-from nanotoolrl.tasks import TASK_NAMES, is_bfcl
+from nanotoolrl.world.tasks import TASK_NAMES, is_bfcl
 
 
 class Refused(Exception):

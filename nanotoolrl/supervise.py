@@ -11,9 +11,10 @@ from dataclasses import dataclass, field, replace
 
 from nanotoolrl.calls import FORMATS, Call, escaped_json, message_state, parse_calls, render_calls
 from nanotoolrl.chat import Chat
-from nanotoolrl.env import FAILED, Episode, Task, to_json
-from nanotoolrl.tasks import similar, wish
+from nanotoolrl.env import Episode, Task
 from nanotoolrl.trajectory import Trajectory
+from nanotoolrl.world.observe import FAILED, to_json
+from nanotoolrl.world.similar import similar, wish
 
 LINE = 200  # characters of one text in a log or a review
 UNREADABLE = ("overlong", "bare", "malformed", "foreign")  # messages that try to call and hold no call

@@ -26,8 +26,8 @@ from nanotoolrl.losses import group_advantages, kl_k3, policy_loss
 from nanotoolrl.model import DTYPES, Policy, load, pad
 from nanotoolrl.probes import control_probabilities, logit_gradient
 from nanotoolrl.sampler import Sampler
-from nanotoolrl.tasks import in_epochs, load_tasks
 from nanotoolrl.trajectory import Trajectory, demonstration
+from nanotoolrl.world.tasks import in_epochs, load_tasks
 
 MOST_SKIPPED = 3  # updates in a row that were not finite, after which a run stops
 

@@ -10,13 +10,15 @@ import pytest
 
 from nanotoolrl import bfcl
 from nanotoolrl.calls import FORMATS, Call, render_calls
-from nanotoolrl.env import CATEGORIES, MAX_MESSAGES, Episode, mutations, oracle, replay
+from nanotoolrl.env import CATEGORIES, MAX_MESSAGES, Episode, oracle, replay
 from nanotoolrl.look import evaluate
 from nanotoolrl.sampler import Sampler
 from nanotoolrl.supervise import hint_text, play_again, reflections, review
-from nanotoolrl.tasks import load_tasks, similar
-from nanotoolrl.tasks import main as tasks_command
 from nanotoolrl.trajectory import demonstration
+from nanotoolrl.world.mutations import mutations
+from nanotoolrl.world.similar import similar
+from nanotoolrl.world.tasks import load_tasks
+from nanotoolrl.world.tasks import main as tasks_command
 
 LINE = "pip install --no-deps bfcl-eval mpmath"
 

@@ -14,9 +14,9 @@ from nanotoolrl import schemes, updates
 from nanotoolrl.env import Call, Task, Turn, Verdict
 from nanotoolrl.sampler import Sampler
 from nanotoolrl.schemes import SCHEMES, grpo, hint
-from nanotoolrl.tasks import load_tasks
 from nanotoolrl.trajectory import Trajectory
 from nanotoolrl.updates import Run, advantages, policy_update, rollout, score
+from nanotoolrl.world.tasks import load_tasks
 from train import Config
 
 TIMES = ("train_tok_s", "probe_seconds")

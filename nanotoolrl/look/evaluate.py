@@ -28,8 +28,8 @@ from nanotoolrl.model import BUILT_IN, ModelError, Policy, load
 from nanotoolrl.probes import ProbeSet
 from nanotoolrl.sampler import Sampler
 from nanotoolrl.supervise import hint_text
-from nanotoolrl.tasks import TASK_NAMES, is_bfcl, load_tasks, subset
 from nanotoolrl.trajectory import demonstration
+from nanotoolrl.world.tasks import TASK_NAMES, is_bfcl, load_tasks, subset
 
 PROBE_TASKS = 32  # training tasks whose ground truth the doctor probes
 MOST_NAMED = 3  # of the tasks that cannot be solved
