@@ -2,15 +2,22 @@
 
 import copy
 import json
+import shutil
+import subprocess
+import sys
 from dataclasses import dataclass, fields
+from pathlib import Path
 from random import Random
 
 import pytest
 
 from nanotoolrl.world.api import API, API_CLASSES, ToolError, method_names, owner_of
-from nanotoolrl.world.generate import SMALL
-from nanotoolrl.world.goals import DOMAINS, all_goals
+from nanotoolrl.world.domains import ORDER
+from nanotoolrl.world.generate import SMALL, generate
+from nanotoolrl.world.goals import DOMAINS, Goal, all_goals, register
 
+ROOT = Path(__file__).resolve().parent.parent
+GARDEN = ROOT / "tests" / "data" / "garden.py"
 TOOLS = [tool for cls in API_CLASSES.values() for tool in method_names(cls)]
 
 
@@ -329,3 +336,123 @@ def test_every_tool_is_used_by_a_goal():
     used = {tool for goal in all_goals() for tool in goal.tools()}
     tools = {tool for cls in API_CLASSES.values() for tool in vars(cls) if owner_of(tool)}
     assert used == tools
+
+
+# ----------------------------------------------------------------------------------------- a new domain
+
+
+CHECK = """
+import json
+from pathlib import Path
+
+import nanotoolrl
+from nanotoolrl.calls import FORMATS, render_calls
+from nanotoolrl.env import Episode, Task, oracle, replay
+from nanotoolrl.world.api import API_CLASSES, method_names, schema
+from nanotoolrl.world.generate import generate, make_split
+from nanotoolrl.world.mutations import mutations
+from nanotoolrl.world.tasks import load_tasks
+
+assert Path(nanotoolrl.__file__).is_relative_to(Path.cwd())
+assert list(API_CLASSES)[-1] == "Garden"
+tools = method_names(API_CLASSES["Garden"])
+assert [schema(tool)["description"] for tool in tools] == [
+    "List the plants of a bed.", "Water a plant.", "Move a plant to another bed."
+]
+families = [generate("foreign", f"new-{i}") for i in range(40)]
+families = [family for family in families if "Garden" in family["base"].state]
+called, asked = set(), set()
+for task in (task for family in families for task in family.values()):
+    truth = [turn.calls for turn in task.turns]
+    assert Task.from_json(task.to_json()) == task
+    assert all(replay(task, truth, format) == 1 for format in FORMATS)
+    assert not any(replay(task, calls) for calls in mutations(task))
+    episode = Episode(task)
+    for message in oracle(task):
+        if message["role"] == "assistant":
+            episode.step(message["content"])
+    assert episode.done and episode.reward == 1
+    called |= {call.name for calls in truth for call in calls}
+    asked |= {turn.reply for turn in task.turns if not turn.calls and task.category == "miss_param"}
+assert len(families) > 5 and called >= set(tools) and "How many litres?" in asked
+for family in families:
+    plants = [family[category].state["Garden"]["plants"] for category in ("base", "long_context")]
+    assert len(plants[1]) > 5 * len(plants[0])
+    assert len({plant["bed"] for plant in plants[0]}) == len({plant["bed"] for plant in plants[1]})
+for split in ("train", "test", "ood"):
+    assert make_split(split) == load_tasks(split), split
+assert make_split("foreign") != load_tasks("foreign")
+"""
+
+
+def test_one_file_is_all_that_a_new_domain_takes(tmp_path):
+    """Its own pool is generated with it, the others as before."""
+    for part in ("nanotoolrl", "data/tasks"):
+        shutil.copytree(ROOT / part, tmp_path / part, ignore=shutil.ignore_patterns("__pycache__"))
+    shutil.copy(GARDEN, tmp_path / "nanotoolrl" / "world" / "domains")
+    done = subprocess.run([sys.executable, "-c", CHECK], cwd=tmp_path, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+
+
+def test_the_domains_of_the_committed_tasks_keep_their_places():
+    modules = [domain.api.__module__.rpartition(".")[2] for domain in DOMAINS.values()]
+    assert modules[: len(ORDER)] == list(ORDER)
+    assert modules[len(ORDER) :] == sorted(modules[len(ORDER) :])
+
+
+@pytest.fixture
+def garden(classes) -> dict:
+    """What the file of the new domain defines."""
+    names = {"__name__": "garden"}
+    exec(compile(GARDEN.read_text(encoding="utf-8"), GARDEN, "exec"), names)
+    return names
+
+
+@pytest.mark.parametrize(
+    ("given", "said"),
+    [
+        ("", "Garden is registered without world, draw, goals"),
+        ("world", "Garden is registered without draw, goals"),
+        ("world draw", "Garden is registered without goals"),
+        ("world GOALS", "Garden is registered without draw"),
+        ("draw GOALS", "Garden is registered without world"),
+    ],
+)
+def test_what_is_missing_is_named(given, said, garden):
+    parts = {"goals" if name == "GOALS" else name: garden[name] for name in given.split()}
+    with pytest.raises(TypeError, match=f"^{said}$"):
+        register(garden["Garden"], **parts)
+
+
+@pytest.mark.parametrize(
+    ("goal", "said"),
+    [
+        (Goal("Dig.|Dig it.", "dig"), "no class that is registered by now has the tool 'dig'"),
+        (Goal("Read.", "read_file folder name"), "'read_file' is of another pool, 'train'"),
+        (Goal("Water.", "water_plant plant_id=id"), "'water_plant' takes plant_id, litres"),
+        (Goal("Move.", "move_plant plant_id=id place=other"), "'move_plant' takes plant_id, bed"),
+        (Goal("List.", "find_plants bed", vague="List."), "vague, question and answer must be given"),
+    ],
+)
+def test_a_goal_that_cannot_be_played_is_refused(goal, said, garden):
+    first = goal.says.partition("|")[0]
+    with pytest.raises(TypeError, match=f"^Garden, goal '{first}': {said}"):
+        register(garden["Garden"], garden["world"], garden["draw"], [*garden["GOALS"], goal])
+
+
+def test_a_binding_that_nothing_gives_is_named(garden):
+    register(garden["Garden"], garden["world"], lambda rng, api: {"bed": "north"}, garden["GOALS"][2:])
+    with pytest.raises(TypeError, match="nothing gives"):
+        for i in range(100):
+            generate("foreign", f"new-{i}")
+
+
+def test_a_class_that_is_not_registered_is_for_task_files_only(garden, splits):
+    """The generator passes it over."""
+    del DOMAINS["Garden"]
+    assert owner_of("find_plants") == "Garden"
+    for i in (0, 1, 2):
+        family = generate("foreign", f"foreign-{i:03d}")
+        assert [family[category] for category in ("base", "miss_func", "miss_param")] == splits["foreign"][
+            3 * i : 3 * i + 3
+        ]

@@ -1,14 +1,15 @@
 """The generator, and the committed tasks that it wrote."""
 
+import copy
 import json
 from collections import Counter
 
 import pytest
 
 from nanotoolrl.env import CATEGORIES, oracle
-from nanotoolrl.world.api import API_CLASSES, schema
-from nanotoolrl.world.generate import generate, make_split
-from nanotoolrl.world.goals import all_goals
+from nanotoolrl.world.api import API, API_CLASSES, schema
+from nanotoolrl.world.generate import _enlarge, generate, make_split
+from nanotoolrl.world.goals import Domain, all_goals
 from nanotoolrl.world.tasks import SPLITS
 
 
@@ -93,6 +94,20 @@ def test_prompt_and_transcript_budgets(splits, policy):
 
 def _tools(task):
     return [schema(tool) for tool in task.tools]
+
+
+def test_a_larger_world_keeps_what_is_there():
+    """New records share no key with the old ones and join their groups. What is no record stays as it is."""
+    domain = Domain(API, dict, dict, (), (), ("id", "name"), ("bed",))
+    old, new = {"id": 11, "name": "rose", "bed": "north"}, {"id": 12, "name": "iris", "bed": "south"}
+    rows = [{"id": 11, "name": "fern", "bed": "east"}, {"id": 13, "name": "rose", "bed": "east"}, new]
+    small = {"plants": [old], "empty": [], "notes": ["a"], "count": 3, "box": {"a": {"x": 1}}}
+    large = {"plants": rows, "empty": [dict(new)], "notes": ["b"], "count": 9, "box": {"b": {"y": 2}}}
+    assert _enlarge(small, copy.deepcopy(large), domain) == small | {
+        "plants": [old, new | {"bed": "north"}],
+        "empty": [new],
+        "box": {"a": {"x": 1, "y": 2}, "b": {"y": 2}},
+    }
 
 
 def test_generate_is_a_pure_function_of_its_name():
