@@ -16,8 +16,8 @@ from nanotoolrl.env import Episode, Task, Turn, oracle
 from nanotoolrl.look.evaluate import LIMITS, Limits, add_limits, chosen_limits, rules, sampler_of
 from nanotoolrl.model import BUILT_IN, ModelError, load
 from nanotoolrl.sampler import Sampler
-from nanotoolrl.tasks import TASK_NAMES, load_tasks
 from nanotoolrl.trajectory import Trajectory
+from nanotoolrl.world.tasks import TASK_NAMES, load_tasks
 
 CHAT_TURNS = 50
 # Flags that say nothing beside --oracle and --chat.

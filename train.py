@@ -48,7 +48,7 @@ from nanotoolrl.probes import ProbeSet
 from nanotoolrl.run import Run, Step
 from nanotoolrl.signals import SCHEMES
 from nanotoolrl.supervise import hint_text
-from nanotoolrl.tasks import in_epochs, is_bfcl, load_tasks, subset
+from nanotoolrl.world.tasks import in_epochs, is_bfcl, load_tasks, subset
 
 STUCK, SPOILED = 1, 3  # why a run ends early; 128 + n: signal n
 EXIT_CODES = {STUCK: 1, SPOILED: 1}

@@ -57,10 +57,10 @@ from nanotoolrl.logprob import token_logprob
 from nanotoolrl.model import BUILT_IN, ModelError, Policy, load, pad
 from nanotoolrl.run import Run, group_advantages, rollout
 from nanotoolrl.sampler import Sampler
-from nanotoolrl.tasks import load_tasks
 from nanotoolrl.trajectory import Trajectory
 from nanotoolrl.transformer import Architecture, Transformer
 from nanotoolrl.updates import policy_update
+from nanotoolrl.world.tasks import load_tasks
 
 MODEL_VOCABULARY = 151_936  # of Qwen2.5
 SHAPE = ("hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads")

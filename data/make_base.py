@@ -29,14 +29,17 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast 
 
 from nanotoolrl.calls import FORMATS, Call, message_state, render_calls
 from nanotoolrl.chat import Chat, signature  # noqa: E402
-from nanotoolrl.env import Episode, Task, alter, call_tool, oracle  # noqa: E402
+from nanotoolrl.env import Episode, Task, oracle  # noqa: E402
 from nanotoolrl.look.evaluate import evaluate  # noqa: E402
 from nanotoolrl.model import Policy, load, pad  # noqa: E402
 from nanotoolrl.sampler import Sampler  # noqa: E402
 from nanotoolrl.supervise import hint_text  # noqa: E402
-from nanotoolrl.tasks import generate, load_tasks, subset  # noqa: E402
 from nanotoolrl.transformer import Transformer, frequencies  # noqa: E402
 from nanotoolrl.updates import micro_batches  # noqa: E402
+from nanotoolrl.world.generate import generate  # noqa: E402
+from nanotoolrl.world.mutations import alter  # noqa: E402
+from nanotoolrl.world.observe import call_tool  # noqa: E402
+from nanotoolrl.world.tasks import load_tasks, subset  # noqa: E402
 
 VOCABULARY = 1536
 SPECIAL = ["<|endoftext|>", "<|im_start|>", "<|im_end|>"]

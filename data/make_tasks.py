@@ -5,7 +5,8 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from nanotoolrl.tasks import SPLITS, TASK_DIR, make_split, save_tasks  # noqa: E402
+from nanotoolrl.world.generate import make_split  # noqa: E402
+from nanotoolrl.world.tasks import SPLITS, TASK_DIR, save_tasks  # noqa: E402
 
 if __name__ == "__main__":
     TASK_DIR.mkdir(exist_ok=True)

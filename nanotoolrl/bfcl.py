@@ -11,8 +11,7 @@ and reflected on like any other. What differs from the benchmark's own runner:
 - What would keep the machine busy is answered with an error: huge numbers and precisions, walks through a
   directory of very many entries, more than 16 calls or 50,000 characters in a message.
 
-`python -m nanotoolrl.bfcl --check` compares verdicts with the package's, `--export FILE` writes tasks for
-other trainers.
+`python -m nanotoolrl.bfcl --check` compares verdicts with the package's.
 """
 
 import argparse
@@ -36,7 +35,9 @@ from tqdm import tqdm
 
 from nanotoolrl.calls import FORMATS, Call
 from nanotoolrl.cli import command
-from nanotoolrl.env import CATEGORIES, FAILED, Task, Turn, export, mutations, replay
+from nanotoolrl.env import CATEGORIES, Task, Turn, replay
+from nanotoolrl.world.mutations import mutations
+from nanotoolrl.world.observe import FAILED
 
 NAME = "bfcl"
 TRAINED = CATEGORIES[:3]  # as published: long_context is only tested
@@ -110,8 +111,8 @@ class BfclTask(Task):
         except Exception as error:  # whatever a class of the package raises is an observation
             return f"{FAILED[1]}{error}"
 
-    def fault(self, i: int, world: dict[str, object], seen: list[str], calls: int) -> str:
-        """See `Task.fault`; the verdict is the package's."""
+    def why_turn_fails(self, i: int, world: dict[str, object], seen: list[str], calls: int) -> str:
+        """See `Task.why_turn_fails`; the verdict is the package's."""
         checker = importlib.import_module(f"{PACKAGE}.multi_turn_checker")
         truth, results = self.expected[i]
         if not calls:
@@ -124,12 +125,12 @@ class BfclTask(Task):
             found = checker.response_checker(seen, results, i)
         return "" if found["valid"] else found["error_message"]
 
-    def caps(self, max_messages: int) -> tuple[float, float]:
-        """See `Task.caps`."""
+    def message_limits(self, max_messages: int) -> tuple[float, float]:
+        """See `Task.message_limits`."""
         return (float("inf") if self.official else max_messages), STEPS_A_TURN
 
-    def alone(self, i: int, user: str) -> "BfclTask":
-        """See `Task.alone`."""
+    def turn_alone(self, i: int, user: str) -> "BfclTask":
+        """See `Task.turn_alone`."""
         before = [*self.before, *(call for turn in self.turns[:i] for call in turn.calls)]
         turns = [replace(self.turns[i], user=user)]
         return replace(self, id=f"{self.id}/{i}", tools=self.tools_before(i), turns=turns, before=before)
@@ -337,15 +338,11 @@ def main(argv: list[str] | None = None) -> int:
     """The command: 0, 1 if a verdict differs, 2 when refused."""
     parser = argparse.ArgumentParser(prog="python -m nanotoolrl.bfcl", description=__doc__.split("\n")[0])
     parser.add_argument("--tasks", default=NAME, help=f"{NAME}[:category][:train|:test] (default: {NAME})")
-    kind = parser.add_mutually_exclusive_group(required=True)
-    kind.add_argument("--check", action="store_true", help="compare verdicts with the package's")
-    kind.add_argument("--export", metavar="FILE", help="write the tasks as JSONL for other trainers")
+    about = "compare verdicts with the package's"
+    parser.add_argument("--check", action="store_true", required=True, help=about)
     args = parser.parse_args(argv)
     try:
         tasks = load_bfcl(args.tasks)
-        if args.export:
-            print(export(tasks, Path(args.export)))
-            return 0
     except (OSError, ValueError) as error:
         print(f"bfcl: {error}", file=sys.stderr)
         return 2

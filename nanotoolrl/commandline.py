@@ -15,7 +15,7 @@ from nanotoolrl.env import BFCL_LIMITS
 from nanotoolrl.look.metrics import metrics_table
 from nanotoolrl.schemes import Scheme
 from nanotoolrl.signals import SCHEMES
-from nanotoolrl.tasks import is_bfcl
+from nanotoolrl.world.tasks import is_bfcl
 
 LIMITS_OF_BFCL = {name: getattr(BFCL_LIMITS, name) for name in ("max_new_tokens", "max_messages", "context")}
 # Hao et al. 2026, published code; where it is silent, ours.

@@ -16,7 +16,7 @@ from nanotoolrl.env import BFCL_LIMITS, OUR_LIMITS, Limits
 from nanotoolrl.logprob import BACKENDS
 from nanotoolrl.model import BUILT_IN, DTYPES
 from nanotoolrl.sampler import LEAST_TEMPERATURE
-from nanotoolrl.tasks import TASK_NAMES
+from nanotoolrl.world.tasks import TASK_NAMES
 
 LARGEST = 2**31 - 1  # of an integer setting that says nothing else
 # Bounds of an episode's limits.

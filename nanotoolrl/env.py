@@ -17,24 +17,17 @@ import copy
 import json
 import math
 from collections import Counter
-from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from functools import cached_property
-from pathlib import Path
 
 from nanotoolrl.calls import FORMATS, BadCall, Call, parse_calls, render_calls
-from nanotoolrl.signatures import wrong
-from nanotoolrl.taskfile import read_task, write_lines
-from nanotoolrl.timelimit import TimeLimit, TooLong
-from nanotoolrl.tools import API, API_CLASSES, ToolError, owner_of, schema
+from nanotoolrl.world.api import API_CLASSES, owner_of, schema
+from nanotoolrl.world.observe import FAILED, TRUTH_SECONDS, carry_out, failure, observe
+from nanotoolrl.world.taskfile import read_task
 
 MAX_MESSAGES = 30  # assistant messages per episode, as published
 MAX_CALLS = 16  # calls executed per message; the rest get one error
 TOOL_SECONDS = 10.0  # that one call of a model may take
-TRUTH_SECONDS = 60.0  # that one of the ground truth may take, whatever a model is given
-MAX_RESULT = 20_000  # characters of an observation; a longer one becomes an error
-FAILED = ('{"error": ', "Error during execution: ")  # so begins the answer to a failed call: ours, BFCL's
-JSON = json.JSONEncoder(ensure_ascii=False, allow_nan=False)
 CATEGORIES = ("base", "miss_func", "miss_param", "long_context")
 
 
@@ -70,8 +63,8 @@ class Task:
     """A conversation with ground truth. `state` maps API class names to the fields of the instance; `tools`
     are the tools shown from the start.
 
-    The methods down to `alone` are all that the rest of the repository knows of a world; those of this class
-    are about our own (tools.py), those of `BfclTask` (bfcl.py) about the benchmark's.
+    The methods down to `turn_alone` are all that the rest of the repository knows of a world. Those of this
+    class are about our own (world/), those of `BfclTask` (bfcl.py) about the benchmark's.
     """
 
     id: str
@@ -98,9 +91,9 @@ class Task:
 
     def execute(self, world: dict[str, object], call: Call) -> str:
         """Make a call that is allowed; the observation. What a tool raises is for `observe` to answer."""
-        return _carry_out(world, call)
+        return carry_out(world, call)
 
-    def fault(self, i: int, world: dict[str, object], seen: list[str], calls: int) -> str:
+    def why_turn_fails(self, i: int, world: dict[str, object], seen: list[str], calls: int) -> str:
         """Why turn i, which has ground-truth calls, fails, or "". `world` is what the episode made of it,
         `seen` are all results so far, `calls` how many calls were made in this turn."""
         truth, results = self.expected[i]
@@ -110,14 +103,18 @@ class Task:
         unseen = Counter(results) - Counter(seen)
         return f"result {next(iter(unseen))[:80]} was never seen" if unseen else ""
 
-    def caps(self, max_messages: int) -> tuple[float, float]:
-        """Most assistant messages of an episode, and of those that call in a turn; one more ends the episode,
-        where a last turn is still judged by what was done, as in the benchmark."""
+    def message_limits(self, max_messages: int) -> tuple[float, float]:
+        """Two limits: assistant messages in an episode, and calling messages in a turn.
+
+        Exceeding either ends the episode. If the second is exceeded in the last turn, that turn is still
+        judged by what was done, as in the benchmark.
+        """
         return max_messages, math.inf
 
-    def alone(self, i: int, user: str) -> "Task":
-        """Turn i with another user message as a task of its own, in the world as it is before that turn.
+    def turn_alone(self, i: int, user: str) -> "Task":
+        """Turn i as a task of its own, with another user message.
 
+        Its world begins as the ground truth leaves it before that turn. Its tools are those shown by then.
         Raises TypeError if the world cannot be made anew: a class whose attributes are not its parameters.
         """
         world = self.expected[i - 1][0] if i else self.new_world()
@@ -173,86 +170,12 @@ class Verdict:
     reason: str = ""
 
 
-def to_json(value: object) -> str:
-    """A value as the model reads it. Raises what `json` raises for one that is no JSON, NaN included."""
-    return JSON.encode(value)
-
-
-def call_tool(world: dict[str, API], call: Call) -> object:
-    """Execute one call on the world and return its result, which shares nothing with the world; every failure
-    is a result too: {"error": text}."""
-    return json.loads(observe(_carry_out, world, call, TRUTH_SECONDS))
-
-
-def observe(
-    execute: Callable[[dict[str, object], Call], str],
-    world: dict[str, object],
-    call: Call,
-    seconds: float,
-) -> str:
-    """The observation of a call: what `Task.execute` makes of it within so many seconds (0: no limit), or an
-    error. What a tool did before it failed stays done.
-
-    A tool is anybody's code, so no list says what may come out of it: all but Ctrl-C is answered.
-    """
-    try:
-        with TimeLimit(seconds):
-            return execute(world, call)
-    except TooLong:
-        return _error(f"{call.name} took more than {seconds:g} s")
-    except KeyboardInterrupt:
-        raise
-    except BaseException as error:  # SystemExit, too: a tool must not end a training run
-        return _error(f"{call.name} failed: {type(error).__name__}")
-
-
-def _carry_out(world: dict[str, API], call: Call) -> str:
-    """Make a call; the observation. Raises whatever the tool raises, but for ToolError."""
-    try:
-        _check_arguments(schema(call.name)["parameters"], call.arguments)
-        tool = getattr(world[owner_of(call.name)], call.name)
-        result = tool(**copy.deepcopy(call.arguments))  # a tool may keep what it gets
-    except ToolError as error:
-        return _error(str(error))
-    try:
-        text = to_json(result)
-        text.encode("utf-8")  # raises for half a surrogate pair
-        _check_keys(result)
-    except Exception as error:  # a result may be of anybody's class
-        return _error(f"{call.name} gave no JSON value: {str(error)[:200]}")
-    return text if len(text) <= MAX_RESULT else _error(f"{call.name} gave more than {MAX_RESULT} characters")
-
-
-def _check_keys(value: object) -> None:
-    """Raise TypeError for a key that is no text. `json.dumps` makes texts of numbers, even of two to the
-    same."""
-    if isinstance(value, dict) and not all(isinstance(key, str) for key in value):
-        raise TypeError("the keys of an object must be texts")
-    if isinstance(value, dict | list | tuple):
-        for item in value.values() if isinstance(value, dict) else value:
-            _check_keys(item)
-
-
 def _differ(one: object, other: object) -> bool:
     """Whether two API objects differ; so do those that cannot be compared."""
     try:
         return bool(one != other)
     except Exception:  # their fields may be of anybody's class
         return True
-
-
-def _check_arguments(parameters: dict, arguments: dict) -> None:
-    known, required = parameters["properties"], parameters["required"]
-    wanted = f"it takes {', '.join(known) or 'no arguments'}"
-    for name in arguments:
-        if name not in known:
-            raise ToolError(f"unknown argument '{name[:40]}'; {wanted}")
-    missing = [name for name in required if name not in arguments]
-    if missing:
-        raise ToolError(f"missing argument {', '.join(missing)}; {wanted}")
-    for name, value in arguments.items():
-        if reason := wrong(known[name], value, f"argument '{name}'"):
-            raise ToolError(reason)
 
 
 class Episode:
@@ -278,7 +201,7 @@ class Episode:
         if not 0 <= tool_seconds <= 86400:
             raise ValueError(f"tool_seconds is {tool_seconds}; it must be from 0 (no limit) to 86400, a day")
         self.task, self.format, self.strict_empty_turn = task, format, strict_empty_turn
-        self.max_messages, self.max_turn_messages = task.caps(max_messages)
+        self.max_messages, self.max_turn_messages = task.message_limits(max_messages)
         self.world, self.tool_seconds = task.new_world(), tool_seconds
         self.tools = [*task.tools, *task.turns[0].offers]
         self.turn, self.messages, self.done = 0, 0, False
@@ -306,7 +229,7 @@ class Episode:
             self._calling += 1
             answers = [{"role": "tool", "content": self._answer(call)} for call in calls[:MAX_CALLS]]
             if len(calls) > MAX_CALLS:
-                answers.append({"role": "tool", "content": _error(f"only {MAX_CALLS} calls a message")})
+                answers.append({"role": "tool", "content": failure(f"only {MAX_CALLS} calls a message")})
             stopped = self._calling > self.max_turn_messages
             if not stopped and self.messages < self.max_messages:
                 return answers
@@ -335,10 +258,10 @@ class Episode:
 
     def _answer(self, call: Call | BadCall) -> str:
         if isinstance(call, BadCall):
-            return _error(call.reason)
+            return failure(call.reason)
         self._calls += 1
         if not self.task.allows(call.name, self.tools):
-            return _error(f"no tool '{call.name[:40]}'; there is {', '.join(self.tools)}")
+            return failure(f"no tool '{call.name[:40]}'; there is {', '.join(self.tools)}")
         self._seen.append(observe(self.task.execute, self.world, call, self.tool_seconds))
         return self._seen[-1]
 
@@ -347,10 +270,10 @@ class Episode:
             strict = self.strict_empty_turn and self._calls > 0
             return Verdict(not strict, "called a tool where it should ask" if strict else "")
         try:
-            fault = self.task.fault(self.turn, self.world, self._seen, self._calls)
+            reason = self.task.why_turn_fails(self.turn, self.world, self._seen, self._calls)
         except Exception as error:  # a world of anybody's classes may refuse to be copied, say
-            fault = f"the world cannot be judged: {type(error).__name__}"
-        return Verdict(not fault, fault)
+            reason = f"the world cannot be judged: {type(error).__name__}"
+        return Verdict(not reason, reason)
 
     def _user_message(self) -> dict:
         turn = self.task.turns[self.turn]
@@ -361,12 +284,6 @@ class Episode:
         """End the episode here; the current turn fails with this reason."""
         self.turn_verdicts.append(Verdict(False, reason))
         self.done = True
-
-
-def _error(text: str) -> str:
-    """The observation of a failure; its text may be a tool's, of any length and content."""
-    text = text if len(text) <= MAX_RESULT else text[:MAX_RESULT] + "..."
-    return to_json({"error": text.encode("utf-8", "replace").decode()})
 
 
 def oracle(task: Task, format: str = "hermes") -> list[dict]:
@@ -429,68 +346,3 @@ def _check_truth(task: Task) -> None:
     for i, verdict in enumerate(verdicts):
         if not verdict.passed:
             raise ValueError(f"the ground truth earns reward 0; turns[{i}] fails: {verdict.reason}")
-
-
-def alter(task: Task, call: Call, argument: str) -> Call:
-    """The call with one argument changed to another value of its type; of a choice of one there is none."""
-    kind = task.schema(call.name)["parameters"]["properties"].get(argument, {})
-    return replace(call, arguments=call.arguments | {argument: _another(kind, call.arguments[argument])})
-
-
-def _another(kind: dict, value: object) -> object:
-    if value is None:
-        return _example(kind)
-    if "enum" in kind:
-        return kind["enum"][kind["enum"].index(value) - 1]
-    if isinstance(value, bool):
-        return not value
-    if isinstance(value, int | float):
-        return value + 1
-    if isinstance(value, str):
-        return value + "s"
-    if isinstance(value, list):
-        return [] if value else [_example(kind.get("items", {}))]
-    return {} if value else {"s": _example(kind.get("additionalProperties", {}))}
-
-
-def _example(kind: dict) -> object:
-    """Some value of a type."""
-    if "enum" in kind:
-        return kind["enum"][0]
-    examples = {"string": "s", "integer": 1, "number": 1, "boolean": True, "array": [], "object": {}}
-    return examples[kind.get("type", "string")]
-
-
-def mutations(task: Task) -> list[list[list[Call]]]:
-    """The ground truth with every one call dropped, and with every one argument altered."""
-    truth = [turn.calls for turn in task.turns]
-    changed = []
-    for i, turn in enumerate(truth):
-        for j, call in enumerate(turn):
-            variants = [[], *([alter(task, call, argument)] for argument in call.arguments)]
-            changed += [
-                [*truth[:i], [*turn[:j], *variant, *turn[j + 1 :]], *truth[i + 1 :]] for variant in variants
-            ]
-    return changed
-
-
-def export(tasks: Sequence[Task], path: Path, format: str = "hermes") -> str:
-    """Write tasks as the rows that other trainers read; returns what to say about it.
-
-    A row has `prompt` (messages), `data_source` (the category), `ability`, `reward_model` (style and ground
-    truth: calls by turn) and `extra_info` (id, tools, user messages by turn, initial state): the columns of
-    verl, of which TRL takes `prompt` and hands the others to its reward functions. What differs in shape from
-    row to row is a JSON string, so that a row fits into a parquet file.
-    """
-    lines = []
-    for i, task in enumerate(tasks):
-        messages, tools = Episode(task, format).prompt()
-        truth = [[asdict(call) for call in turn.calls] for turn in task.turns]
-        users = [{"user": turn.user, "offers": turn.offers} for turn in task.turns]
-        free = {"tools": tools, "turns": users, "state": task.state}
-        info = {"index": i, "id": task.id} | {name: to_json(value) for name, value in free.items()}
-        row = {"data_source": task.category, "prompt": messages, "ability": "multi-turn tool use"}
-        row["reward_model"] = {"style": "rule", "ground_truth": to_json(truth)}
-        lines.append(to_json(row | {"extra_info": info}))
-    write_lines(path, lines)
-    return f"{len(lines)} tasks in {path}"

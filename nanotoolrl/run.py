@@ -21,8 +21,8 @@ from nanotoolrl.gpu.masters import Masters
 from nanotoolrl.losses import relative_advantages
 from nanotoolrl.model import DTYPES, Policy, load
 from nanotoolrl.sampler import Sampler
-from nanotoolrl.tasks import load_tasks
 from nanotoolrl.trajectory import Trajectory, demonstration
+from nanotoolrl.world.tasks import load_tasks
 
 MOST_SKIPPED = 3  # updates in a row that were not finite, after which a run stops
 

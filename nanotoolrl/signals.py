@@ -37,9 +37,9 @@ from nanotoolrl.run import (
 from nanotoolrl.schemes import FAILED, grpo, scheme
 from nanotoolrl.schemes import SCHEMES as SCHEMES  # complete when this module is imported
 from nanotoolrl.supervise import reflections
-from nanotoolrl.tasks import in_epochs
 from nanotoolrl.trajectory import Trajectory
 from nanotoolrl.updates import Supervision, burst, policy_update, sft_update
+from nanotoolrl.world.tasks import in_epochs
 
 # (run, the step's tasks, their rollouts) -> (examples, metrics)
 Signal = Callable[[Run, list[Task], list[Trajectory]], tuple[list[Trajectory], dict[str, Any]]]

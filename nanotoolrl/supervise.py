@@ -19,9 +19,10 @@ from nanotoolrl.calls import (
     render_calls,
 )
 from nanotoolrl.chat import Chat
-from nanotoolrl.env import FAILED, Episode, Task, to_json
-from nanotoolrl.tasks import similar, wish
+from nanotoolrl.env import Episode, Task
 from nanotoolrl.trajectory import Trajectory
+from nanotoolrl.world.observe import FAILED, to_json
+from nanotoolrl.world.similar import similar, wish
 
 LINE = 200  # characters of one text in a log or a review
 MAX_TEXT = 600  # characters of one text that somebody else wrote

@@ -1,6 +1,7 @@
 """What all tests share."""
 
 import os
+from collections.abc import Iterator
 
 import torch
 
@@ -10,7 +11,11 @@ if not torch.cuda.is_available():
 import pytest  # noqa: E402
 from hypothesis import settings  # noqa: E402
 
+from nanotoolrl.env import Task  # noqa: E402
 from nanotoolrl.model import NANO, Policy, load  # noqa: E402
+from nanotoolrl.world.api import API_CLASSES, owner_of, schema  # noqa: E402
+from nanotoolrl.world.goals import DOMAINS  # noqa: E402
+from nanotoolrl.world.tasks import SPLITS, load_tasks  # noqa: E402
 
 torch.set_num_threads(1)  # most tests are small: a second thread would wait more than it works
 settings.register_profile("untimed", deadline=None)  # a busy machine is no failure
@@ -21,3 +26,21 @@ settings.load_profile("untimed")
 def policy() -> Policy:
     """The built-in model on the CPU. Tests must not change it."""
     return load(NANO, device="cpu")
+
+
+@pytest.fixture(scope="session")
+def splits() -> dict[str, list[Task]]:
+    """The committed tasks. Tests must not change them."""
+    return {split: load_tasks(split) for split in SPLITS}
+
+
+@pytest.fixture
+def classes() -> Iterator[None]:
+    """API classes that a test defines are forgotten after it."""
+    before = [(table, dict(table)) for table in (API_CLASSES, DOMAINS)]
+    yield
+    for table, rows in before:
+        table.clear()
+        table.update(rows)
+    owner_of.cache_clear()
+    schema.cache_clear()

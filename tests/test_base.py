@@ -15,8 +15,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from nanotoolrl.calls import FORMATS, message_state, render_calls
 from nanotoolrl.env import Episode
 from nanotoolrl.model import NANO
-from nanotoolrl.tasks import SPLITS, load_tasks
 from nanotoolrl.transformer import causal
+from nanotoolrl.world.tasks import SPLITS, load_tasks
 
 spec = importlib.util.spec_from_file_location("make_base", NANO.parent / "make_base.py")
 make_base = importlib.util.module_from_spec(spec)

@@ -10,12 +10,15 @@ import pytest
 
 from nanotoolrl import bfcl
 from nanotoolrl.calls import FORMATS, Call, render_calls
-from nanotoolrl.env import CATEGORIES, MAX_MESSAGES, Episode, mutations, oracle, replay
+from nanotoolrl.env import CATEGORIES, MAX_MESSAGES, Episode, oracle, replay
 from nanotoolrl.look import evaluate
 from nanotoolrl.sampler import Sampler
 from nanotoolrl.supervise import hint_text, play_again, reflections, review
-from nanotoolrl.tasks import load_tasks, similar
 from nanotoolrl.trajectory import demonstration
+from nanotoolrl.world.mutations import mutations
+from nanotoolrl.world.similar import similar
+from nanotoolrl.world.tasks import load_tasks
+from nanotoolrl.world.tasks import main as tasks_command
 
 LINE = "pip install --no-deps bfcl-eval mpmath"
 
@@ -112,7 +115,7 @@ def test_verdicts_are_the_packages(category):
 
 
 def test_the_check_finds_a_wrong_verdict(monkeypatch, capsys):
-    monkeypatch.setattr(bfcl.BfclTask, "fault", lambda *_: "")
+    monkeypatch.setattr(bfcl.BfclTask, "why_turn_fails", lambda *_: "")
     assert bfcl.main(["--check", "--tasks", "bfcl:base:test"]) == 1
     assert "ours True, the package's False" in capsys.readouterr().out
 
@@ -220,8 +223,8 @@ def test_arguments_that_a_class_keeps_stay_as_they_are(tasks):
 
 def test_a_turn_without_a_call_fails_where_there_is_ground_truth(tasks):
     task = a_task(tasks, "base", 0)
-    assert task.fault(0, task.expected[0][0], task.expected[0][1], calls=0) == "nothing was called"
-    assert task.fault(0, task.expected[0][0], task.expected[0][1], calls=1) == ""
+    assert task.why_turn_fails(0, task.expected[0][0], task.expected[0][1], calls=0) == "nothing was called"
+    assert task.why_turn_fails(0, task.expected[0][0], task.expected[0][1], calls=1) == ""
 
 
 # --------------------------------------------------------------------------------------------- hostile text
@@ -427,7 +430,7 @@ def test_calls_that_failed_are_known_to_reflections(tasks):
 def test_a_turn_alone_begins_where_it_did(tasks):
     task = a_task(tasks, "base", 0)
     for i, turn in enumerate(task.turns):
-        alone = task.alone(i, "do it")
+        alone = task.turn_alone(i, "do it")
         assert alone.turns[0].user == "do it" and replay(alone, [turn.calls]) == 1
         assert not i or replay(alone, [task.turns[0].calls]) == 0
 
@@ -435,7 +438,7 @@ def test_a_turn_alone_begins_where_it_did(tasks):
 # ---------------------------------------------------------------------------------------------- the commands
 def test_export(tmp_path, capsys):
     path = tmp_path / "out.jsonl"
-    assert bfcl.main(["--export", str(path), "--tasks", "bfcl:test"]) == 0
+    assert tasks_command(["--export", str(path), "--tasks", "bfcl:test"]) == 0
     assert "400 tasks in" in capsys.readouterr().out
     rows = [json.loads(line) for line in path.read_text().splitlines()]
     task = load_tasks("bfcl:test")[0]

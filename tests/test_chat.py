@@ -28,8 +28,8 @@ from nanotoolrl.calls import (
 from nanotoolrl.chat import Chat, control_tokens, readable, signature
 from nanotoolrl.env import CATEGORIES, Episode, Task, oracle
 from nanotoolrl.sampler import Sampler
-from nanotoolrl.tasks import load_tasks
-from nanotoolrl.tools import API_CLASSES, method_names, schema
+from nanotoolrl.world.api import API_CLASSES, method_names, schema
+from nanotoolrl.world.tasks import load_tasks
 
 CORPUS = [
     json.loads(line)

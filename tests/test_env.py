@@ -20,22 +20,12 @@ from hypothesis import strategies as st
 
 from nanotoolrl import env
 from nanotoolrl.calls import FORMATS, MAX_CHARS, Call, parse_calls, render_calls
-from nanotoolrl.env import (
-    MAX_CALLS,
-    MAX_MESSAGES,
-    MAX_RESULT,
-    Episode,
-    Task,
-    Turn,
-    alter,
-    call_tool,
-    mutations,
-    oracle,
-    replay,
-)
-from nanotoolrl.signatures import MAX_INT
-from nanotoolrl.tasks import SPLITS, load_tasks
-from nanotoolrl.tools import API, API_CLASSES, ToolError, method_names, owner_of, schema
+from nanotoolrl.env import MAX_CALLS, MAX_MESSAGES, Episode, Task, Turn, oracle, replay
+from nanotoolrl.world.api import API, API_CLASSES, ToolError, method_names, schema
+from nanotoolrl.world.mutations import alter, mutations
+from nanotoolrl.world.observe import MAX_RESULT, call_tool
+from nanotoolrl.world.signatures import MAX_INT
+from nanotoolrl.world.tasks import SPLITS, load_tasks
 
 ALL_TASKS = {split: load_tasks(split) for split in SPLITS}
 FILES = {"folders": {"docs": {"a.txt": "one", "b.txt": "two"}, "work": {}}}
@@ -450,17 +440,6 @@ def test_right_arguments_pass():
     assert call_tool(world, call("add_to_cart", quantity=2, item_id=12)) == "in cart"
     assert call_tool(world, call("add_to_cart", item_id=12)) == "in cart"
     assert world["Shop"].cart == [{"item_id": 12, "quantity": 2}, {"item_id": 12, "quantity": 1}]
-
-
-@pytest.fixture
-def classes():
-    """API classes that a test defines are forgotten after it."""
-    before = dict(API_CLASSES)
-    yield
-    API_CLASSES.clear()
-    API_CLASSES.update(before)
-    owner_of.cache_clear()
-    schema.cache_clear()
 
 
 def test_lists_floats_and_a_bug_in_a_tool(classes):
@@ -1038,7 +1017,7 @@ def test_what_a_task_hands_out_is_the_callers():
         Turn("?", [LIGHT], "!"), Turn("Here.", [DELETE_A], "!", ["delete_file"]), tools=["set_light"]
     )
     schemas, expected = copy.deepcopy(list(map(schema, task.tools))), copy.deepcopy(task.expected)
-    alone = task.alone(1, "?")
+    alone = task.turn_alone(1, "?")
     alone.state["Home"]["rooms"].clear()
     alone.tools.clear()
     assert task.expected == expected
@@ -1064,7 +1043,7 @@ def test_a_turn_alone_needs_a_world_that_can_be_made_anew(classes):
 
     task = Task("t", "base", {"Sealed": {}}, ["seal"], [Turn("?", [call("seal")], "!")] * 2)
     with pytest.raises(TypeError, match="the world before turn 1 cannot be made anew"):
-        task.alone(1, "?")
+        task.turn_alone(1, "?")
 
 
 def reachable(value: object) -> set[int]:

@@ -27,8 +27,8 @@ from nanotoolrl.look.evaluate import (
 from nanotoolrl.model import NANO, load
 from nanotoolrl.sampler import Sampler
 from nanotoolrl.supervise import hint_text
-from nanotoolrl.tasks import load_tasks, subset
 from nanotoolrl.trajectory import demonstration
+from nanotoolrl.world.tasks import load_tasks, subset
 
 
 @pytest.fixture

@@ -18,7 +18,7 @@ from nanotoolrl import judge as judging
 from nanotoolrl.calls import Call, parse_calls
 from nanotoolrl.judge import Judge, JudgeError
 from nanotoolrl.supervise import MISTAKES, reflections
-from nanotoolrl.tasks import load_tasks
+from nanotoolrl.world.tasks import load_tasks
 
 ROOT = Path(__file__).resolve().parent.parent
 TASK = make_task()

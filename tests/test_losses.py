@@ -5,10 +5,10 @@ import torch
 
 from nanotoolrl.losses import (
     MAX_LOG_RATIO,
-    group_advantages,
     kl_k3,
     likelihood_drop,
     policy_loss,
+    relative_advantages,
     shaped_loss,
 )
 
@@ -20,20 +20,20 @@ def close(tensor, expected, abs=1e-6):
 # ---------------------------------------------------------------------------------------------- advantages
 def test_advantages_by_hand():
     # mean 1/3, squared deviations 4/9 + 1/9 + 1/9 = 2/3, over (3 - 1): std = sqrt(1/3) = 0.57735
-    first, second = group_advantages(torch.tensor([[1.0, 0.0, 0.0], [1.0, 1.0, 0.0]]))
+    first, second = relative_advantages(torch.tensor([[1.0, 0.0, 0.0], [1.0, 1.0, 0.0]]))
     close(first, [2 / math.sqrt(3), -1 / math.sqrt(3), -1 / math.sqrt(3)], 1e-5)
     close(second, [1 / math.sqrt(3), 1 / math.sqrt(3), -2 / math.sqrt(3)], 1e-5)
 
 
 def test_advantages_without_std():
-    result = group_advantages(torch.tensor([[1.0, 0.0, 0.0], [0.5, 0.0, 1.0]]), divide_by_std=False)
+    result = relative_advantages(torch.tensor([[1.0, 0.0, 0.0], [0.5, 0.0, 1.0]]), divide_by_std=False)
     close(result[0], [2 / 3, -1 / 3, -1 / 3])
     close(result[1], [0.0, -0.5, 0.5])
 
 
 def test_small_spread_is_bounded_by_the_epsilon():
     """std 1e-6 + epsilon 1e-6: half of the advantages that a large spread gives."""
-    result = group_advantages(torch.tensor([[1e-6, 0.0, -1e-6]]))
+    result = relative_advantages(torch.tensor([[1e-6, 0.0, -1e-6]]))
     close(result[0], [0.5, 0.0, -0.5], 1e-4)
 
 
@@ -42,14 +42,14 @@ def test_small_spread_is_bounded_by_the_epsilon():
 @pytest.mark.parametrize("group", [1, 3, 7, 8])
 def test_equal_rewards_are_exactly_zero(value, divide, group):
     """The mean of equal numbers may differ from them in the last bit; no advantage may come of that."""
-    result = group_advantages(torch.full((2, group), value), divide)
+    result = relative_advantages(torch.full((2, group), value), divide)
     assert result.tolist() == [[0.0] * group] * 2
 
 
 def test_groups_do_not_mix():
     rewards = torch.tensor([[1.0, 0.0, 0.0], [0.0, 0.0, 0.0], [1.0, 1.0, 0.0]])
-    together = group_advantages(rewards)
-    assert all(torch.equal(together[i], group_advantages(rewards[i : i + 1])[0]) for i in range(3))
+    together = relative_advantages(rewards)
+    assert all(torch.equal(together[i], relative_advantages(rewards[i : i + 1])[0]) for i in range(3))
     assert together[1].tolist() == [0.0, 0.0, 0.0]
 
 

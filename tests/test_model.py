@@ -24,7 +24,7 @@ from transformers import (
 from nanotoolrl.env import Episode
 from nanotoolrl.model import NANO, ModelError, load, pad
 from nanotoolrl.sampler import Sampler
-from nanotoolrl.tasks import load_tasks
+from nanotoolrl.world.tasks import load_tasks
 
 ROOT = Path(__file__).resolve().parent.parent
 

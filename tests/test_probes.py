@@ -20,8 +20,8 @@ from nanotoolrl.probes import (
     survival,
 )
 from nanotoolrl.sampler import Sampler
-from nanotoolrl.tasks import load_tasks
 from nanotoolrl.trajectory import Trajectory, demonstration
+from nanotoolrl.world.tasks import load_tasks
 
 COLUMNS = "kl spurious_control required_control nll_control nll_content spurious_growth displacement_truth"
 

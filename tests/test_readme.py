@@ -8,12 +8,13 @@ from pathlib import Path
 
 import train
 from bench import rows as bench
-from nanotoolrl import env, schemes, tools
+from nanotoolrl import env, schemes
 from nanotoolrl.commandline import PRESETS, parse
 from nanotoolrl.config import SETTINGS, Config
 from nanotoolrl.look import study
 from nanotoolrl.look.evaluate import Scores, states_table, table
 from nanotoolrl.look.metrics import metrics
+from nanotoolrl.world.observe import call_tool
 
 ROOT = Path(train.__file__).parent
 README = (ROOT / "README.md").read_text()
@@ -33,13 +34,9 @@ def test_the_two_commands_stand_where_ci_looks():
     )
 
 
-def test_add_a_tool(monkeypatch):
+def test_add_a_tool(classes):
     code = next(block for block in blocks("python") if "(API)" in block)
-    monkeypatch.setattr(tools, "API_CLASSES", dict(tools.API_CLASSES))
-    monkeypatch.setattr(env, "API_CLASSES", tools.API_CLASSES)
-    for cached in (tools.owner_of, tools.schema):
-        cached.cache_clear()
-    exec(code, vars(tools).copy())  # the example, in the file it belongs to
+    exec(code, {"__name__": "nanotoolrl.world.domains.weather"})
     line = {"id": "w", "category": "base", "state": {"Weather": {"rain": {"Oslo": 3}}}, "tools": ["get_rain"]}
     turn = {
         "user": "Rain in Oslo?",
@@ -48,9 +45,7 @@ def test_add_a_tool(monkeypatch):
     }
     task = env.Task.from_json(json.dumps(line | {"turns": [turn]}))
     assert env.replay(task, [[env.Call("get_rain", {"city": "Oslo"})]]) == 1
-    assert "there is Oslo" in str(env.call_tool(task.new_world(), env.Call("get_rain", {"city": "Rome"})))
-    for cached in (tools.owner_of, tools.schema):
-        cached.cache_clear()
+    assert "there is Oslo" in str(call_tool(task.new_world(), env.Call("get_rain", {"city": "Rome"})))
 
 
 def test_add_a_scheme(monkeypatch, tmp_path):
@@ -193,7 +188,7 @@ def test_files_and_flags_named_in_the_readme_exist():
         "--no-deps",
     }
     known |= {"--nproc", "--shutdown-timeout"}  # the first with _per_node
-    for name in ("evaluate", "report", "study", "bench", "bfcl", "tasks"):
+    for name in ("evaluate", "report", "study", "bench", "bfcl", "world/tasks"):
         known |= set(re.findall(r'"(--[a-z-]+)"', (ROOT / "nanotoolrl" / f"{name}.py").read_text()))
     assert set(re.findall(r"--[a-z][a-z-]+", README)) <= known
 

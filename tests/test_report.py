@@ -23,8 +23,8 @@ from nanotoolrl.look.report import (
     spark,
 )
 from nanotoolrl.model import NANO, load_chat
-from nanotoolrl.tasks import load_tasks
 from nanotoolrl.trajectory import demonstration
+from nanotoolrl.world.tasks import load_tasks
 
 EVIL = '</script><script>document.title = "run"</script><img src=x onerror="document.title = \'run\'">'
 BROWSER = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")

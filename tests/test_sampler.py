@@ -16,8 +16,8 @@ from nanotoolrl.env import Call, Episode, Task, Turn
 from nanotoolrl.model import Policy
 from nanotoolrl.sampler import Sampler
 from nanotoolrl.supervise import hint_text
-from nanotoolrl.tasks import load_tasks
 from nanotoolrl.trajectory import Trajectory
+from nanotoolrl.world.tasks import load_tasks
 
 HINT = "Hint: move b from docs to work."
 MESSAGES = 5  # assistant messages per episode, to save time

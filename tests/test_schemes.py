@@ -26,9 +26,9 @@ from nanotoolrl.run import (
 from nanotoolrl.sampler import Sampler
 from nanotoolrl.schemes import grpo, hint
 from nanotoolrl.signals import SCHEMES
-from nanotoolrl.tasks import load_tasks
 from nanotoolrl.trajectory import Trajectory, demonstration
 from nanotoolrl.updates import policy_update, rescore
+from nanotoolrl.world.tasks import load_tasks
 
 TIMES = ("train_tok_s", "probe_seconds")
 

@@ -32,7 +32,7 @@ from nanotoolrl.look.screen import alarm
 from nanotoolrl.model import NANO, load
 from nanotoolrl.run import Step
 from nanotoolrl.signals import SCHEMES
-from nanotoolrl.tasks import load_tasks, save_tasks, subset
+from nanotoolrl.world.tasks import load_tasks, save_tasks, subset
 
 ROOT = Path(train.__file__).parent
 TINY = (
@@ -638,8 +638,8 @@ def test_tools_are_given_up_after_the_set_time(few, tmp_path, monkeypatch):
 def test_the_ground_truth_may_take_longer_than_a_call_usually_may(monkeypatch):
     """A slow tool of somebody: its task loads, and is solved where a run gives it the time."""
     task = load_tasks("train")[0]
-    carry_out = env._carry_out
-    monkeypatch.setattr(env, "_carry_out", lambda *what: (time.sleep(0.05), carry_out(*what))[1])
+    carry_out = env.carry_out
+    monkeypatch.setattr(env, "carry_out", lambda *what: (time.sleep(0.05), carry_out(*what))[1])
     monkeypatch.setattr(env, "TOOL_SECONDS", 0.01)
     again = Task.from_json(task.to_json())
     for seconds, reward in ((5.0, 1.0), (0.01, 0.0)):

@@ -10,8 +10,8 @@ from nanotoolrl.calls import FORMATS
 from nanotoolrl.look.doctor import read_transcripts
 from nanotoolrl.look.transcripts import conversations
 from nanotoolrl.model import NANO, load_chat
-from nanotoolrl.tasks import load_tasks
 from nanotoolrl.trajectory import demonstration
+from nanotoolrl.world.tasks import load_tasks
 
 CALL = '<tool_call>\n{"name": "f", "arguments": {"a": 1}}\n</tool_call>'
 NO_ARGUMENTS = CALL.replace('{"a": 1}', "{}")

@@ -40,8 +40,8 @@ from nanotoolrl.model import BUILT_IN, ModelError, Policy, load
 from nanotoolrl.probes import ProbeSet
 from nanotoolrl.sampler import Sampler
 from nanotoolrl.supervise import hint_text
-from nanotoolrl.tasks import TASK_NAMES, is_bfcl, load_tasks, subset
 from nanotoolrl.trajectory import demonstration
+from nanotoolrl.world.tasks import TASK_NAMES, is_bfcl, load_tasks, subset
 
 PROBE_TASKS = 32  # training tasks whose ground truth the doctor probes
 MOST_NAMED = 3  # of the tasks that cannot be solved
@@ -183,7 +183,7 @@ def obstacle(chat: Chat, task: Task, format: str, limits: Limits, room: int, hin
     longest = max(n for n, state in zip(lengths, truth.states, strict=True) if state != "reply")
     if longest > limits.max_new_tokens:
         return f"a ground-truth call has {longest} tokens, and may have {limits.max_new_tokens}"
-    most = task.caps(limits.max_messages)[0]
+    most = task.message_limits(limits.max_messages)[0]
     if (least := messages_needed(task)) > most:
         return f"its ground truth takes at least {least} messages; an episode may have {most}"
     return ""

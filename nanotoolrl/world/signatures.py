@@ -31,7 +31,7 @@ ALLOWED = (
 
 
 def tool_schema(owner: str, name: str, method: Callable) -> dict:
-    """The schema of a class's method under its name (`tools.schema` shows one). Raises TypeError, with class,
+    """The schema of a class's method under its name (`api.schema` shows one). Raises TypeError, with class,
     tool and parameter, for what no schema can say and for a docstring that does not fit."""
     where = f"{owner}.{name}"
     if inspect.iscoroutinefunction(method) or inspect.isasyncgenfunction(method):

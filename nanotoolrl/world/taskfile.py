@@ -13,9 +13,9 @@ from collections.abc import Iterable, Iterator
 from functools import cache
 from pathlib import Path
 
-from nanotoolrl import tools
 from nanotoolrl.calls import FORMATS, Call, parse_calls
-from nanotoolrl.signatures import JSON_TYPES, MAX_INT, type_schema, wrong
+from nanotoolrl.world import api
+from nanotoolrl.world.signatures import JSON_TYPES, MAX_INT, type_schema, wrong
 
 # The keys of each object and the type of their values; `offers` may be left out.
 TASK = {"id": str, "category": str, "state": dict, "tools": list, "turns": list}
@@ -118,11 +118,11 @@ def _named(value: object) -> str:
 
 
 def _check_state(name: str, state: object) -> None:
-    if name not in tools.API_CLASSES:
-        raise ValueError(f"state: unknown class {name!r}; known: {', '.join(tools.API_CLASSES)}")
+    if name not in api.API_CLASSES:
+        raise ValueError(f"state: unknown class {name!r}; known: {', '.join(api.API_CLASSES)}")
     if not isinstance(state, dict):
         raise ValueError(f"state.{name} must be an object, not {_named(state)}")
-    fields = _fields(tools.API_CLASSES[name])
+    fields = _fields(api.API_CLASSES[name])
     for key, value in state.items():
         if key not in fields:
             raise ValueError(f"state.{name}: no field {key!r}; it has {', '.join(fields) or 'none'}")
@@ -153,7 +153,7 @@ def _check_tools(names: list, where: str, shown: list[str], state: dict) -> None
 
 
 def _check_owner(name: str, where: str, state: dict) -> None:
-    if tools.owner_of(name) not in state:
+    if api.owner_of(name) not in state:
         raise ValueError(f"{where}: tool {name!r} has no API object in the task's state")
 
 
