@@ -30,6 +30,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from functools import cache
 from pathlib import Path
+from typing import Any
 
 from tqdm import tqdm
 
@@ -92,10 +93,11 @@ class BfclTask(Task):
         """Whether a tool may be called where these are shown."""
         return tool in shown or (self.official and self.owner(tool) is not None)
 
-    def execute(self, world: dict[str, object], call: Call) -> str:
+    def execute(self, world: dict[str, Any], call: Call) -> str:
         """Make a call; the observation, worded as the benchmark words it. Never raises."""
         try:
-            owner, digits = self.owner(call.name), importlib.import_module("mpmath").workdps(MATH_DIGITS)
+            owner: Any = self.owner(call.name)
+            digits = importlib.import_module("mpmath").workdps(MATH_DIGITS)
             _refuse_what_takes_too_long(call, world[owner])
             # Some classes keep, and later change, what they get, be it a default.
             arguments = copy.deepcopy(_defaults(owner, call.name) | call.arguments)
@@ -111,7 +113,7 @@ class BfclTask(Task):
         except Exception as error:  # whatever a class of the package raises is an observation
             return f"{FAILED[1]}{error}"
 
-    def why_turn_fails(self, i: int, world: dict[str, object], seen: list[str], calls: int) -> str:
+    def why_turn_fails(self, i: int, world: dict[str, Any], seen: list[str], calls: int) -> str:
         """See `Task.why_turn_fails`; the verdict is the package's."""
         checker = importlib.import_module(f"{PACKAGE}.multi_turn_checker")
         truth, results = self.expected[i]
@@ -136,7 +138,7 @@ class BfclTask(Task):
         return replace(self, id=f"{self.id}/{i}", tools=self.tools_before(i), turns=turns, before=before)
 
 
-def _refuse_what_takes_too_long(call: Call, api: object) -> None:
+def _refuse_what_takes_too_long(call: Call, api: Any) -> None:
     for name in EXACTNESS:
         value = call.arguments.get(name, 0)
         if not isinstance(value, int | float) or abs(value) > LARGEST:
@@ -153,11 +155,12 @@ def _refuse_what_takes_too_long(call: Call, api: object) -> None:
 def _package() -> Path:
     """Directory of the package. Raises FileNotFoundError with the line that installs it."""
     found = importlib.util.find_spec("bfcl_eval")
-    if not found or not importlib.util.find_spec("mpmath"):
+    folders = found and found.submodule_search_locations
+    if not folders or not importlib.util.find_spec("mpmath"):
         raise FileNotFoundError(
             "BFCL tasks need the benchmark's package: pip install --no-deps bfcl-eval mpmath"
         )
-    return Path(found.submodule_search_locations[0])
+    return Path(folders[0])
 
 
 @cache
@@ -206,7 +209,7 @@ def _entries(category: str) -> list[tuple[dict, list[list[str]]]]:
 
 def _call(classes: list[str], text: str) -> Call:
     """A ground-truth call as data, every argument under its name."""
-    node = ast.parse(text, mode="eval").body
+    node: Any = ast.parse(text, mode="eval").body
     owner = next(name for name in classes if node.func.id in _documented(name))
     signature = inspect.signature(getattr(_api_class(owner), node.func.id))
     values = [ast.literal_eval(value) for value in node.args]
@@ -346,7 +349,8 @@ def main(argv: list[str] | None = None) -> int:
     except (OSError, ValueError) as error:
         print(f"bfcl: {error}", file=sys.stderr)
         return 2
-    plays, wrong = 0, []
+    plays = 0
+    wrong: list[str] = []
     for task in tqdm(tasks, "playing", unit="task", disable=None):
         count, different = differences(task)
         plays, wrong = plays + count, wrong + different

@@ -19,6 +19,7 @@ import math
 from collections import Counter
 from dataclasses import asdict, dataclass, field, replace
 from functools import cached_property
+from typing import Any
 
 from nanotoolrl.calls import FORMATS, BadCall, Call, parse_calls, render_calls
 from nanotoolrl.world.api import API_CLASSES, owner_of, schema
@@ -73,7 +74,7 @@ class Task:
     tools: list[str]
     turns: list[Turn]
 
-    def new_world(self) -> dict[str, object]:
+    def new_world(self) -> dict[str, Any]:
         """Fresh API objects; nothing in them is shared with the task or with another episode."""
         return {name: API_CLASSES[name](**copy.deepcopy(state)) for name, state in self.state.items()}
 
@@ -89,11 +90,11 @@ class Task:
         """Whether a tool may be called where these are shown."""
         return tool in shown
 
-    def execute(self, world: dict[str, object], call: Call) -> str:
+    def execute(self, world: dict[str, Any], call: Call) -> str:
         """Make a call that is allowed; the observation. What a tool raises is for `observe` to answer."""
         return carry_out(world, call)
 
-    def why_turn_fails(self, i: int, world: dict[str, object], seen: list[str], calls: int) -> str:
+    def why_turn_fails(self, i: int, world: dict[str, Any], seen: list[str], calls: int) -> str:
         """Why turn i, which has ground-truth calls, fails, or "". `world` is what the episode made of it,
         `seen` are all results so far, `calls` how many calls were made in this turn."""
         truth, results = self.expected[i]
@@ -132,7 +133,7 @@ class Task:
         return [*self.tools, *(tool for turn in self.turns[:i] for tool in turn.offers)]
 
     @cached_property
-    def expected(self) -> list[tuple[dict[str, object], list[str]]]:
+    def expected(self) -> list[tuple[dict[str, Any], list[str]]]:
         """Per turn: the world after the ground truth, and the results of its calls."""
         world, turns = self.new_world(), []
         for turn in self.turns:
@@ -223,7 +224,8 @@ class Episode:
             return None
         self.messages += 1
         if overlong:
-            return self.abort("a message was cut at the token limit")
+            self.abort("a message was cut at the token limit")
+            return None
         calls = parse_calls(text, self.format)
         if calls:
             self._calling += 1
@@ -234,7 +236,8 @@ class Episode:
             if not stopped and self.messages < self.max_messages:
                 return answers
             if not stopped or self.turn + 1 < len(self.task.turns):
-                return self.abort("the cap on messages was reached")
+                self.abort("the cap on messages was reached")
+                return None
         self.turn_verdicts.append(self._check_turn())
         self.turn += 1
         self._calls = self._calling = 0
@@ -243,7 +246,8 @@ class Episode:
             return None
         self.tools += self.task.turns[self.turn].offers
         if self.messages >= self.max_messages:
-            return self.abort("the cap on messages was reached")
+            self.abort("the cap on messages was reached")
+            return None
         return [self._user_message()]
 
     @property

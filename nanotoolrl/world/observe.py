@@ -6,9 +6,10 @@ Whatever a tool does (raise, hang, give what is no JSON), the model reads an ans
 import copy
 import json
 from collections.abc import Callable
+from typing import Any
 
 from nanotoolrl.calls import Call
-from nanotoolrl.world.api import API, ToolError, owner_of, schema
+from nanotoolrl.world.api import ToolError, owner_of, schema
 from nanotoolrl.world.signatures import wrong
 from nanotoolrl.world.timelimit import TimeLimit, TooLong
 
@@ -18,15 +19,15 @@ FAILED = ('{"error": ', "Error during execution: ")  # so begins the answer to a
 JSON = json.JSONEncoder(ensure_ascii=False, allow_nan=False)
 
 
-def call_tool(world: dict[str, API], call: Call) -> object:
+def call_tool(world: dict[str, Any], call: Call) -> object:
     """Execute one call on the world and return its result, which shares nothing with the world; every failure
     is a result too: {"error": text}."""
     return json.loads(observe(carry_out, world, call, TRUTH_SECONDS))
 
 
 def observe(
-    execute: Callable[[dict[str, object], Call], str],
-    world: dict[str, object],
+    execute: Callable[[dict[str, Any], Call], str],
+    world: dict[str, Any],
     call: Call,
     seconds: float,
 ) -> str:
@@ -46,7 +47,7 @@ def observe(
         return failure(f"{call.name} failed: {type(error).__name__}")
 
 
-def carry_out(world: dict[str, API], call: Call) -> str:
+def carry_out(world: dict[str, Any], call: Call) -> str:
     """Make a call; the observation. Raises whatever the tool raises, but for ToolError."""
     try:
         _check_arguments(schema(call.name)["parameters"], call.arguments)
