@@ -13,8 +13,8 @@ from nanotoolrl.calls import FORMATS
 from nanotoolrl.chat import readable, signature
 from nanotoolrl.cli import command, cpu_threads, number, refuse_unheard
 from nanotoolrl.env import Episode, Task, Turn, oracle
+from nanotoolrl.loading import BUILT_IN, ModelError, load
 from nanotoolrl.look.evaluate import LIMITS, Limits, add_limits, chosen_limits, rules, sampler_of
-from nanotoolrl.model import BUILT_IN, ModelError, load
 from nanotoolrl.sampler import Sampler
 from nanotoolrl.trajectory import Trajectory
 from nanotoolrl.world.tasks import TASK_NAMES, load_tasks

@@ -53,8 +53,9 @@ from nanotoolrl.decode import Feed
 from nanotoolrl.env import Episode, Task
 from nanotoolrl.files import check_writable, finite
 from nanotoolrl.gpu.memory import plan
+from nanotoolrl.loading import BUILT_IN, ModelError, load
 from nanotoolrl.logprob import token_logprob
-from nanotoolrl.model import BUILT_IN, ModelError, Policy, load, pad
+from nanotoolrl.model import Policy, pad
 from nanotoolrl.run import Run, group_advantages, rollout
 from nanotoolrl.sampler import Sampler
 from nanotoolrl.trajectory import Trajectory

@@ -23,7 +23,7 @@ from trl import GRPOConfig, GRPOTrainer
 from bench.replay import ReplayProcessor
 from bench.rows import transformers_model
 from nanotoolrl.env import Episode, Task
-from nanotoolrl.model import load
+from nanotoolrl.loading import load
 from nanotoolrl.trajectory import Trajectory
 
 

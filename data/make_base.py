@@ -30,8 +30,9 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast 
 from nanotoolrl.calls import FORMATS, Call, message_state, render_calls
 from nanotoolrl.chat import Chat, signature  # noqa: E402
 from nanotoolrl.env import Episode, Task, oracle  # noqa: E402
+from nanotoolrl.loading import load
 from nanotoolrl.look.evaluate import evaluate  # noqa: E402
-from nanotoolrl.model import Policy, load, pad  # noqa: E402
+from nanotoolrl.model import Policy, pad  # noqa: E402
 from nanotoolrl.sampler import Sampler  # noqa: E402
 from nanotoolrl.supervise import hint_text  # noqa: E402
 from nanotoolrl.transformer import Transformer, frequencies  # noqa: E402

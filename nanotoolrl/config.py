@@ -13,8 +13,8 @@ from typing import Any
 from nanotoolrl.calls import FORMATS
 from nanotoolrl.cli import MOST_THREADS, out_of_bounds
 from nanotoolrl.env import BFCL_LIMITS, OUR_LIMITS, Limits
+from nanotoolrl.loading import BUILT_IN, DTYPES
 from nanotoolrl.logprob import BACKENDS
-from nanotoolrl.model import BUILT_IN, DTYPES
 from nanotoolrl.sampler import LEAST_TEMPERATURE
 from nanotoolrl.world.tasks import TASK_NAMES
 

@@ -18,8 +18,9 @@ from nanotoolrl.chat import control_tokens
 from nanotoolrl.config import Config
 from nanotoolrl.env import Episode, Task
 from nanotoolrl.gpu.masters import Masters
+from nanotoolrl.loading import DTYPES, load
 from nanotoolrl.losses import relative_advantages
-from nanotoolrl.model import DTYPES, Policy, load
+from nanotoolrl.model import Policy
 from nanotoolrl.sampler import Sampler
 from nanotoolrl.trajectory import Trajectory, demonstration
 from nanotoolrl.world.tasks import load_tasks

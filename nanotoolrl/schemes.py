@@ -12,7 +12,7 @@ Shapes: P prompts, G rollouts per prompt, B = P G rows in group order, N trained
 
 import math
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -30,63 +30,35 @@ from nanotoolrl.updates import Tokens, clipped_objective, policy_update
 # ---------------------------------------------------------------------------------------------- the registry
 @dataclass(frozen=True)
 class Scheme:
-    """A row of the registry: the step function, and what its decorator declares (see `scheme`)."""
+    """A row of the registry: the step function, and what its decorator declares."""
 
     name: str
     step: Callable[[Run, list[Task]], Step]
-    about: str
+    about: str  # what `--list` says
     source: str
-    settings: Mapping[str, Setting]
-    uses: tuple[str, ...]
-    neutral: Mapping[str, float]
-    defaults: Mapping[str, Any]
-    metrics: Mapping[str, tuple[str, str]]
-    schedules: tuple[str, ...]
-    memory: tuple[str, ...]
+    settings: Mapping[str, Setting] = field(default_factory=dict)  # its own; they become flags
+    uses: Sequence[str] = ()  # shared settings that matter to it
+    neutral: Mapping[str, float] = field(default_factory=dict)  # settings at which it is plain GRPO
+    defaults: Mapping[str, Any] = field(default_factory=dict)  # of shared settings, where they differ
+    metrics: Mapping[str, tuple[str, str]] = field(default_factory=dict)  # column -> (unit, one line)
+    schedules: Sequence[str] = ()  # what `--schedule` may be, the default first
+    memory: Sequence[str] = ()  # parts of the memory plan that it needs whatever the settings
 
 
 SCHEMES: dict[str, Scheme] = {}
 
 
-def scheme(
-    *,
-    about: str,
-    source: str,
-    settings: Mapping[str, Setting] | None = None,
-    uses: Sequence[str] = (),
-    neutral: Mapping[str, float] | None = None,
-    defaults: Mapping[str, Any] | None = None,
-    metrics: Mapping[str, tuple[str, str]] | None = None,
-    schedules: Sequence[str] = (),
-    memory: Sequence[str] = (),
-    name: str = "",
-) -> Callable:
-    """Register a step function under its own name, or under `name`.
+def scheme(*, name: str = "", **declared: Any) -> Callable:
+    """Register a step function under its own name, or under `name`. declared: fields of `Scheme`.
 
-    about, source: what `--list` says. settings: its own, which become fields of `Config` and flags. uses:
-    names of shared settings that matter to it. neutral: settings at which it is plain GRPO. defaults: of
-    shared settings, where they differ from those of `Config`. metrics: (unit, one line) of the columns of
-    metrics.csv that it adds to those of every update; what it returns and does not declare is refused.
-    schedules: what `--schedule` may be, the default first. memory: parts of the memory plan that it needs
-    whatever the settings.
+    Every update has the metrics of `Notes.metrics`. A scheme declares those that it adds; what it returns and
+    does not declare is refused when it is logged.
     """
 
     def register(step: Callable[[Run, list[Task]], Step]) -> Callable[[Run, list[Task]], Step]:
-        key = name or step.__name__
-        declare(settings or {})
-        SCHEMES[key] = Scheme(
-            name=key,
-            step=step,
-            about=about,
-            source=source,
-            settings=settings or {},
-            uses=tuple(uses),
-            neutral=neutral or {},
-            defaults=defaults or {},
-            metrics=metrics or {},
-            schedules=tuple(schedules),
-            memory=tuple(memory),
-        )
+        one = Scheme(name=name or step.__name__, step=step, **declared)
+        declare(one.settings)
+        SCHEMES[one.name] = one
         return step
 
     return register

@@ -9,7 +9,7 @@ Below them are schemes in which RL and SFT meet in one update (`hpt`, `chord`), 
 another reason (`sft_rl`, `bursts`, `sentinel`).
 """
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing
 from dataclasses import replace
@@ -36,9 +36,10 @@ from nanotoolrl.run import (
 )
 from nanotoolrl.schemes import FAILED, grpo, scheme
 from nanotoolrl.schemes import SCHEMES as SCHEMES  # complete when this module is imported
+from nanotoolrl.sft import burst, collect, pool, sft_update
 from nanotoolrl.supervise import reflections
 from nanotoolrl.trajectory import Trajectory
-from nanotoolrl.updates import Supervision, burst, policy_update, sft_update
+from nanotoolrl.updates import Supervision, policy_update
 from nanotoolrl.world.tasks import in_epochs
 
 # (run, the step's tasks, their rollouts) -> (examples, metrics)
@@ -114,18 +115,14 @@ SCHEDULES: dict[str, Schedule] = {"interleaved": interleaved, "sync": sync, "non
 
 def signal(
     *,
-    about: str,
-    source: str,
-    settings: Mapping[str, Setting] | None = None,
-    defaults: Mapping[str, Any] | None = None,
-    metrics: Mapping[str, tuple[str, str]] | None = None,
     schedules: Mapping[str, Schedule] = SCHEDULES,
-    name: str = "",
+    settings: Mapping[str, Setting] | None = None,
+    **declared: Any,
 ) -> Callable[[Signal], Signal]:
-    """Make a scheme of a signal function, under its name or under `name`.
+    """Make a scheme of a signal function.
 
-    schedules: what `--schedule` may be, the default first. The rest is as for `scheme`; what all signals need
-    is declared here.
+    schedules: what `--schedule` may be, the default first. settings: its own, beside those that all signals
+    have. declared: further fields of `Scheme`.
     """
 
     def register(make: Signal) -> Signal:
@@ -133,34 +130,12 @@ def signal(
         def step(run: Run, tasks: list[Task]) -> Step:
             return schedules[run.config.schedule](run, tasks, make)
 
-        scheme(
-            about=about,
-            source=source,
-            settings=dict(settings or {}) | COEFFICIENT | ROUNDS | WINDOW,
-            uses=IN_BURSTS,
-            neutral=SFT_OFF,
-            defaults=defaults,
-            metrics=metrics,
-            schedules=tuple(schedules),
-            name=name or make.__name__,
-        )(step)
+        own = dict(settings or {}) | COEFFICIENT | ROUNDS | WINDOW
+        shared: dict[str, Any] = {"uses": IN_BURSTS, "neutral": SFT_OFF, "schedules": tuple(schedules)}
+        scheme(settings=own, **shared, **declared)(step)
         return make
 
     return register
-
-
-def collect(run: Run, examples: Sequence[Trajectory]) -> None:
-    """Put a step's examples into the pool, and let go of those of more than `sft_window` steps ago."""
-    kept = [row for row in run.state.pool if row["step"] > run.step - run.config.sft_window]
-    names = ("task_id", "category", "format", "tokens", "loss_mask", "source")
-    new = [{"step": run.step} | {name: getattr(row, name) for name in names} for row in examples]
-    run.state.pool = kept + new
-
-
-def pool(run: Run) -> list[Trajectory]:
-    """The collected examples, oldest first."""
-    rows = [{name: value for name, value in row.items() if name != "step"} for row in run.state.pool]
-    return [Trajectory(**row, logprobs=[0.0] * len(row["tokens"]), prompt_length=0) for row in rows]
 
 
 # ------------------------------------------------------------------------------------------------- signals

@@ -1,4 +1,4 @@
-"""Updates of the policy: from trajectories and their advantages, and from examples.
+"""Updates of the policy from trajectories and their advantages.
 
 `policy_update` has four stages, each a function below it:
 1. `rows_to_train`: which rows each optimiser step trains on.
@@ -22,12 +22,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from nanotoolrl.cli import progress
 from nanotoolrl.gpu import distributed
 from nanotoolrl.losses import kl_k3, policy_loss
-from nanotoolrl.model import Policy, pad
+from nanotoolrl.model import Policy, by_length, pad
 from nanotoolrl.probes import control_probabilities, logit_gradient
-from nanotoolrl.run import Run, new_optimizer
+from nanotoolrl.run import Run
 from nanotoolrl.trajectory import Trajectory
 
 
@@ -249,18 +248,6 @@ def micro_batches(run: Run, rows: Sequence[Trajectory]) -> Iterator[list[int]]:
         yield batch
 
 
-def by_length(lengths: Sequence[int], budget: int) -> Iterator[list[int]]:
-    """Indices in batches of similar length, each of at most `budget` padded tokens (at least one row)."""
-    order = sorted(range(len(lengths)), key=lambda i: lengths[i])
-    start = 0
-    while start < len(order):
-        end = start + 1
-        while end < len(order) and (end + 1 - start) * lengths[order[end]] <= budget:
-            end += 1
-        yield order[start:end]
-        start = end
-
-
 def ride_along(run: Run, supervised: Supervision, update: int) -> tuple[float, list[Trajectory]]:
     """Add the gradient of the SFT loss of one update; returns (that loss, the examples it is of)."""
     count = min(run.config.sft_batch, len(supervised.examples))
@@ -402,44 +389,3 @@ def sft_backward(
         (coefficient * run.masters.scale * loss).backward()
         loss_sum += loss.item()
     return distributed.total(loss_sum)
-
-
-def sft_update(run: Run, examples: Sequence[Trajectory]) -> dict[str, Any]:
-    """One optimiser step of SFT with the run's own optimiser."""
-    started, trained = time.perf_counter(), sum(row.sampled_tokens for row in examples)
-    loss = sft_backward(run, examples)
-    norm = optimizer_step(run, loss, run.optimizer, run.config.sft_lr * warm_up(run))
-    return {
-        "sft_loss": loss,
-        "sft_tokens": trained,
-        "grad_norm": math.nan if norm is None else norm,
-        "train_tok_s": sum(len(row.tokens) for row in examples) / (time.perf_counter() - started),
-    }
-
-
-def burst(run: Run, examples: Sequence[Trajectory], tokens: int = 0) -> dict[str, Any]:
-    """SFT by itself between RL steps: `sft_epochs` passes over the examples in shuffled batches of
-    `sft_batch`; with `tokens`, as many passes as train so many tokens. No burst if either is nothing.
-
-    As in the published code, where SFT is a run of its own, a burst has an AdamW of its own and a warm-up:
-    its first `sft_warmup` of n updates run at 1/(w+1), 2/(w+1), ... of the rate, w = sft_warmup * n, at least
-    1. The moments of RL wait for it.
-    """
-    config = run.config
-    if not examples or not config.sft_epochs:
-        return {"sft_tokens": 0}
-    rng = random.Random(f"{config.seed}/{run.step}/burst")
-    passes = itertools.count() if tokens else range(config.sft_epochs)
-    rows, trained = [], 0
-    for row in itertools.chain.from_iterable(rng.sample(examples, len(examples)) for _ in passes):
-        if tokens and trained >= tokens:
-            break
-        rows.append(row)
-        trained += row.sampled_tokens
-    batches = [rows[i : i + config.sft_batch] for i in range(0, len(rows), config.sft_batch)]
-    optimizer, losses = new_optimizer(run.masters, config.sft_lr, config.weight_decay), []
-    warm = max(1, round(config.sft_warmup * len(batches)))
-    for n, batch in enumerate(progress(batches, "SFT burst", unit="batch")):
-        losses.append(sft_backward(run, batch))
-        optimizer_step(run, losses[-1], optimizer, config.sft_lr * min(1.0, (n + 1) / (warm + 1)))
-    return {"sft_loss": mean(losses), "sft_tokens": trained}

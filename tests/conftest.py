@@ -12,7 +12,11 @@ import pytest  # noqa: E402
 from hypothesis import settings  # noqa: E402
 
 from nanotoolrl.env import Task  # noqa: E402
-from nanotoolrl.model import NANO, Policy, load  # noqa: E402
+from nanotoolrl.loading import (
+    NANO,
+    load,  # noqa: E402
+)
+from nanotoolrl.model import Policy  # noqa: E402
 from nanotoolrl.world.api import API_CLASSES, owner_of, schema  # noqa: E402
 from nanotoolrl.world.goals import DOMAINS  # noqa: E402
 from nanotoolrl.world.tasks import SPLITS, load_tasks  # noqa: E402

@@ -17,7 +17,8 @@ from tokenizers import Tokenizer
 from torch import Tensor
 from transformers import AutoModelForCausalLM, LlamaConfig, PreTrainedTokenizerFast, Qwen2Config, Qwen3Config
 
-from nanotoolrl.model import NANO, Policy, load
+from nanotoolrl.loading import NANO, load
+from nanotoolrl.model import Policy
 
 _TOOLS = """\
 {%- macro tool_list() -%}

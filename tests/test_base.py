@@ -14,7 +14,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from nanotoolrl.calls import FORMATS, message_state, render_calls
 from nanotoolrl.env import Episode
-from nanotoolrl.model import NANO
+from nanotoolrl.loading import NANO
 from nanotoolrl.transformer import causal
 from nanotoolrl.world.tasks import SPLITS, load_tasks
 

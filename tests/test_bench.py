@@ -10,7 +10,7 @@ from test_sampler import ragged_episodes, sampled, small_task
 from bench import rows as bench
 from bench.replay import ReplayProcessor
 from bench.rows import Arm, Row, check_parity, markdown, table
-from nanotoolrl.model import load
+from nanotoolrl.loading import load
 from nanotoolrl.sampler import Sampler
 
 CPU = torch.device("cpu")

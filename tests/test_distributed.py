@@ -15,7 +15,7 @@ from helpers import hears_signals
 from safetensors.torch import load_file
 
 from nanotoolrl.gpu import distributed
-from nanotoolrl.model import NANO
+from nanotoolrl.loading import NANO
 
 ROOT = Path(__file__).resolve().parent.parent
 SMALL = "--preset smoke --eval-count 0 --threads 1 --lr 2e-6 --sft-lr 2e-6 --sft-tokens 200 --show-every 0"

@@ -21,10 +21,10 @@ import sample
 import train
 from nanotoolrl.commandline import stored_config
 from nanotoolrl.config import Refused
+from nanotoolrl.loading import ModelError, load, load_chat
 from nanotoolrl.look import evaluate, report
 from nanotoolrl.look.metrics import metrics
 from nanotoolrl.look.rundir import RunDirectory, checksum
-from nanotoolrl.model import ModelError, load, load_chat
 
 SMALL = "--preset smoke --scheme grpo --eval-count 0 --prompts 2 --group 2 --probe-tasks 2 --max-messages 4 --threads 1"
 HUGE = "[" * 100_000

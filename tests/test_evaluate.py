@@ -12,6 +12,7 @@ from bench import rows as bench
 from nanotoolrl.calls import render_calls
 from nanotoolrl.chat import control_tokens
 from nanotoolrl.env import Episode, oracle
+from nanotoolrl.loading import NANO, load
 from nanotoolrl.look import study
 from nanotoolrl.look.evaluate import (
     OUR_LIMITS,
@@ -24,7 +25,6 @@ from nanotoolrl.look.evaluate import (
     table,
     wilson,
 )
-from nanotoolrl.model import NANO, load
 from nanotoolrl.sampler import Sampler
 from nanotoolrl.supervise import hint_text
 from nanotoolrl.trajectory import demonstration

@@ -3,14 +3,23 @@ import math
 import pytest
 import torch
 
-from nanotoolrl.losses import (
-    MAX_LOG_RATIO,
-    kl_k3,
-    likelihood_drop,
-    policy_loss,
-    relative_advantages,
-    shaped_loss,
-)
+from nanotoolrl import losses
+from nanotoolrl.config import Config
+from nanotoolrl.losses import MAX_LOG_RATIO, kl_k3, likelihood_drop
+
+CONFIG = Config()  # the defaults, which a run passes on
+
+
+def relative_advantages(rewards, divide_by_std=CONFIG.adv_std):
+    return losses.relative_advantages(rewards, divide_by_std)
+
+
+def policy_loss(*inputs, clip_low=CONFIG.clip, clip_high=CONFIG.clip_high, dual_clip=CONFIG.dual_clip):
+    return losses.policy_loss(*inputs, clip_low, clip_high, dual_clip)
+
+
+def shaped_loss(*inputs):
+    return losses.shaped_loss(*inputs, CONFIG.clip, CONFIG.clip_high)
 
 
 def close(tensor, expected, abs=1e-6):

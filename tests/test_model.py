@@ -22,7 +22,8 @@ from transformers import (
 )
 
 from nanotoolrl.env import Episode
-from nanotoolrl.model import NANO, ModelError, load, pad
+from nanotoolrl.loading import NANO, ModelError, load
+from nanotoolrl.model import pad
 from nanotoolrl.sampler import Sampler
 from nanotoolrl.world.tasks import load_tasks
 
@@ -98,7 +99,7 @@ def test_the_hubs_errors_say_what_to_do(kind, advice, monkeypatch):
 
 def test_without_a_network_a_hub_name_is_explained():
     """In a process of its own: what transformers knows of the network it reads once."""
-    code = "from nanotoolrl.model import load; load('nobody/no-such-model')"
+    code = "from nanotoolrl.loading import load; load('nobody/no-such-model')"
     offline = os.environ | {"HF_HUB_OFFLINE": "1"}
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=offline, cwd=ROOT)
     assert done.returncode == 1

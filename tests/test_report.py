@@ -11,6 +11,7 @@ import test_train
 
 from nanotoolrl.chat import control_tokens
 from nanotoolrl.env import oracle
+from nanotoolrl.loading import NANO, load_chat
 from nanotoolrl.look import report
 from nanotoolrl.look.report import (
     FIGURES,
@@ -22,7 +23,6 @@ from nanotoolrl.look.report import (
     screen,
     spark,
 )
-from nanotoolrl.model import NANO, load_chat
 from nanotoolrl.trajectory import demonstration
 from nanotoolrl.world.tasks import load_tasks
 

@@ -25,11 +25,11 @@ from nanotoolrl.commandline import PRESETS, parse
 from nanotoolrl.config import SETTINGS, Config
 from nanotoolrl.env import Episode, Task
 from nanotoolrl.judge import Judge
+from nanotoolrl.loading import NANO, load
 from nanotoolrl.look import evaluate, report
 from nanotoolrl.look.evaluate import MOST_NAMED, Scores
 from nanotoolrl.look.rundir import checksum
 from nanotoolrl.look.screen import alarm
-from nanotoolrl.model import NANO, load
 from nanotoolrl.run import Step
 from nanotoolrl.signals import SCHEMES
 from nanotoolrl.world.tasks import load_tasks, save_tasks, subset
@@ -740,5 +740,5 @@ def test_bfcl_trains(tmp_path, capsys):
 def test_no_network_is_needed():
     """The default model is a directory of the repository; loading it asks no hub."""
     environment = os.environ | {"HF_HUB_OFFLINE": "1", "PYTHONPATH": str(ROOT)}
-    code = "from nanotoolrl.model import NANO, load; load(NANO, device='cpu')"
+    code = "from nanotoolrl.loading import NANO, load; load(NANO, device='cpu')"
     subprocess.run([sys.executable, "-c", code], check=True, env=environment, timeout=120)

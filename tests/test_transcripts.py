@@ -7,9 +7,9 @@ from collections import Counter
 import pytest
 
 from nanotoolrl.calls import FORMATS
+from nanotoolrl.loading import NANO, load_chat
 from nanotoolrl.look.doctor import read_transcripts
 from nanotoolrl.look.transcripts import conversations
-from nanotoolrl.model import NANO, load_chat
 from nanotoolrl.trajectory import demonstration
 from nanotoolrl.world.tasks import load_tasks
 

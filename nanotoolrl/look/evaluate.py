@@ -35,8 +35,9 @@ from nanotoolrl.env import (
     messages_needed,
 )
 from nanotoolrl.files import check_writable, finite
+from nanotoolrl.loading import BUILT_IN, ModelError, load
 from nanotoolrl.look.doctor import FORCED, Checkup, page, read_transcripts, transcripts_page, verdict
-from nanotoolrl.model import BUILT_IN, ModelError, Policy, load
+from nanotoolrl.model import Policy
 from nanotoolrl.probes import ProbeSet
 from nanotoolrl.sampler import Sampler
 from nanotoolrl.supervise import hint_text

@@ -26,8 +26,11 @@ from tqdm import tqdm  # noqa: E402
 from nanotoolrl.calls import MESSAGE_STATES, UNHEALTHY_STATES
 from nanotoolrl.chat import Chat  # noqa: E402
 from nanotoolrl.cli import command  # noqa: E402
+from nanotoolrl.loading import (
+    ModelError,
+    load_chat,  # noqa: E402
+)
 from nanotoolrl.look.viewer import TEMPLATE, page_of  # noqa: E402
-from nanotoolrl.model import ModelError, load_chat  # noqa: E402
 from nanotoolrl.probes import SPURIOUS_FLOOR  # noqa: E402
 
 MOST_BYTES = 14_000_000  # of rollouts in the page; together with figures it stays under 20 MB
