@@ -29,7 +29,6 @@ import nanotoolrl  # noqa: F401  (before torch)
 
 # isort: split
 import torch
-from tqdm import tqdm
 
 from nanotoolrl.cli import StopSignal, command, cpu_threads, one_voice, progress
 from nanotoolrl.commandline import parse
@@ -43,7 +42,7 @@ from nanotoolrl.loading import DTYPES, ModelError, load
 from nanotoolrl.look.evaluate import Scores, evaluate, named, obstacle, rules, say_unsolvable, table
 from nanotoolrl.look.metrics import measures, probe_step
 from nanotoolrl.look.rundir import RunDirectory
-from nanotoolrl.look.screen import alarm, said_of, shown
+from nanotoolrl.look.screen import tell
 from nanotoolrl.model import finite_logits, finite_weights
 from nanotoolrl.probes import ProbeSet
 from nanotoolrl.run import Run, Step
@@ -52,7 +51,6 @@ from nanotoolrl.supervise import hint_text
 from nanotoolrl.world.tasks import in_epochs, is_bfcl, load_tasks, subset
 
 STUCK, SPOILED = 1, 3  # why a run ends early; 128 + n: signal n
-EXIT_CODES = {STUCK: 1, SPOILED: 1}
 
 
 # ---------------------------------------------------------------------------------------------------- the run
@@ -71,11 +69,11 @@ def train(config: Config, resume: bool, given: set[str]) -> int:
                 before = opening_scores(run, held, directory)
                 directory.save(run, before)
             code, broken = loop(run, held, skipped, directory, probes, before, stop)
-        if code:
-            stopped(run, directory, code, broken)
-            return EXIT_CODES.get(code, code)
-        finish(run, directory, held, before)
-        return 0
+            if code:
+                stopped(run, directory, code, broken)
+                return 1 if code == SPOILED else code
+            finish(run, directory, held, before)
+            return 0
     finally:
         directory.release()
 
@@ -133,18 +131,6 @@ def spoiled(run: Run, step: Step) -> str:
         return "logits"
     logprobs = (x for row in step.trajectories for x in row.logprobs)
     return "" if all(map(math.isfinite, logprobs)) else "log-probs of what was sampled"
-
-
-def tell(run: Run, row: dict[str, Any], details: dict[str, Any], step: Step, bar: tqdm) -> None:
-    """Count a step on the progress bar, and print a conversation every `show_every` steps."""
-    shares = {name: share for name, share in row.items() if name.startswith("state_")}
-    run.state.first = run.state.first or shares
-    said = said_of(row) + alarm(row, run.state.first, details.get("tokens", {}))
-    bar.set_postfix_str(said, refresh=False)
-    bar.update()
-    every = run.config.show_every
-    if every and run.step % every == 0 and step.trajectories:
-        tqdm.write(shown(run.policy, step.trajectories[-1], run.step))
 
 
 # ------------------------------------------------------------------------------------------- before the steps

@@ -1,7 +1,7 @@
-"""The device's side of sampling: a KV cache, decode steps for all rows at once, the choice of a token.
+"""The device's side of sampling: decode steps for all rows at once, the choice of a token, its noise.
 
-A row keeps its slot in the cache; a step feeds the live rows, and attention reads each to its own length. On
-a CPU every token is read back at once. On a GPU (`fast`) a step is one CUDA graph per batch size, from the
+A row keeps its slot in the cache (cache.py); a step feeds the live rows. On a CPU every token is read back
+at once. On a GPU (`fast`) a step is one CUDA graph per batch size, from the
 embedding to the sampled token and whether it stops, and tokens are read back every `WINDOW` steps. The
 optimiser updates weights in place, so graphs outlive training steps.
 """
@@ -10,13 +10,12 @@ from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
+from nanotoolrl.cache import Cache
 from nanotoolrl.logprob import HAS_TRITON
 from nanotoolrl.model import Policy
 
-CAPACITY_STEP = 128  # the cache grows by so many positions
 WINDOW = 8  # decode steps between two looks at what was sampled, on a GPU
 BUCKETS = (1, 2, 4, 8, 16, 32, 48, 64, 96, 128, 192, 256)  # batch sizes of CUDA graphs; then multiples of 128
 
@@ -32,53 +31,6 @@ class Feed(NamedTuple):
     place: int = 0  # in that stream
 
 
-class Cache:
-    """Keys and values of all rows in preallocated memory, [rows, K, capacity, W] per layer.
-
-    Memory is kept from one rollout to the next: what stands behind a row's end is never read.
-    """
-
-    def __init__(self, policy: Policy) -> None:
-        shape = policy.model.shape
-        nothing = torch.zeros(
-            0, shape.kv_heads, 0, shape.head_width, dtype=policy.dtype, device=policy.device
-        )
-        self.layers = [[nothing, nothing] for _ in range(shape.layers)]  # keys, values
-        self.size = self.capacity = 0
-
-    def grow(self, size: int, capacity: int) -> None:
-        """Make room for `size` rows of `capacity` positions, rounded up."""
-        if size <= self.size and capacity <= self.capacity:
-            return
-        self.size = max(size, self.size)
-        self.capacity = max(self.capacity, -(-capacity // CAPACITY_STEP) * CAPACITY_STEP)
-        for layer in self.layers:
-            for k, old in enumerate(layer):  # one by one: twice as much at a time is not there
-                layer[k] = self._grown(old)
-
-    def _grown(self, old: Tensor) -> Tensor:
-        new = old.new_zeros(self.size, old.shape[1], self.capacity, old.shape[3])
-        new[: old.shape[0], :, : old.shape[2]] = old
-        return new
-
-    def write(self, layer: int, rows: Tensor, positions: Tensor, key: Tensor, value: Tensor) -> None:
-        """Put `key` and `value` [B, K, T, W] at `positions` [B, T] of `rows` [B]."""
-        for store, new in zip(self.layers[layer], (key, value), strict=True):
-            store[rows[:, None], :, positions] = new.transpose(1, 2)
-
-    def read(self, layer: int, rows: Tensor, behind: Tensor) -> list[Tensor]:
-        """Copies [B, K, width, W] of the keys and values of `rows` [B], with zeros where `behind` [B, width]
-        says that a row has ended: whatever an earlier row left there."""
-        found = [store[rows, :, : behind.shape[1]] for store in self.layers[layer]]
-        return [copy.masked_fill_(behind[:, None, :, None], 0) for copy in found]
-
-    def copy_row(self, source: int, targets: list[int], width: int) -> None:
-        """Give `targets` the first `width` positions of row `source`."""
-        for layer in self.layers:
-            for store in layer:
-                store[targets, :, :width] = store[source, :, :width].clone()
-
-
 class Decoder:
     """Feeds tokens to a policy and samples what follows. `seed` is of the noise; `fast`: the GPU's way."""
 
@@ -87,11 +39,7 @@ class Decoder:
         self.context = 0
         self.window = WINDOW if fast else 1
         self.stop_ids = torch.tensor(policy.chat.stop_ids, device=policy.device)
-        self.cache, self.attention = Cache(policy), decode_attention
-        if fast:
-            from nanotoolrl.gpu import kernels  # needs Triton
-
-            self.attention = kernels.decode_attention
+        self.cache = Cache(policy, fast)
         self.loops: dict[tuple, _Loop] = {}
         self.pool = torch.cuda.graph_pool_handle() if policy.device.type == "cuda" else None
 
@@ -121,14 +69,7 @@ class Decoder:
         behind = torch.arange(int(ends.max())) >= ends[:, None]  # [rows, width]
         self.reserve(max(rows) + 1, behind.shape[1])
         slots, positions, behind = torch.tensor(rows, device=device), positions.to(device), behind.to(device)
-        columns = torch.arange(behind.shape[1], device=device)
-        visible = columns <= positions[:, None, :, None]  # [rows, 1, T, width]
-
-        def attend(layer: int, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
-            self.cache.write(layer, slots, positions, key, value)
-            keys, values = self.cache.read(layer, slots, behind)
-            return F.scaled_dot_product_attention(query, keys, values, attn_mask=visible, enable_gqa=True)
-
+        attend = self.cache.extending(slots, positions, behind)
         hidden = self.policy.model(ids.to(device), positions, attend)  # [rows, T, D]
         return hidden[torch.arange(len(rows), device=device), (counts - 1).to(device)]
 
@@ -179,14 +120,7 @@ class Decoder:
 
     def forward(self, token: Tensor, length: Tensor, slot: Tensor) -> Tensor:
         """Hidden states [B, D] of one token [B] per row, which stands at position `length` [B]."""
-        positions = length[:, None]
-
-        def attend(layer: int, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
-            self.cache.write(layer, slot, positions, key, value)
-            keys, values = self.cache.layers[layer]
-            return self.attention(query[:, :, 0], keys, values, slot, length + 1)[:, :, None]
-
-        return self.policy.model(token[:, None], positions, attend)[:, 0]
+        return self.policy.model(token[:, None], length[:, None], self.cache.stepping(slot, length))[:, 0]
 
 
 class _Loop:
@@ -244,18 +178,6 @@ class _Loop:
         with torch.cuda.graph(graph, pool=self.decoder.pool):  # one runs at a time
             self.step()
         self.graph = graph
-
-
-# -------------------------------------------------------------------------------------------------- attention
-def decode_attention(query: Tensor, keys: Tensor, values: Tensor, slots: Tensor, lengths: Tensor) -> Tensor:
-    """What the kernel of this name does (kernels.py), in torch and row by row."""
-    (B, heads, D), kv_heads = query.shape, keys.shape[1]
-    query = query.reshape(B, kv_heads, -1, D)  # query heads that share keys are queries of one head
-    out = torch.empty_like(query)
-    for i, (slot, length) in enumerate(zip(slots.tolist(), lengths.tolist(), strict=True)):
-        k, v = keys[slot, :, :length], values[slot, :, :length]
-        out[i] = F.scaled_dot_product_attention(query[i][None], k[None], v[None])[0]
-    return out.view(B, heads, D)
 
 
 # ------------------------------------------------------------------------------------------------------ noise

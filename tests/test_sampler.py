@@ -9,7 +9,7 @@ from helpers import Script, ScriptedModel, tiny_policy, whole_logits
 from transformers import AutoModelForCausalLM, LlamaConfig, Qwen2Config, Qwen3Config
 
 from bench.replay import ReplaySampler
-from nanotoolrl import decode
+from nanotoolrl import cache, decode
 from nanotoolrl import sampler as sampler_module
 from nanotoolrl.calls import FORMATS
 from nanotoolrl.env import Call, Episode, Task, Turn
@@ -256,7 +256,7 @@ def test_a_graph_never_outlives_the_cache_it_was_recorded_on(tiny, monkeypatch):
     rows = sampler.rollout([Episode(task, max_messages=3) for task in tasks])
     assert len(recorded) > 2 and all(runs)
     longest = max(len(row.tokens) for row in rows)
-    assert longest <= sampler.decoder.cache.capacity <= 2 * longest + decode.CAPACITY_STEP
+    assert longest <= sampler.decoder.cache.capacity <= 2 * longest + cache.CAPACITY_STEP
 
 
 def test_a_spoiled_rollout_leaves_nothing_behind(tiny):

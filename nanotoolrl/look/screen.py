@@ -3,13 +3,28 @@
 import sys
 from typing import Any
 
+from tqdm import tqdm
+
 from nanotoolrl.calls import UNHEALTHY_STATES
 from nanotoolrl.chat import readable
 from nanotoolrl.model import Policy
+from nanotoolrl.run import Run, Step
 from nanotoolrl.trajectory import Trajectory
 
 STATE_JUMP = 0.2  # a share of an unhealthy message state this far above the first step's raises the alarm
 SPURIOUS_JUMP = 10  # so does this growth of a control token's spurious probability
+
+
+def tell(run: Run, row: dict[str, Any], details: dict[str, Any], step: Step, bar: tqdm) -> None:
+    """Count a step on the progress bar, and print a conversation every `show_every` steps."""
+    shares = {name: share for name, share in row.items() if name.startswith("state_")}
+    run.state.first = run.state.first or shares
+    said = said_of(row) + alarm(row, run.state.first, details.get("tokens", {}))
+    bar.set_postfix_str(said, refresh=False)
+    bar.update()
+    every = run.config.show_every
+    if every and run.step % every == 0 and step.trajectories:
+        tqdm.write(shown(run.policy, step.trajectories[-1], run.step))
 
 
 def said_of(row: dict[str, Any]) -> str:
