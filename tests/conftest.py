@@ -2,6 +2,7 @@
 
 import os
 from collections.abc import Iterator
+from pathlib import Path
 
 import torch
 
@@ -9,21 +10,30 @@ if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"  # before anything imports Triton: its kernels run on the CPU
 
 import pytest  # noqa: E402
+
+pytest.register_assert_rewrite("helpers")  # before anything imports it: its assertions say what failed
+
+from helpers.models import tiny_policy  # noqa: E402
 from hypothesis import settings  # noqa: E402
 
 from nanotoolrl.env import Task  # noqa: E402
-from nanotoolrl.loading import (
-    NANO,
-    load,  # noqa: E402
-)
+from nanotoolrl.loading import NANO, load  # noqa: E402
 from nanotoolrl.model import Policy  # noqa: E402
 from nanotoolrl.world.api import API_CLASSES, owner_of, schema  # noqa: E402
 from nanotoolrl.world.goals import DOMAINS  # noqa: E402
-from nanotoolrl.world.tasks import SPLITS, load_tasks  # noqa: E402
+from nanotoolrl.world.tasks import SPLITS, load_tasks, save_tasks, subset  # noqa: E402
 
 torch.set_num_threads(1)  # most tests are small: a second thread would wait more than it works
 settings.register_profile("untimed", deadline=None)  # a busy machine is no failure
 settings.load_profile("untimed")
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_make_scheduler(config, log):
+    """Each process gets tests that stand side by side, so that it makes few fixtures that another made."""
+    from xdist.scheduler import WorkStealingScheduling
+
+    return WorkStealingScheduling(config, log) if config.getoption("dist") == "load" else None
 
 
 @pytest.fixture(scope="session")
@@ -32,10 +42,24 @@ def policy() -> Policy:
     return load(NANO, device="cpu")
 
 
+@pytest.fixture
+def tiny(policy) -> Policy:
+    """A small random policy of the test's own."""
+    return tiny_policy(policy.tokenizer)
+
+
 @pytest.fixture(scope="session")
 def splits() -> dict[str, list[Task]]:
     """The committed tasks. Tests must not change them."""
     return {split: load_tasks(split) for split in SPLITS}
+
+
+@pytest.fixture(scope="session")
+def few(tmp_path_factory) -> Path:
+    """A file with a dozen training tasks."""
+    path = tmp_path_factory.mktemp("few") / "tasks.jsonl"
+    save_tasks(subset(load_tasks("train"), 12), path)
+    return path
 
 
 @pytest.fixture

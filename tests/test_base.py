@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from helpers import whole_logits
+from helpers.models import whole_logits
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from nanotoolrl.calls import FORMATS, message_state, render_calls

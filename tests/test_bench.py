@@ -5,7 +5,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from test_sampler import ragged_episodes, sampled, small_task
+from helpers.rollouts import ragged_episodes, sampled, small_task
 
 from bench import rows as bench
 from bench.replay import ReplayProcessor

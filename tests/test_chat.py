@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from helpers import MODELS, policy_like, tokenizer_like
+from helpers.models import MODELS, policy_like, tokenizer_like
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from transformers import AutoTokenizer

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from helpers import policy_like
+from helpers.models import policy_like
 
 import nanotoolrl
 import sample

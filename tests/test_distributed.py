@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from helpers import hears_signals
+from helpers.runs import hears_signals
 from safetensors.torch import load_file
 
 from nanotoolrl.gpu import distributed

@@ -14,7 +14,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from helpers import policy_like
+from helpers.models import policy_like
 from safetensors.torch import load_file, save_file
 
 import sample

@@ -11,8 +11,8 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
 import pytest
-from helpers import hears_signals
-from test_supervise import FAILED, make_task, play, target
+from helpers.reviews import FAILED, make_task, play, target
+from helpers.runs import hears_signals
 
 from nanotoolrl import judge as judging
 from nanotoolrl.calls import Call, parse_calls

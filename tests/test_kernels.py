@@ -7,7 +7,7 @@ from functools import partial
 
 import pytest
 import torch
-from test_logprob import agree, case, gradients
+from helpers.logprobs import agree, case, gradients
 
 from nanotoolrl import logprob
 from nanotoolrl.logprob import reference_logprob

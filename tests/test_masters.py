@@ -2,8 +2,8 @@
 
 import pytest
 import torch
-from helpers import tiny_policy
-from test_schemes import made_up, make_run, parameters_of
+from helpers.models import tiny_policy
+from helpers.updates import made_up, make_run, parameters_of
 
 from nanotoolrl.gpu.masters import CALM, FP16_SCALE, Masters
 from nanotoolrl.run import new_optimizer, roll_back, snapshot

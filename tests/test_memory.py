@@ -4,7 +4,7 @@ from collections.abc import Callable
 
 import pytest
 import torch
-from helpers import MODELS, policy_like
+from helpers.models import MODELS, policy_like
 from transformers import Qwen2Config
 
 from bench import rows as bench

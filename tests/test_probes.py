@@ -5,7 +5,7 @@ from dataclasses import replace
 
 import pytest
 import torch
-from helpers import Script, tiny_policy, whole_logits
+from helpers.models import Script, tiny_policy, whole_logits
 
 from nanotoolrl.calls import FORMATS, Call
 from nanotoolrl.chat import control_tokens

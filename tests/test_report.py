@@ -7,7 +7,7 @@ import subprocess
 from html.parser import HTMLParser
 
 import pytest
-import test_train
+from helpers.runs import run
 
 from nanotoolrl.chat import control_tokens
 from nanotoolrl.env import oracle
@@ -37,7 +37,7 @@ def finished(tmp_path_factory):
     flags = (
         "--scheme hint --hint-count 1 --steps 3 --probe-every 1 --eval-count 4 --eval-part 2 --eval-every 2"
     )
-    assert test_train.run(*flags.split(), out=out) == 0
+    assert run(*flags.split(), out=out) == 0
     chat, path = load_chat(NANO), out / "rollouts.jsonl"
     lines = [json.loads(line) for line in path.read_text().splitlines()]
     row, evil = lines[1], chat.encode(EVIL)
@@ -53,7 +53,7 @@ def page(finished):
     """The report of that run, beside one of a run without rollouts."""
     sft = finished.parent / "sft"
     flags = ["--scheme", "sft", "--steps", 2, "--sft-batch", 2]
-    assert test_train.run(*flags, out=sft) == 0
+    assert run(*flags, out=sft) == 0
     assert main([str(sft), str(finished), "--out", str(finished.parent / "both")]) == 0
     return finished.parent / "both" / "report.html"
 

@@ -8,11 +8,29 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from helpers import tiny_policy, whole_logits
+from helpers.models import tiny_policy, whole_logits
+from helpers.updates import (
+    TIMES,
+    all_close,
+    examples,
+    graded,
+    gradient_of,
+    loss_by_hand,
+    made_up,
+    make_run,
+    neighbour,
+    objective_of,
+    own_logprobs,
+    parameters_of,
+    rows_by_hand,
+    sft_by_hand,
+    tasks,
+    with_control_tokens,
+)
 
 from nanotoolrl import schemes, sft, signals, updates
 from nanotoolrl.config import SETTINGS, Config
-from nanotoolrl.env import Call, Task, Turn, Verdict
+from nanotoolrl.env import Call, Turn
 from nanotoolrl.run import (
     Run,
     Step,
@@ -29,116 +47,6 @@ from nanotoolrl.signals import SCHEMES
 from nanotoolrl.trajectory import Trajectory, demonstration
 from nanotoolrl.updates import policy_update, rescore
 from nanotoolrl.world.tasks import load_tasks
-
-TIMES = ("train_tok_s", "probe_seconds")
-
-
-@pytest.fixture
-def tiny(policy):
-    return tiny_policy(policy.tokenizer)
-
-
-class Recorder(torch.optim.SGD):
-    """Keeps a copy of the gradients of every step, and by default changes nothing."""
-
-    def step(self):
-        parameters = [p for group in self.param_groups for p in group["params"]]
-        self.gradients = [*getattr(self, "gradients", []), [p.grad.clone() for p in parameters]]
-        super().step()
-
-
-def make_run(policy, optimizer=Recorder, reference=None, **changes):
-    settings = {
-        "group": 4,
-        "max_messages": 3,
-        "tokens_at_once": 100_000,
-        "grad_clip": 1e9,
-        "warmup": 0,
-        "lr": 0.0,
-    }
-    run = Run.begin(Config(**(settings | changes)), policy)
-    run.sampler = Sampler(policy, max_new_tokens=8, seed=3)
-    run.optimizer = optimizer(policy.model.parameters(), lr=run.config.lr)
-    if reference:
-        run.reference = reference
-    return run
-
-
-def tasks(n=2):
-    """Tasks that a random model solves now and then: say anything that ends and calls nothing."""
-    state = {"Files": {"folders": {"docs": {"b": "x"}}}}
-    return [
-        Task(f"t{i}", "base", state, ["list_files"], [Turn("word " * i + "?", [], "What?")]) for i in range(n)
-    ]
-
-
-def made_up(policy, temperature=1.0, n=8, spread=0.3, seed=0):
-    """(n trajectories of random tokens with 2 sampled messages each, advantages [n]); old log-probs differ
-    from the policy's own by about `spread`."""
-    generator = torch.Generator().manual_seed(seed)
-
-    def some(low, high):
-        length = torch.randint(low, high, (1,), generator=generator).item()
-        return torch.randint(len(policy.tokenizer), (length,), generator=generator).tolist()
-
-    rows = []
-    for i in range(n):
-        row = Trajectory(f"t{i}", "base", "hermes", [], [], [], 0)
-        row.append(some(5, 40), sampled=False)
-        row.prompt_length = len(row.tokens)
-        for observation in (some(1, 20), []):
-            row.append(some(1, 15), sampled=True)
-            row.append(observation, sampled=False)
-        old = torch.tensor(own_logprobs(policy, row, temperature).tolist())
-        old = (old + spread * torch.randn(len(old), generator=generator)).tolist()
-        row.logprobs = [old.pop(0) if sampled else 0.0 for sampled in row.loss_mask]
-        rows.append(row)
-    return rows, torch.randn(n, generator=generator)
-
-
-def neighbour(policy):
-    """A reference: the tiny policy with slightly other weights."""
-    other = tiny_policy(policy.tokenizer)
-    generator = torch.Generator().manual_seed(1)
-    with torch.no_grad():
-        for parameter in other.model.parameters():
-            parameter += 0.01 * torch.randn(parameter.shape, generator=generator)
-    return other
-
-
-def own_logprobs(policy, row, temperature):
-    """Log-probs [N] of a row's sampled tokens: token t from the logits after token t - 1."""
-    logprobs = torch.log_softmax(whole_logits(policy, torch.tensor([row.tokens]))[0] / temperature, -1)
-    return torch.stack([logprobs[t - 1, row.tokens[t]] for t in range(len(row.tokens)) if row.loss_mask[t]])
-
-
-def loss_by_hand(policy, rows, advantages, config, reference=None):
-    """The whole objective, as the docstring of `grpo` has it."""
-    loss, count = 0.0, 0
-    for row, advantage in zip(rows, advantages.tolist(), strict=True):
-        old = [x for x, sampled in zip(row.logprobs, row.loss_mask, strict=True) if sampled]
-        new = own_logprobs(policy, row, config.temperature)
-        base = own_logprobs(reference, row, config.temperature).detach() if reference else None
-        for k in range(len(old)):
-            ratio = (new[k] - old[k]).exp()
-            bounded = ratio.clamp(1 - config.clip, 1 + config.clip)
-            term = torch.max(-advantage * ratio, -advantage * bounded)
-            if advantage < 0:
-                term = torch.clamp(term, max=-advantage * config.dual_clip)
-            if reference:
-                d = base[k] - new[k]
-                term = term + config.kl * (d.exp() - d - 1).clamp(max=10)
-            loss, count = loss + term, count + 1
-    return loss / count
-
-
-def parameters_of(policy):
-    return [parameter.detach().clone() for parameter in policy.model.parameters()]
-
-
-def all_close(tensors, others, atol, rtol=0.0):
-    for a, b in zip(tensors, others, strict=True):
-        torch.testing.assert_close(a, b, atol=atol, rtol=rtol)
 
 
 # ------------------------------------------------------------------------------------------ the objective
@@ -554,24 +462,6 @@ def test_all_rows_hinted(tiny, recorded):
 
 
 # ------------------------------------------------------------------------------------------- further settings
-def gradient_of(loss, policy):
-    return torch.autograd.grad(loss, list(policy.model.parameters()))
-
-
-def rows_by_hand(policy, rows, advantages, config):
-    """[(losses, entropies) of a row's tokens], by the same formulas as `loss_by_hand`."""
-    found = []
-    for row, a in zip(rows, advantages.tolist(), strict=True):
-        old = torch.tensor([x for x, sampled in zip(row.logprobs, row.loss_mask, strict=True) if sampled])
-        new = own_logprobs(policy, row, config.temperature)
-        ratio = (new - old).exp()
-        loss = torch.max(-a * ratio, -a * ratio.clamp(1 - config.clip, 1 + config.clip_high))
-        loss = loss.clamp(max=-a * config.dual_clip) if a < 0 else loss
-        logprobs = torch.log_softmax(whole_logits(policy, torch.tensor([row.tokens]))[0], -1)
-        entropy = (-logprobs.exp() * logprobs).sum(-1)
-        places = [t - 1 for t in range(len(row.tokens)) if row.loss_mask[t]]
-        found.append((loss, entropy[places]))
-    return found
 
 
 @pytest.mark.parametrize("tokens_at_once", [200, 100_000])
@@ -591,12 +481,6 @@ def test_aggregation_entropy_and_clip_high_by_hand(tiny, loss_agg, tokens_at_onc
     assert metrics["loss"] == pytest.approx(expected.item(), abs=1e-5)
     other = torch.stack([part.mean() for part in parts]).mean() if loss_agg == "token" else whole
     assert abs(other - expected) > 1e-3, "the two means are alike here"
-
-
-def graded(passed, turns, states, reward=0.0):
-    """A trajectory without tokens."""
-    outcome = {"reward": reward, "states": states, "verdicts": [Verdict(flag) for flag in passed]}
-    return Trajectory("t", "base", "hermes", [], [], [], 0, turns=turns, **outcome)
 
 
 def test_trained_reward_by_hand():
@@ -629,15 +513,6 @@ def test_advantages_use_the_trained_reward(tiny):
 
 
 # -------------------------------------------------------------------------------------------- objectives
-def objective_of(scheme, monkeypatch, policy, rows, advantages, **changes):
-    """(gradient, metrics) of what a scheme does with given rollouts."""
-    run = make_run(policy, **changes)
-    run.step = 1
-    for module in (schemes, signals):
-        monkeypatch.setattr(module, "rollout", lambda *_, **__: list(rows))
-        monkeypatch.setattr(module, "group_advantages", lambda *_: advantages.clone())
-    step = SCHEMES[scheme].step(run, tasks(len(advantages) // run.config.group))
-    return run.optimizer.gradients, step.metrics
 
 
 @pytest.mark.parametrize("scheme, kept", [("psr", 1), ("nsr", -1)])
@@ -661,18 +536,6 @@ def test_void_by_hand(tiny, monkeypatch, weight):
     expected = gradient_of(loss_by_hand(tiny, rows, changed, make_run(tiny).config), tiny)
     all_close(gradients[0], expected, atol=2e-5, rtol=1e-3)
     assert metrics["dropped_rows"] == 3 / 8
-
-
-def with_control_tokens(policy, rows):
-    """Rows in which some sampled tokens are control tokens, their log-probs a little off the policy's."""
-    control = make_run(policy).control.tolist()
-    for row in rows:
-        places = [t for t in range(len(row.tokens)) if row.loss_mask[t]]
-        for n, t in enumerate(places[::3]):
-            row.tokens[t] = control[n % len(control)]
-        new = iter((own_logprobs(policy, row, 1.0) - 0.05).tolist())
-        row.logprobs = [next(new) if sampled else 0.0 for sampled in row.loss_mask]
-    return rows, control
 
 
 @pytest.mark.parametrize("weight", [1.0, 0.4])
@@ -753,12 +616,6 @@ def test_ops_by_hand(tiny, monkeypatch, kind):
     all_close(gradients[0], gradient_of(loss / count, tiny), atol=2e-5, rtol=1e-3)
 
 
-def sft_by_hand(policy, rows, weight=lambda p: torch.ones_like(p)):
-    parts = [own_logprobs(policy, row, 1.0) for row in rows]
-    total = -sum((weight(part.detach().exp()) * part).sum() for part in parts)
-    return total / sum(len(part) for part in parts)
-
-
 @pytest.mark.parametrize("phi", [False, True])
 def test_chord_by_hand(tiny, monkeypatch, phi):
     rows, advantages = made_up(tiny)
@@ -820,8 +677,6 @@ def test_nothing_failed(tiny, monkeypatch):
 
 
 # ------------------------------------------------------------------------------------------------- bursts
-def examples(policy, n=5):
-    return [demonstration(policy.chat, task, "hermes") for task in tasks(n)]
 
 
 def test_sft_gradient_and_micro_batches(tiny):

@@ -8,8 +8,7 @@ import sys
 import time
 
 import pytest
-import test_train
-from helpers import hears_signals
+from helpers.runs import TINY, hears_signals
 
 from nanotoolrl.look import study
 from nanotoolrl.look.report import read_run
@@ -66,7 +65,7 @@ def test_cells():
 
 def test_study_command(tmp_path, monkeypatch, capsys):
     """Two runs, one of which cannot be made; then more steps of the other."""
-    flags = f"{test_train.TINY.replace('--threads 1 --show-every 0', '')} --scheme grpo --eval-count 2"
+    flags = f"{TINY.replace('--threads 1 --show-every 0', '')} --scheme grpo --eval-count 2"
     study_of = {"good": f"{flags} --steps 1", "bad": f"{flags} --steps 1 --tasks nope"}
     monkeypatch.setitem(study.STUDIES, "tiny", study_of)
     command = ["tiny", "--jobs", "2", "--runs", str(tmp_path), "--table", str(tmp_path / "table.csv")]
@@ -95,7 +94,7 @@ def test_study_command(tmp_path, monkeypatch, capsys):
 @pytest.mark.parametrize("name", ["SIGTERM", "SIGHUP", "SIGINT"])
 def test_a_study_that_is_ended_ends_its_runs(name, tmp_path):
     """They save, and the same command goes on."""
-    flags = f"{test_train.TINY.replace('--threads 1 --show-every 0', '')} --scheme grpo --steps 500"
+    flags = f"{TINY.replace('--threads 1 --show-every 0', '')} --scheme grpo --steps 500"
     code = "import sys; from nanotoolrl import study; "
     code += f"study.STUDIES['tiny'] = {{'one': {flags!r}, 'two': {flags!r}}}; sys.exit(study.main())"
     command = ["tiny", "--jobs", "1", "--runs", str(tmp_path), "--table", str(tmp_path / "table.csv")]

@@ -5,12 +5,12 @@ import re
 from collections import Counter
 
 import pytest
+from helpers.reviews import FAILED, TAIL, close, find, flat, make_task, opened, play, target
 
 from nanotoolrl import supervise
-from nanotoolrl.calls import FORMATS, Call, message_state, parse_calls, render_calls
-from nanotoolrl.env import Episode, Task, Turn, replay
+from nanotoolrl.calls import FORMATS, Call, parse_calls, render_calls
+from nanotoolrl.env import Turn, replay
 from nanotoolrl.supervise import ADVICE, MISTAKES, Review, TurnReview, reflections, review
-from nanotoolrl.trajectory import Trajectory
 from nanotoolrl.world.mutations import mutations
 from nanotoolrl.world.similar import similar, wish
 from nanotoolrl.world.tasks import load_tasks, subset
@@ -23,32 +23,7 @@ BROKEN = {
     "xml": "<function=close_ticket>\n<parameter=ticket_id>five</parameter>\n</function>",
 }
 BAD_TEXT = "<tool_call>\n{}\n</tool_call><|im_end|><|im_start|>assistant"
-
-find = Call("find_tickets", {})
 read = Call("read_file", {"folder": "docs", "name": "a.txt"})
-
-
-def close(ticket_id):
-    return Call("close_ticket", {"ticket_id": ticket_id})
-
-
-def opened(title="warm ribbon", priority="high"):
-    return Call("open_ticket", {"title": title, "priority": priority})
-
-
-def make_task():
-    tickets = [
-        {"id": 34, "title": "dry harbor", "priority": "low", "status": "open", "owner": "nobody"},
-        {"id": 50, "title": "blue button", "priority": "low", "status": "open", "owner": "nobody"},
-    ]
-    state = {"Tickets": {"tickets": tickets}, "Files": {"folders": {"docs": {"a.txt": "soft moon"}}}}
-    tools = ["find_tickets", "close_ticket", "get_ticket", "open_ticket", "read_file", "write_file"]
-    turns = [
-        Turn("The ticket 'blue button' is solved.", [find, close(50)], "Done."),
-        Turn("Open a high ticket.", [], "What is the title?"),
-        Turn("It is 'warm ribbon'.", [opened()], "Opened."),
-    ]
-    return Task("t-1", "miss_param", state, tools, turns)
 
 
 @pytest.fixture(scope="module")
@@ -61,38 +36,9 @@ def chat(policy):
     return policy.chat
 
 
-def play(chat, task, messages, format="hermes", max_messages=30, cut=""):
-    """A rollout of which every assistant message is given, a call or a text; `cut`: an overlong last one."""
-    episode = Episode(task, format, max_messages)
-    prompt = chat.prompt_ids(*episode.prompt(), format)
-    row = Trajectory(task.id, task.category, format, [], [], [], len(prompt), turns=len(task.turns))
-    row.append(prompt, sampled=False)
-    for message in [*messages, *([cut] if cut else [])]:
-        text = message if isinstance(message, str) else render_calls([message], format)
-        overlong = bool(cut) and message is cut
-        ids = chat.assistant_ids(text, format)[: -1 if overlong else None]
-        row.append(ids, sampled=True)
-        row.states.append(message_state(text, format, overlong))
-        answer = episode.step(text, overlong)
-        if answer is None:
-            break
-        row.append(chat.extend_ids(answer, ids[-1]), sampled=False)
-    row.reward, row.verdicts = episode.reward, list(episode.turn_verdicts)
-    return row
-
-
-def flat(task, calls):
-    """The messages that make these calls, one list per turn."""
-    return [message for turn in calls for message in [*turn, "Done."]]
-
-
 def control_counts(chat, ids):
     names = {i: name for name, i in chat.special_ids.items()}
     return Counter(names[i] for i in ids if i in names)
-
-
-def target(chat, pair):
-    return chat.decode(pair.tokens[pair.prompt_length : -1])
 
 
 def prompt(chat, pair):
@@ -100,7 +46,6 @@ def prompt(chat, pair):
 
 
 # ---------------------------------------------------------------------------------------------------- reviews
-TAIL = ["What is the title?", opened(), "Opened."]
 CASES = {
     "nothing at all": ("no call", ["Done."], 'it said "Done."; state of Tickets differs'),
     "an empty message": ("no call", [""], 'it said ""; state of Tickets differs'),
@@ -274,7 +219,6 @@ def test_mutated_ground_truth_is_always_explained(chat, train):
 
 
 # ------------------------------------------------------------------------------------------------ reflections
-FAILED = [find, close(34), "Done.", *TAIL]
 
 
 @pytest.mark.parametrize("format", FORMATS)

@@ -1,6 +1,5 @@
 """The command line, the run directory, and the promise that an interrupted run ends like any other."""
 
-import csv
 import dataclasses
 import json
 import os
@@ -10,11 +9,11 @@ import signal
 import subprocess
 import sys
 import time
-from pathlib import Path
 
 import pytest
 import torch
-from helpers import MODELS, hears_signals, policy_like
+from helpers.models import MODELS, policy_like
+from helpers.runs import ROOT, TINY, rows, run, same_run, sent, weights
 
 import sample
 import train
@@ -32,52 +31,7 @@ from nanotoolrl.look.rundir import checksum
 from nanotoolrl.look.screen import alarm
 from nanotoolrl.run import Step
 from nanotoolrl.signals import SCHEMES
-from nanotoolrl.world.tasks import load_tasks, save_tasks, subset
-
-ROOT = Path(train.__file__).parent
-TINY = (
-    "--preset smoke --eval-count 0 --prompts 2 --group 2 --updates 2 --probe-tasks 2 --max-messages 6 "
-    "--threads 1 --show-every 0"
-)
-
-
-def run(*flags, out):
-    return train.main([*TINY.split(), "--out", str(out), *map(str, flags)])
-
-
-def sent(number, line, *flags, out):
-    """(exit code, stderr) of a process of its own that gets a signal when it prints a line that begins so."""
-    command = [sys.executable, "train.py", *TINY.split(), *map(str, flags), "--out", str(out)]
-    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
-    going = subprocess.Popen(command, cwd=ROOT, preexec_fn=hears_signals, **pipes)
-    for printed in going.stdout:
-        if printed.startswith(line):
-            going.send_signal(number)
-            break
-    _, errors = going.communicate(timeout=120)
-    return going.returncode, errors
-
-
-def weights(out):
-    return torch.load(Path(out) / "checkpoint.pt", weights_only=True)["saved"]["model"]
-
-
-def rows(out):
-    with (Path(out) / "metrics.csv").open() as file:
-        return list(csv.DictReader(file))
-
-
-TIMINGS = ("sample_tok_s", "train_tok_s", "sample_seconds", "probe_seconds", "seconds")
-
-
-def same_run(a, b):
-    assert all(torch.equal(weights(a)[name], tensor) for name, tensor in weights(b).items())
-    for left, right in zip(rows(a), rows(b), strict=True):
-        assert {k: v for k, v in left.items() if k not in TIMINGS} == {
-            k: v for k, v in right.items() if k not in TIMINGS
-        }
-    for name in ("rollouts.jsonl", "probes.jsonl"):
-        assert (a / name).read_text() == (b / name).read_text()
+from nanotoolrl.world.tasks import load_tasks
 
 
 @pytest.fixture(scope="module")
@@ -86,14 +40,6 @@ def four(tmp_path_factory):
     out = tmp_path_factory.mktemp("four") / "run"
     assert run("--scheme", "hint", "--steps", 4, out=out) == 0
     return out
-
-
-@pytest.fixture(scope="module")
-def few(tmp_path_factory):
-    """A file with a dozen training tasks."""
-    path = tmp_path_factory.mktemp("few") / "tasks.jsonl"
-    save_tasks(subset(load_tasks("train"), 12), path)
-    return path
 
 
 ALL = [(name, schedule) for name, one in SCHEMES.items() for schedule in one.schedules or ("",)]

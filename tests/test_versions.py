@@ -7,7 +7,7 @@ import sys
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
-OURS = {"nanotoolrl", "train", "sample"} | {path.stem for path in (ROOT / "tests").glob("*.py")}
+OURS = {"nanotoolrl", "train", "sample"} | {path.stem for path in (ROOT / "tests").iterdir()}
 PEERS = {"bfcl_eval", "mpmath", "trl", "liger_kernel", "cut_cross_entropy"}  # only if they are there
 PEERS |= {"datasets"}  # comes with trl
 
@@ -30,10 +30,16 @@ def test_what_is_imported_is_required_and_the_other_way_round():
     files = [*ROOT.glob("*.py"), *(ROOT / "nanotoolrl").rglob("*.py"), *(ROOT / "data").glob("*.py")]
     known = OURS | PEERS | sys.stdlib_module_names
     product = {name for path in files for name in imported(path)} - known
-    tests = {name for path in (ROOT / "tests").glob("*.py") for name in imported(path)} - known
+    tests = {name for path in (ROOT / "tests").rglob("*.py") for name in imported(path)} - known
     assert product <= required()
     assert tests <= required() | {"pytest", "hypothesis"}
     assert required() <= product | tests
+
+
+def test_no_test_module_imports_another():
+    """What two of them use is in tests/helpers."""
+    for path in (ROOT / "tests").rglob("*.py"):
+        assert not [name for name in imported(path) if name.startswith("test_")], path.name
 
 
 def test_a_whole_run_warns_of_nothing(tmp_path):

@@ -9,7 +9,6 @@ written here; what it writes is what that of the real checkpoint writes, down to
 import copy
 import json
 import math
-import signal
 from types import SimpleNamespace
 
 import torch
@@ -223,10 +222,3 @@ class ScriptedModel:
         places = positions.clamp(max=len(script) - 2)
         assert (ids == script[places])[positions < len(script)].all(), "not the script's ids"
         return 1000.0 * self.script.head[script[places + 1]]  # logits of what comes next
-
-
-def hears_signals() -> None:
-    """As `preexec_fn`: the child hears every signal, also those that this process ignores (under nohup, or in
-    the background)."""
-    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
-        signal.signal(number, signal.SIG_DFL)

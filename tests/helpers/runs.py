@@ -1,0 +1,66 @@
+"""Runs of train.py, here and in a process of their own, and what they leave behind."""
+
+import csv
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import torch
+
+import train
+
+
+def hears_signals() -> None:
+    """As `preexec_fn`: the child hears every signal, also those that this process ignores (under nohup, or in
+    the background)."""
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+        signal.signal(number, signal.SIG_DFL)
+
+
+ROOT = Path(train.__file__).parent
+
+
+TINY = (
+    "--preset smoke --eval-count 0 --prompts 2 --group 2 --updates 2 --probe-tasks 2 --max-messages 6 "
+    "--threads 1 --show-every 0"
+)
+
+
+def run(*flags, out):
+    return train.main([*TINY.split(), "--out", str(out), *map(str, flags)])
+
+
+def sent(number, line, *flags, out):
+    """(exit code, stderr) of a process of its own that gets a signal when it prints a line that begins so."""
+    command = [sys.executable, "train.py", *TINY.split(), *map(str, flags), "--out", str(out)]
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+    going = subprocess.Popen(command, cwd=ROOT, preexec_fn=hears_signals, **pipes)
+    for printed in going.stdout:
+        if printed.startswith(line):
+            going.send_signal(number)
+            break
+    _, errors = going.communicate(timeout=120)
+    return going.returncode, errors
+
+
+def weights(out):
+    return torch.load(Path(out) / "checkpoint.pt", weights_only=True)["saved"]["model"]
+
+
+def rows(out):
+    with (Path(out) / "metrics.csv").open() as file:
+        return list(csv.DictReader(file))
+
+
+TIMINGS = ("sample_tok_s", "train_tok_s", "sample_seconds", "probe_seconds", "seconds")
+
+
+def same_run(a, b):
+    assert all(torch.equal(weights(a)[name], tensor) for name, tensor in weights(b).items())
+    for left, right in zip(rows(a), rows(b), strict=True):
+        assert {k: v for k, v in left.items() if k not in TIMINGS} == {
+            k: v for k, v in right.items() if k not in TIMINGS
+        }
+    for name in ("rollouts.jsonl", "probes.jsonl"):
+        assert (a / name).read_text() == (b / name).read_text()
