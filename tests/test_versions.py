@@ -7,7 +7,7 @@ import sys
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
-OURS = {"nanotoolrl", "train", "sample"} | {path.stem for path in (ROOT / "tests").iterdir()}
+OURS = {"nanotoolrl", "bench", "train", "sample"} | {path.stem for path in (ROOT / "tests").iterdir()}
 PEERS = {"bfcl_eval", "mpmath", "trl", "liger_kernel", "cut_cross_entropy"}  # only if they are there
 PEERS |= {"datasets"}  # comes with trl
 
