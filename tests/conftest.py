@@ -14,6 +14,7 @@ import pytest  # noqa: E402
 pytest.register_assert_rewrite("helpers")  # before anything imports it: its assertions say what failed
 
 from helpers.models import tiny_policy  # noqa: E402
+from helpers.runs import run  # noqa: E402
 from hypothesis import settings  # noqa: E402
 
 from nanotoolrl.env import Task  # noqa: E402
@@ -55,11 +56,25 @@ def splits() -> dict[str, list[Task]]:
 
 
 @pytest.fixture(scope="session")
+def train(splits) -> list[Task]:
+    """The committed training tasks. Tests must not change them."""
+    return splits["train"]
+
+
+@pytest.fixture(scope="session")
 def few(tmp_path_factory) -> Path:
     """A file with a dozen training tasks."""
     path = tmp_path_factory.mktemp("few") / "tasks.jsonl"
     save_tasks(subset(load_tasks("train"), 12), path)
     return path
+
+
+@pytest.fixture(scope="session")
+def four(tmp_path_factory) -> Path:
+    """A run of four steps, the yardstick of the resume tests. Tests must not change it."""
+    out = tmp_path_factory.mktemp("four") / "run"
+    assert run("--scheme", "hint", "--steps", 4, out=out) == 0
+    return out
 
 
 @pytest.fixture

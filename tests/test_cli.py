@@ -4,6 +4,7 @@ import argparse
 import ast
 import json
 import os
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -230,3 +231,15 @@ def test_threads_of_a_command(monkeypatch):
         assert cpu_threads() == found
     monkeypatch.delenv("OMP_NUM_THREADS")
     assert [cpu_threads(n) for n in (1, 3, 99)] == [8, 2, 1]
+
+
+def test_what_was_ignored_stays_ignored():
+    """nohup python train.py ..."""
+    before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    try:
+        with train.StopSignal():
+            assert signal.getsignal(signal.SIGHUP) is signal.SIG_IGN
+            assert signal.getsignal(signal.SIGTERM) is not signal.SIG_DFL
+        assert signal.getsignal(signal.SIGTERM) is signal.SIG_DFL
+    finally:
+        signal.signal(signal.SIGHUP, before)

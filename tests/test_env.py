@@ -1388,3 +1388,18 @@ def test_a_malformed_task_is_refused_with_a_reason(line, named):
 
 def test_the_raw_task_of_these_tests_is_right():
     assert Task.from_json(json.dumps(raw_task())).turns[0].calls == [READ_A]
+
+
+def test_the_ground_truth_may_take_longer_than_a_call_usually_may(monkeypatch):
+    """A slow tool of somebody: its task loads, and is solved where a run gives it the time."""
+    task = load_tasks("train")[0]
+    carry_out = env.carry_out
+    monkeypatch.setattr(env, "carry_out", lambda *what: (time.sleep(0.05), carry_out(*what))[1])
+    monkeypatch.setattr(env, "TOOL_SECONDS", 0.01)
+    again = Task.from_json(task.to_json())
+    for seconds, reward in ((5.0, 1.0), (0.01, 0.0)):
+        episode = Episode(again, tool_seconds=seconds)
+        for message in env.oracle(again):
+            if message["role"] == "assistant":
+                episode.step(message["content"])
+        assert episode.reward == reward

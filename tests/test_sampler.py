@@ -2,10 +2,9 @@
 
 from dataclasses import replace
 
-import numpy as np
 import pytest
 import torch
-from helpers.models import Script, ScriptedModel, tiny_policy, whole_logits
+from helpers.models import Script, tiny_policy, whole_logits
 from helpers.rollouts import (
     CALL,
     HINT,
@@ -16,30 +15,21 @@ from helpers.rollouts import (
     sampled,
     scripted,
     small_task,
-    uniform,
 )
 from transformers import AutoModelForCausalLM, LlamaConfig, Qwen2Config, Qwen3Config
 
 from bench.replay import ReplaySampler
-from nanotoolrl import cache, decode
 from nanotoolrl import sampler as sampler_module
 from nanotoolrl.calls import FORMATS
 from nanotoolrl.env import Episode
 from nanotoolrl.model import Policy
 from nanotoolrl.sampler import Sampler
 from nanotoolrl.supervise import hint_text
-from nanotoolrl.trajectory import Trajectory
-from nanotoolrl.world.tasks import load_tasks
 
 
 @pytest.fixture(scope="module")
 def tiny(policy):
     return tiny_policy(policy.tokenizer)
-
-
-@pytest.fixture(scope="module")
-def train():
-    return load_tasks("train")
 
 
 def slow_greedy(policy, episode, max_new_tokens, context=2048):
@@ -142,64 +132,6 @@ def test_scheduling_changes_nothing(tiny, usual, monkeypatch, slots, prefill):
     same_rows(player.rollout(ragged_episodes(), temperature=0.7), usual)
 
 
-@pytest.mark.parametrize("limit, step", [(1, 1), (150, 7), (10**9, 4096)])
-def test_memory_settings_change_nothing(tiny, usual, monkeypatch, limit, step):
-    """One row per prefill forward or all; a cache that grows at every token or never."""
-    monkeypatch.setattr(sampler_module, "PREFILL_TOKENS", limit)
-    monkeypatch.setattr(decode, "CAPACITY_STEP", step)
-    same_rows(Sampler(tiny, max_new_tokens=16).rollout(ragged_episodes(), temperature=0.7), usual)
-
-
-@pytest.mark.parametrize("slots, prefill, window", [(10, 0.2, 8), (3, 0.01, 3)])
-def test_the_fast_way_changes_nothing(tiny, monkeypatch, slots, prefill, window):
-    """What a GPU does, but for the recording of graphs: rows found through their slots, attention by the
-    kernel, tokens read back every few steps; here in Triton's interpreter."""
-    pytest.importorskip("triton", reason="Triton is for Linux only")
-    monkeypatch.setattr(sampler_module, "WAITING_SHARE", prefill)
-    monkeypatch.setattr(decode, "WINDOW", window)
-    plain = Sampler(tiny, max_new_tokens=6).rollout(ragged_episodes())
-    sampler = Sampler(tiny, max_new_tokens=6, slots=slots)
-    sampler.decoder = decode.Decoder(tiny, 0, fast=True)
-    rows = sampler.rollout(ragged_episodes())
-    same_rows(rows, plain)
-    loops = dict(sampler.decoder.loops)
-    same_rows(sampler.rollout(ragged_episodes()[:2]), plain[:2])  # nothing is left of the rollout before
-    assert loops.items() <= sampler.decoder.loops.items()  # graphs are kept
-
-
-def test_a_graph_never_outlives_the_cache_it_was_recorded_on(tiny, monkeypatch):
-    pytest.importorskip("triton", reason="Triton is for Linux only")
-    recorded, runs = {}, []
-    run = decode._Loop.run
-
-    def watched(loop, *arguments):
-        addresses = [store.data_ptr() for layer in loop.decoder.cache.layers for store in layer]
-        runs.append(recorded.setdefault(loop, addresses) == addresses)
-        return run(loop, *arguments)
-
-    monkeypatch.setattr(decode._Loop, "run", watched)
-    monkeypatch.setattr(sampler_module, "WAITING_SHARE", 0.01)
-    tasks = [small_task("a " * (60 * (n % 2)) + str(n)) for n in range(8)]  # long prompts beside long rows
-    sampler = Sampler(tiny, max_new_tokens=40, slots=3)
-    sampler.decoder = decode.Decoder(tiny, 0, fast=True)
-    rows = sampler.rollout([Episode(task, max_messages=3) for task in tasks])
-    assert len(recorded) > 2 and all(runs)
-    longest = max(len(row.tokens) for row in rows)
-    assert longest <= sampler.decoder.cache.capacity <= 2 * longest + cache.CAPACITY_STEP
-
-
-def test_a_spoiled_rollout_leaves_nothing_behind(tiny):
-    """NaN in the cache, from weights that were then rolled back, does not reach those that come after."""
-    sampler = Sampler(tiny, max_new_tokens=16)
-    usual = sampler.rollout(ragged_episodes())
-    weight = tiny.model.model.layers[0].self_attn.v_proj.weight.data
-    kept = weight[0, 0].item()
-    weight[0, 0] = float("nan")
-    sampler.rollout(ragged_episodes())
-    weight[0, 0] = kept
-    same_rows(sampler.rollout(ragged_episodes()), usual)
-
-
 def test_replay(tiny):
     """Forced tokens come out as they went in, with the policy's log-probs; then rows go on by themselves."""
     sampler = Sampler(tiny, max_new_tokens=16)
@@ -251,58 +183,6 @@ def test_no_episodes(tiny):
     assert Sampler(tiny).rollout([]) == []
 
 
-# -------------------------------------------------------------------------------------------- trajectories
-@pytest.mark.parametrize("format", FORMATS)
-def test_layout(tiny, train, format):
-    tasks = train[:16:2]
-    player = Sampler(tiny, max_new_tokens=24, slots=5)
-    rows = player.rollout([Episode(task, format, max_messages=4) for task in tasks])
-    for row, task in zip(rows, tasks, strict=True):
-        episode = check_layout(tiny, row, task, max_messages=4)
-        assert (row.task_id, row.category, row.format) == (task.id, task.category, format)
-        assert (row.reward, row.verdicts) == (episode.reward, episode.turn_verdicts)
-        assert row.source == "policy" and row.sampled_prompt is None and row.with_sampled_prompt() is row
-        assert row.sampled_tokens == len(sampled(row))
-    assert max(len(row.states) for row in rows) > 1
-
-
-def test_stop_tokens_are_trained_in_every_turn(tiny):
-    """As many sampled stop tokens as messages that stopped, each with mask and log-prob."""
-    rows = Sampler(tiny, max_new_tokens=24).rollout(ragged_episodes())
-    for row in rows:
-        stops = [i for i, token in enumerate(row.tokens) if token in tiny.chat.stop_ids and row.loss_mask[i]]
-        assert len(stops) == sum(state != "overlong" for state in row.states)
-        assert all(row.logprobs[i] < 0 for i in stops)
-    assert sum(len(row.states) for row in rows) > 2 * len(rows)
-
-
-def test_sampled_ids_are_never_encoded_again(tiny):
-    """A random model writes ids that no tokenizer would: they are kept, in every turn."""
-    rows = Sampler(tiny, max_new_tokens=24).rollout(ragged_episodes())
-    odd = 0
-    for row, episode in zip(rows, ragged_episodes(), strict=True):
-        check_layout(tiny, row, episode.task)
-        check_against_full_forward(tiny, row, rows.index(row), 1.0)
-        text = tiny.chat.decode(sampled(row))
-        odd += tiny.chat.encode(text) != sampled(row) and "\ufffd" in text
-    assert odd > 0
-
-
-def test_other_stop_token(policy):
-    """<|endoftext|> ends a message too; the layout is repaired by an unmasked <|im_end|>."""
-    model = tiny_policy(policy.tokenizer, stop=1e-6)
-    text_end = model.chat.special_ids["<|endoftext|>"]
-    with torch.no_grad():
-        model.head[text_end] = 0
-        model.head[text_end, 0] = 100.0
-    row = Sampler(model, max_new_tokens=8).rollout([Episode(small_task(turns=2))])[0]
-    check_layout(model, row, small_task(turns=2))
-    at = row.prompt_length
-    assert row.tokens[at : at + 2] == [text_end, model.chat.end_id]
-    assert row.loss_mask[at : at + 2] == [True, False]
-    assert row.states == ["empty", "empty"] and row.tokens[-1] == text_end
-
-
 def test_reward_of_an_episode(policy, tiny):
     """A model that says nothing passes the turns without calls and fails the last one."""
     silent = tiny_policy(policy.tokenizer, stop=1e9)
@@ -348,37 +228,19 @@ def test_hint_is_seen(tiny):
     assert plain != pytest.approx(hinted, abs=1e-4)
 
 
-def test_with_sampled_prompt(tiny):
-    row = Sampler(tiny, max_new_tokens=24).rollout([Episode(small_task())], [HINT])[0]
-    kept, own = row.with_sampled_prompt(), row.prompt_length
-    assert kept.tokens == row.sampled_prompt + row.tokens[own:]
-    assert kept.loss_mask == [False] * len(row.sampled_prompt) + row.loss_mask[own:]
-    assert kept.logprobs == [0.0] * len(row.sampled_prompt) + row.logprobs[own:]
-    assert kept.prompt_length == len(row.sampled_prompt) > own and kept.sampled_prompt is None
-    assert sampled(kept) == sampled(row) and kept.sampled_tokens == row.sampled_tokens
-    assert (kept.reward, kept.states, kept.source) == (row.reward, row.states, "hint")
-    with torch.no_grad():
-        trained = tiny.logprobs(torch.tensor([kept.tokens]), torch.tensor([kept.loss_mask]))[0]
-    own = [x for x, mask in zip(kept.logprobs, kept.loss_mask, strict=True) if mask]
-    assert trained.tolist() == pytest.approx(own, abs=2e-5)
+def test_hint_texts_of_real_tasks_stay_outside(tiny, train):
+    tasks = train[:6]
+    hints = [hint_text(task, "hermes") for task in tasks]
+    rows = Sampler(tiny, max_new_tokens=8).rollout([Episode(task, max_messages=2) for task in tasks], hints)
+    for row, task, hint in zip(rows, tasks, hints, strict=True):
+        check_layout(tiny, row, task, max_messages=2)
+        assert hint[:40] in tiny.chat.decode(row.sampled_prompt)
+        assert hint[:40] not in tiny.chat.decode(row.tokens)
 
 
 def test_hints_must_match_the_episodes(tiny):
     with pytest.raises(ValueError):
         Sampler(tiny).rollout(ragged_episodes(), [HINT])
-
-
-def test_trajectory_example():
-    """The three-token example of the docstring."""
-    row = Trajectory("t", "base", "hermes", [], [], [], 2)
-    row.append([5, 6], sampled=False)
-    row.append([7], sampled=True, logprobs=[-0.5])
-    row.append([1], sampled=True, logprobs=[-0.25])
-    row.append([8], sampled=False)
-    row.append([1], sampled=True, logprobs=[-0.125])
-    assert row.tokens == [5, 6, 7, 1, 8, 1]
-    assert row.loss_mask == [False, False, True, True, False, True]
-    assert row.logprobs == [0.0, 0.0, -0.5, -0.25, 0.0, -0.125] and row.sampled_tokens == 3
 
 
 # -------------------------------------------------------------------------------------------------- limits
@@ -520,131 +382,3 @@ def test_greedy_equals_generate(policy, train, config_class, tied):
         everything = torch.ones_like(prompt)
         theirs = model.generate(prompt, attention_mask=everything, do_sample=False, max_new_tokens=16)
         assert row.tokens == theirs[0].tolist()
-
-
-# --------------------------------------------------------------------------------------------------- noise
-def grid(seed=0, streams=64, places=64):
-    stream, place = np.meshgrid(np.arange(streams, dtype=np.uint64), np.arange(places, dtype=np.uint64))
-    return uniform(seed, stream.ravel(), place.ravel())
-
-
-def chi_square(counts, expected):
-    """Standardised: about normal with mean 0 and deviation 1 where the counts follow the expectation."""
-    counts, expected = np.asarray(counts, float), np.asarray(expected, float)
-    degrees = len(counts) - 1
-    return (((counts - expected) ** 2 / expected).sum() - degrees) / (2 * degrees) ** 0.5
-
-
-def test_uniform_is_in_range_and_uniform():
-    for seed in (0, 1, -1, 2**63):
-        noise = grid(seed)
-        assert noise.min() >= 0 and noise.max() < 1 and len(np.unique(noise)) == len(noise)
-        even = np.full(64, len(noise) / 64)
-        low_bits = (noise * 2**53).astype(np.uint64) % np.uint64(64)
-        assert abs(chi_square(np.histogram(noise, 64, (0, 1))[0], even)) < 4
-        assert abs(chi_square(np.bincount(low_bits.astype(int), minlength=64), even)) < 4
-
-
-def test_uniform_is_splitmix64():
-    """Against the same arithmetic in Python's integers."""
-
-    def mix(x):
-        x = (x ^ (x >> 30)) * 0xBF58476D1CE4E5B9 % 2**64
-        x = (x ^ (x >> 27)) * 0x94D049BB133111EB % 2**64
-        return x ^ (x >> 31)
-
-    keys = [(0, 0, 0), (1, 2, 3), (2**63 - 1, (5 << 32) + 7, 4095), (2**63, 2**40, 1), (-1, 2**62, 0)]
-    for seed, stream, place in keys:
-        key = 0
-        for part in (seed % 2**64, stream, place):
-            key = mix(((key ^ part) * 0x9E3779B97F4A7C15 + 0x9E3779B97F4A7C15) % 2**64)
-        assert uniform(seed, np.array([stream]), np.array([place])).tolist() == [(key >> 11) / 2**53]
-
-
-def test_uniform_depends_on_every_key():
-    one = np.array([7], np.uint64)
-    base = uniform(3, one, one)[0]
-    assert uniform(3, one, one)[0] == base
-    assert len({base, uniform(4, one, one)[0], uniform(3, one + 1, one)[0], uniform(3, one, one + 1)[0]}) == 4
-    assert uniform(3, one + 1, one)[0] != uniform(3, one, one + 1)[0]  # the keys are not summed
-    high = np.array([7 + (1 << 32)], np.uint64)  # the stream of another step
-    assert uniform(3, high, one)[0] != base
-
-
-def test_uniform_neighbours_are_independent():
-    noise, other_seed = grid(0).reshape(64, 64), grid(1).reshape(64, 64)
-    above = np.triu_indices(64, 1)
-    pairs = {
-        "next place": (noise[1:], noise[:-1]),
-        "next stream": (noise[:, 1:], noise[:, :-1]),
-        "next seed": (noise, other_seed),
-        "stream and place exchanged": (noise[above], noise.T[above]),
-    }
-    for name, (a, b) in pairs.items():
-        a, b = a.ravel(), b.ravel()
-        counts = np.histogram2d(a, b, 8, [(0, 1), (0, 1)])[0].ravel()
-        assert abs(np.corrcoef(a, b)[0, 1]) < 4 / len(a) ** 0.5, name
-        assert abs(chi_square(counts, np.full(64, len(a) / 64))) < 5, name
-
-
-@pytest.mark.parametrize("temperature", [1.0, 0.7])
-def test_frequencies_are_the_models_probabilities(tiny, temperature):
-    n, task = 1000, small_task(turns=1)
-    episodes = [Episode(task) for _ in range(n)]
-    rows = Sampler(tiny, max_new_tokens=1, slots=250).rollout(episodes, temperature=temperature)
-    prompt = rows[0].prompt_length
-    with torch.no_grad():
-        logits = whole_logits(tiny, torch.tensor([rows[0].tokens[:prompt]]))[0, -1].double()
-    p = torch.softmax(logits / temperature, -1).numpy()
-    counts = np.bincount([row.tokens[prompt] for row in rows], minlength=len(p))
-    common = np.flatnonzero(n * p >= 8)
-    assert len(common) >= 10
-    rest = np.setdiff1d(np.arange(len(p)), common)
-    bins, expected = [*counts[common], counts[rest].sum()], [*(n * p[common]), n * p[rest].sum()]
-    assert abs(chi_square(bins, expected)) < 4
-
-
-@pytest.mark.parametrize("noise", [0.0, 2.0**-53, 0.5, 1 - 2.0**-53])
-def test_impossible_tokens_are_never_sampled(policy, monkeypatch, noise):
-    """Whatever the noise: also where the first and the last ids of the vocabulary are impossible."""
-    monkeypatch.setattr(
-        decode, "uniform", lambda seed, streams, places: torch.full(streams.shape, noise, dtype=torch.float64)
-    )
-    vocabulary = len(policy.tokenizer)
-    possible = [5, 100, 101, vocabulary - 60]
-    logits = torch.full((vocabulary,), -3000.0)
-    logits[possible] = torch.tensor([0.0, -1.0, 2.0, -30.0])
-
-    class Fixed(ScriptedModel):
-        def __call__(self, ids, positions, attend):
-            return logits.expand(*ids.shape, -1)
-
-    fixed = Script(policy, [0])
-    fixed.model = Fixed(fixed)
-    row = Sampler(fixed, max_new_tokens=6).rollout([Episode(small_task())])[0]
-    expected = {0.0: 5, 2.0**-53: 5, 0.5: 101, 1 - 2.0**-53: vocabulary - 60}[noise]
-    assert sampled(row) == [expected] * 6
-    normal = torch.log_softmax(logits, -1)[expected].item()
-    assert sum(row.logprobs) == pytest.approx(6 * normal, abs=1e-4)
-
-
-def test_half_precision_weights(policy):
-    """Log-probs come from fp32 logits also where the weights are bf16: they are what the trainer computes
-    from the same hidden state, not that rounded to three digits."""
-    half = tiny_policy(policy.tokenizer)
-    half.model.to(torch.bfloat16)
-    for row in Sampler(half, max_new_tokens=1).rollout([Episode(small_task(turns=1)) for _ in range(6)]):
-        ids, mask = torch.tensor([row.tokens]), torch.tensor([row.loss_mask])
-        with torch.no_grad():
-            trained = half.logprobs(ids, mask)[0]
-        assert row.logprobs[-1] == pytest.approx(trained.item(), abs=1e-4)
-
-
-def test_hint_texts_of_real_tasks_stay_outside(tiny, train):
-    tasks = train[:6]
-    hints = [hint_text(task, "hermes") for task in tasks]
-    rows = Sampler(tiny, max_new_tokens=8).rollout([Episode(task, max_messages=2) for task in tasks], hints)
-    for row, task, hint in zip(rows, tasks, hints, strict=True):
-        check_layout(tiny, row, task, max_messages=2)
-        assert hint[:40] in tiny.chat.decode(row.sampled_prompt)
-        assert hint[:40] not in tiny.chat.decode(row.tokens)

@@ -13,7 +13,7 @@ from nanotoolrl.env import Turn, replay
 from nanotoolrl.supervise import ADVICE, MISTAKES, Review, TurnReview, reflections, review
 from nanotoolrl.world.mutations import mutations
 from nanotoolrl.world.similar import similar, wish
-from nanotoolrl.world.tasks import load_tasks, subset
+from nanotoolrl.world.tasks import subset
 
 OTHER_FORMAT = {"hermes": "python", "python": "xml", "xml": "hermes"}
 BARE = {"hermes": "<tool_call>\n", "python": "[", "xml": "<function="}
@@ -24,11 +24,6 @@ BROKEN = {
 }
 BAD_TEXT = "<tool_call>\n{}\n</tool_call><|im_end|><|im_start|>assistant"
 read = Call("read_file", {"folder": "docs", "name": "a.txt"})
-
-
-@pytest.fixture(scope="module")
-def train():
-    return load_tasks("train")
 
 
 @pytest.fixture(scope="module")

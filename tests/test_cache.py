@@ -1,0 +1,61 @@
+"""The cache: how it grows, and that nothing of what it held is left."""
+
+import pytest
+from helpers.models import tiny_policy
+from helpers.rollouts import ragged_episodes, same_rows, small_task
+
+from nanotoolrl import cache, decode
+from nanotoolrl import sampler as sampler_module
+from nanotoolrl.env import Episode
+from nanotoolrl.sampler import Sampler
+
+
+@pytest.fixture(scope="module")
+def tiny(policy):
+    return tiny_policy(policy.tokenizer)
+
+
+@pytest.fixture(scope="module")
+def usual(tiny):
+    return Sampler(tiny, max_new_tokens=16).rollout(ragged_episodes(), temperature=0.7)
+
+
+@pytest.mark.parametrize("limit, step", [(1, 1), (150, 7), (10**9, 4096)])
+def test_memory_settings_change_nothing(tiny, usual, monkeypatch, limit, step):
+    """One row per prefill forward or all; a cache that grows at every token or never."""
+    monkeypatch.setattr(sampler_module, "PREFILL_TOKENS", limit)
+    monkeypatch.setattr(decode, "CAPACITY_STEP", step)
+    same_rows(Sampler(tiny, max_new_tokens=16).rollout(ragged_episodes(), temperature=0.7), usual)
+
+
+def test_a_graph_never_outlives_the_cache_it_was_recorded_on(tiny, monkeypatch):
+    pytest.importorskip("triton", reason="Triton is for Linux only")
+    recorded, runs = {}, []
+    run = decode._Loop.run
+
+    def watched(loop, *arguments):
+        addresses = [store.data_ptr() for layer in loop.decoder.cache.layers for store in layer]
+        runs.append(recorded.setdefault(loop, addresses) == addresses)
+        return run(loop, *arguments)
+
+    monkeypatch.setattr(decode._Loop, "run", watched)
+    monkeypatch.setattr(sampler_module, "WAITING_SHARE", 0.01)
+    tasks = [small_task("a " * (60 * (n % 2)) + str(n)) for n in range(8)]  # long prompts beside long rows
+    sampler = Sampler(tiny, max_new_tokens=40, slots=3)
+    sampler.decoder = decode.Decoder(tiny, 0, fast=True)
+    rows = sampler.rollout([Episode(task, max_messages=3) for task in tasks])
+    assert len(recorded) > 2 and all(runs)
+    longest = max(len(row.tokens) for row in rows)
+    assert longest <= sampler.decoder.cache.capacity <= 2 * longest + cache.CAPACITY_STEP
+
+
+def test_a_spoiled_rollout_leaves_nothing_behind(tiny):
+    """NaN in the cache, from weights that were then rolled back, does not reach those that come after."""
+    sampler = Sampler(tiny, max_new_tokens=16)
+    usual = sampler.rollout(ragged_episodes())
+    weight = tiny.model.model.layers[0].self_attn.v_proj.weight.data
+    kept = weight[0, 0].item()
+    weight[0, 0] = float("nan")
+    sampler.rollout(ragged_episodes())
+    weight[0, 0] = kept
+    same_rows(sampler.rollout(ragged_episodes()), usual)

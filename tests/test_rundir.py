@@ -1,0 +1,170 @@
+"""The run directory: what its files hold, and that they are whole whatever happens."""
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+
+import pytest
+import torch
+from helpers.runs import ROOT, TINY, rows, run
+
+import train
+from nanotoolrl.chat import control_tokens
+from nanotoolrl.loading import NANO, load
+from nanotoolrl.look import evaluate
+from nanotoolrl.look.rundir import checksum
+
+
+def test_metrics_have_the_columns_of_the_contract(four):
+    names = "step reward success contrast_groups loss kl entropy grad_norm clip_fraction tokens sample_tok_s"
+    names += " train_tok_s logprob_gap spurious_control required_control nll_control nll_content"
+    states = "overlong empty bare malformed polluted call foreign reply"
+    table = rows(four)
+    assert set(names.split()) | {f"state_{s}" for s in states.split()} <= set(table[0])
+    assert [row["step"] for row in table] == ["1", "2", "3", "4"]
+    assert table[0]["kl"] == "" and table[1]["kl"] != "", "columns that do not apply are empty, never 0"
+    for row in table:
+        assert sum(float(row[f"state_{s}"]) for s in states.split()) == pytest.approx(1)
+        assert row["logprob_gap"] == "" or float(row["logprob_gap"]) < 2e-5
+
+
+def test_rollouts_hold_what_a_viewer_needs(four):
+    lines = [json.loads(line) for line in (four / "rollouts.jsonl").read_text().splitlines()]
+    assert len(lines) == 4 * 2 * 2
+    for line in lines:
+        assert len(line["tokens"]) == len(line["loss_mask"]) == len(line["logprobs"])
+        assert {"step", "group", "advantage", "text", "reward", "states", "verdicts", "source"} <= set(line)
+    assert any(line["source"] == "hint" and line["sampled_prompt"] for line in lines)
+
+
+def test_probes_hold_what_the_report_needs(four):
+    """A line a step; control tokens in the steps that are probed, the rest in all of them."""
+    lines = [json.loads(line) for line in (four / "probes.jsonl").read_text().splitlines()]
+    start = lines.pop(0)
+    assert start["step"] == 0 and start["nll_control"] > 0 < start["nll_content"]
+    assert all(values["growth"] == 1 for values in start["tokens"].values())
+    assert [line["step"] for line in lines] == [1, 2, 3, 4]
+    assert ["tokens" in line for line in lines] == [False, True, False, True]
+    control = set(control_tokens(load(NANO).chat, "hermes"))
+    assert set(lines[1]["tokens"]) == control
+    for line in lines:
+        assert all(0 <= share <= 1 for share in line["survival"])
+        mass = line["advantage_mass"]
+        assert mass["control_negative"] <= 0 <= mass["control_positive"] and len(mass) == 4
+        assert set(line.get("logit_gradient", control)) == control
+    assert any("logit_gradient" in line for line in lines)
+    for row, line in zip(rows(four), lines, strict=True):
+        assert (row["displacement_truth"] != "") == ("tokens" in line)
+        assert 0 < float(row["probe_seconds"]) < float(row["seconds"])
+        if "tokens" in line:
+            worst = max(values["growth"] for values in line["tokens"].values())
+            assert float(row["spurious_growth"]) == pytest.approx(worst, rel=1e-4)
+
+
+def test_existing_directory_is_refused_not_overwritten(four, capsys):
+    before = (four / "metrics.csv").read_bytes()
+    assert run("--scheme", "grpo", out=four) == 2
+    assert "--resume" in capsys.readouterr().err
+    assert (four / "metrics.csv").read_bytes() == before
+
+
+def test_resume_refuses_what_it_cannot_continue(four, tmp_path, capsys):
+    def refused(*flags, said, out):
+        before = (
+            {path.name: path.read_bytes() for path in out.iterdir() if path.is_file()} if out.exists() else {}
+        )
+        assert train.main(["--resume", "--out", str(out), *flags]) == 2
+        assert said in capsys.readouterr().err
+        assert all((out / name).read_bytes() == content for name, content in before.items())
+
+    refused(said="config.json", out=tmp_path / "nothing")
+    refused("--lr", "0.5", said="only --steps may change", out=four)
+    refused("--scheme", "ets", "--schedule", "sync", said="only --steps may change", out=four)
+    refused("--steps", "3", said="may only grow", out=four)
+    copy = tmp_path / "copy"
+    shutil.copytree(four, copy)
+    good = (copy / "checkpoint.pt").read_bytes()
+    for content in (good[: len(good) // 2], b"", b"not a checkpoint"):
+        (copy / "checkpoint.pt").write_bytes(content)
+        refused(said="half-written", out=copy)
+    (copy / "checkpoint.pt").unlink()
+    refused(said="no checkpoint.pt", out=copy)
+    saved = torch.load(four / "checkpoint.pt", weights_only=True)["saved"]
+    saved["model"] = {name: tensor[:1] for name, tensor in saved["model"].items()}
+    torch.save({"saved": saved, "checksum": checksum(saved)}, copy / "checkpoint.pt")
+    refused(said="does not fit the model", out=copy)
+
+
+def test_models_are_kept_on_the_way(few, tmp_path, capsys):
+    out = tmp_path / "run"
+    flags = ["--scheme", "grpo", "--tasks", few, "--steps", 3, "--max-new-tokens", 90, "--format", "xml"]
+    assert run(*flags, "--keep-every", 2, out=out) == 0
+    assert [path.name for path in (out / "models").iterdir()] == ["step-2"]
+    kept, end = (load(path).model.state_dict() for path in (out / "models" / "step-2", out))
+    assert any(not torch.equal(kept[name], end[name]) for name in kept)
+    assert evaluate.run_settings(str(out / "models" / "step-2"))["max_new_tokens"] == 90
+
+
+def test_a_full_disk_is_said_and_leaves_the_last_checkpoint(tmp_path):
+    """A limit on the size of files stands for it: the second checkpoint cannot be written."""
+    out = tmp_path / "run"
+    code = f"""
+import resource, sys, train
+from nanotoolrl.look.rundir import RunDirectory
+save = RunDirectory.save
+def full(directory, run, before):
+    if run.step:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (1_000_000, resource.RLIM_INFINITY))
+    save(directory, run, before)
+RunDirectory.save = full
+sys.exit(train.main({[*TINY.split(), "--scheme", "grpo", "--steps", "1", "--out", str(out)]!r}))
+"""
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 1 and "Traceback" not in done.stderr, done.stderr
+    assert f"train.py: cannot write {out / 'checkpoint.pt'}" in done.stderr
+    assert not list(out.glob("*.tmp"))
+    assert torch.load(out / "checkpoint.pt", weights_only=True)["saved"]["step"] == 0
+    assert train.main(["--resume", "--out", str(out)]) == 0
+
+
+def test_a_disk_that_is_full_for_the_model_is_said(tmp_path):
+    out = tmp_path / "run"
+    code = f"""
+import resource, signal, sys, train
+save = train.RunDirectory.save_model
+def full(self, *arguments):
+    resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, 100_000))
+    save(self, *arguments)
+signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+train.RunDirectory.save_model = full
+sys.exit(train.main({[*TINY.split(), "--scheme", "grpo", "--steps", "1", "--out", str(out)]!r}))
+"""
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 1 and "Traceback" not in done.stderr, done.stderr
+    assert f"train.py: cannot write {out / 'model'}" in done.stderr
+    assert not list(out.glob("*.tmp")) and not (out / "model").exists()
+
+
+def test_what_is_written_is_on_the_disk_before_it_takes_its_place(tmp_path, monkeypatch):
+    """In that order: the new file, the exchange, the directory that tells of it."""
+    seen, fsync, exchange = [], os.fsync, os.replace
+
+    def noting(number):
+        seen.append(os.readlink(f"/proc/self/fd/{number}"))
+        fsync(number)
+
+    def replacing(old, new):
+        seen.append(f"{old} > {new}")
+        exchange(old, new)
+
+    monkeypatch.setattr(os, "fsync", noting)
+    monkeypatch.setattr(os, "replace", replacing)
+    out = tmp_path / "run"
+    assert run("--scheme", "grpo", "--steps", 1, out=out) == 0
+    for name in ("config.json", "metrics.csv", "checkpoint.pt", "model"):
+        new, old = f"{out / name}.tmp", str(out / name)
+        at = seen.index(f"{new} > {old}")
+        assert new in seen[:at] and str(out) in seen[at:]
+    assert f"{out}/model.tmp/model.safetensors" in seen
