@@ -27,8 +27,8 @@ from nanotoolrl.commandline import parse, stored_config
 from nanotoolrl.config import Refused
 from nanotoolrl.files import check_writable
 from nanotoolrl.look.evaluate import Scores
-from nanotoolrl.look.report import RunFiles, Unreadable, read_run
 from nanotoolrl.look.rundir import logged_steps
+from nanotoolrl.look.runfiles import RunFiles, Unreadable, read_run
 
 ROOT = Path(__file__).resolve().parent.parent.parent
 REFUSED = 2  # exit code of a run that was made with other settings, or cannot be made
