@@ -21,8 +21,8 @@ from tqdm import tqdm
 
 from nanotoolrl.calls import FORMATS, MESSAGE_STATES
 from nanotoolrl.chat import Chat
-from nanotoolrl.cli import command, cpu_threads, number, out_of_bounds, refuse_unheard
-from nanotoolrl.config import COUNTS, SECONDS
+from nanotoolrl.cli import command, cpu_threads, number, refuse_unheard
+from nanotoolrl.config import COUNTS, SECONDS, SETTINGS
 from nanotoolrl.env import (
     BFCL_LIMITS,
     CATEGORIES,
@@ -432,8 +432,7 @@ def run_settings(model: str) -> dict:
     """Model, format, tasks and limits of the run that made a model; nothing if `model` is neither a run nor
     in one (RUN/model, RUN/models/step-N). Settings that the run did not have yet are left out. Raises
     ValueError for one that no run can have."""
-    kinds = {"model": str, "format": str, "tasks": str}
-    kinds |= {name: type(value) for name, value in dataclasses.asdict(OUR_LIMITS).items()}
+    names = ("model", "format", "tasks", *(one.name for one in dataclasses.fields(Limits)))
     path = Path(model)
     folders = (path, path.parent, path.parent.parent) if model != BUILT_IN and path.exists() else ()
     for folder in folders:
@@ -442,22 +441,12 @@ def run_settings(model: str) -> dict:
         except (OSError, ValueError, RecursionError):
             continue
         if isinstance(found, dict) and {"scheme", "format", "tasks"} <= found.keys():  # no model's own
-            told = {name: found[name] for name in kinds if name in found}
+            told = {name: found[name] for name in names if name in found}
             for name, value in told.items():
-                if problem := _no_setting(name, value, kinds[name]):
-                    raise ValueError(f"{folder / 'config.json'}: {name} {problem}; it is {value!r}")
+                if problem := SETTINGS[name].wrong(value):
+                    raise ValueError(f"{folder / 'config.json'}: {name} {problem}")
             return told
     return {}
-
-
-def _no_setting(name: str, value: object, kind: type) -> str:
-    """Why a run cannot have had this setting, or ""."""
-    if type(value) is not kind:
-        return f"must be of type {kind.__name__}"
-    if name == "format" and value not in FORMATS:
-        return f"must be one of {', '.join(FORMATS)}"
-    bounds = {int: COUNTS, float: SECONDS}.get(kind)
-    return out_of_bounds(value, **bounds) if bounds else ""
 
 
 def logged(args: argparse.Namespace) -> tuple[str, dict]:
