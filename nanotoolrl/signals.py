@@ -218,7 +218,8 @@ def prs(run: Run, tasks: list[Task], trajectories: list[Trajectory]) -> tuple[li
     names a server (`supervise.reflections`, judge.py).
     """
     examples, metrics = ets(run, tasks, trajectories)
-    config, group = run.config, run.config.group
+    config = run.config
+    group = run.config.group
     judge = Judge(config.judge, config.judge_model, config.judge_timeout) if config.judge else None
 
     def reflect(i: int) -> tuple[list[Trajectory], bool]:
@@ -336,7 +337,9 @@ def sentinel(run: Run, tasks: list[Task]) -> Step:
 
     What the burst makes counts as healthy: the next rollback starts from there. 0: never.
     """
-    limit, probe, notes = run.config.sentinel_limit, run.state.probe, {}
+    limit = run.config.sentinel_limit
+    probe = run.state.probe
+    notes = {}
     measured = probe.get("step") == run.step - 1
     if limit and measured and probe["spurious_growth"] >= limit and run.state.healthy:
         roll_back(run, run.state.healthy)

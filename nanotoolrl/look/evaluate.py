@@ -71,7 +71,8 @@ def wilson(solved: float, n: int) -> tuple[float, float, float]:
     """(share, low, high): the Wilson score interval at 95 %; (nan, nan, nan) for n = 0."""
     if n == 0:
         return (math.nan,) * 3
-    z, share = 1.96, solved / n
+    z = 1.96
+    share = solved / n
     middle = (share + z * z / (2 * n)) / (1 + z * z / n)
     half = z * math.sqrt(share * (1 - share) / n + z * z / (4 * n * n)) / (1 + z * z / n)
     return share, max(0.0, middle - half), min(1.0, middle + half)
@@ -96,7 +97,8 @@ def evaluate(
     format? A task whose prompt does not fit the sampler's context fails. Tasks are played in order of the
     size of their world: long episodes then run beside long ones.
     """
-    started, scores = time.perf_counter(), Scores()
+    started = time.perf_counter()
+    scores = Scores()
     order = []
     for i in sorted(range(len(tasks)), key=lambda i: len(str(tasks[i].state))):
         hint = hints[i] if hints else ""
@@ -250,10 +252,13 @@ def add_limits(parser: argparse.ArgumentParser) -> None:
 def chosen_limits(args: argparse.Namespace) -> Limits:
     """Flags, before the limits of the run that made the model, before those of our own tasks or of the
     benchmark's. Where the run's tasks were of the other kind, the larger of these two."""
-    usual, run = BFCL_LIMITS if is_bfcl(args.tasks) else OUR_LIMITS, run_settings(args.model)
-    alike, found = is_bfcl(run.get("tasks", "")) == is_bfcl(args.tasks), {}
+    usual = BFCL_LIMITS if is_bfcl(args.tasks) else OUR_LIMITS
+    run = run_settings(args.model)
+    alike = is_bfcl(run.get("tasks", "")) == is_bfcl(args.tasks)
+    found = {}
     for name, value in dataclasses.asdict(usual).items():
-        given, trained = getattr(args, name), run.get(name, value)
+        given = getattr(args, name)
+        trained = run.get(name, value)
         found[name] = given if given is not None else trained if alike else max(trained, value)
     return Limits(**found)
 
@@ -362,7 +367,8 @@ def score(args: argparse.Namespace) -> tuple[str, dict]:
 
 def score_grid(args: argparse.Namespace) -> tuple[str, dict]:
     """Success in the trained and the foreign formats on tasks of the trained and of other domains."""
-    policy, trained = load(args.model), args.format or run_settings(args.model).get("format") or "hermes"
+    policy = load(args.model)
+    trained = args.format or run_settings(args.model).get("format") or "hermes"
     formats = [trained, *(format for format in FORMATS if format != trained)]
     columns = {}
     for name in ("test", "ood"):
@@ -392,7 +398,8 @@ def say_unsolvable(
     sampler: Sampler, tasks: Sequence[Task], format: str, limits: Limits, hints: Sequence[str]
 ) -> None:
     """Name, on stderr, the tasks that no model can solve under these limits."""
-    room, found = sampler.context - 1, {}
+    room = sampler.context - 1
+    found = {}
     for task, hint in zip(tasks, hints, strict=True):
         if why := obstacle(sampler.chat, task, format, limits, room, hint):
             found[task.id] = why
@@ -406,7 +413,8 @@ def doctor(args: argparse.Namespace) -> tuple[str, dict]:
     probe_tasks = subset(load_tasks("train"), PROBE_TASKS)
     run = run_settings(args.model)
     trained = args.format or run.get("format") or "hermes"
-    names, policies = [args.model], [load(args.model)]
+    names = [args.model]
+    policies = [load(args.model)]
     if before := args.compare or run.get("model"):
         try:
             policies.append(load(before))
@@ -422,7 +430,8 @@ def doctor(args: argparse.Namespace) -> tuple[str, dict]:
         for sampler, name in zip(samplers, names, strict=True)
     ]
     say_unsolvable(samplers[0], tasks, trained, args.limits, [""] * len(tasks))
-    model, reference = found[0], found[1] if len(found) > 1 else None
+    model = found[0]
+    reference = found[1] if len(found) > 1 else None
     numbers = {"verdict": verdict(model, reference), "model": dataclasses.asdict(model)}
     numbers["reference"] = dataclasses.asdict(reference) if reference else None
     return page(model, reference), numbers

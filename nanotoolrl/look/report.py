@@ -36,7 +36,8 @@ def rollouts_of(run: RunFiles, most_bytes: int) -> tuple[list[dict], dict[int, s
     kept = max(2, int(len(numbers) * min(1.0, most_bytes / max(1, size))))
     if kept < len(numbers):
         numbers = [numbers[round(i * (len(numbers) - 1) / (kept - 1))] for i in range(kept)]
-    steps, used = [], set()
+    steps = []
+    used = set()
     for number in numbers:
         groups: dict[int, dict] = {}
         for line in lines[number]:
@@ -82,7 +83,8 @@ def messages_of(tokens: list[int], mask: list[int], states: list[str], chat: Cha
     token that begins one; one that a model sampled is its text."""
     begin = chat.special_ids[chat.layout.begin]
     starts = [t for t, (token, sampled) in enumerate(zip(tokens, mask)) if token == begin and not sampled]
-    left, found = list(states), []
+    left = list(states)
+    found = []
     for start, end in zip(starts, starts[1:] + [len(tokens)]):
         role, _, body = chat.decode(tokens[start + 1 : end]).partition(chat.layout.middle)
         from_tool = role == "ipython" or (role == "user" and body.startswith("<tool_response>"))
@@ -97,7 +99,9 @@ def build(runs: Sequence[RunFiles], directory: Path) -> Path:
     from nanotoolrl.look.figures import draw  # matplotlib, for this alone
 
     figures = draw(runs, directory)
-    share, shown, notes = MOST_BYTES // len(runs), [], []
+    share = MOST_BYTES // len(runs)
+    shown = []
+    notes = []
     for run in progress(runs, "rollouts", unit="run"):
         try:
             steps, vocabulary, total = rollouts_of(run, share)
@@ -149,7 +153,8 @@ def spark(values: Sequence[float], width: int = 24) -> str:
     n = min(width, len(values))
     cuts = [values[len(values) * i // n : max(len(values) * (i + 1) // n, 1)] for i in range(n)]
     means = [sum(cut) / len(cut) for cut in cuts]
-    low, span = min(means), (max(means) - min(means)) or 1.0
+    low = min(means)
+    span = (max(means) - min(means)) or 1.0
     return "".join(SPARKS[min(7, int(8 * (x - low) / span))] for x in means)
 
 
@@ -190,7 +195,8 @@ def main(argv: list[str] | None = None) -> int:
         tell_apart(runs)
         directory = args.out or args.runs[0] / "report"
         directory.mkdir(parents=True, exist_ok=True)
-        page, text = build(runs, directory), screen(runs)
+        page = build(runs, directory)
+        text = screen(runs)
     except (Unreadable, ModelError, OSError, ValueError) as error:
         print(f"report: {error}", file=sys.stderr)
         return 2
