@@ -88,8 +88,11 @@ def loop(
     stop: StopSignal,
 ) -> tuple[int, str]:
     """Take the steps that are left; returns (0 or why it ended early, what is not finite or "")."""
-    config, code, broken = run.config, 0, ""
-    scheme, eval_subset = SCHEMES[config.scheme], held[: config.eval_part]
+    config = run.config
+    code = 0
+    broken = ""
+    scheme = SCHEMES[config.scheme]
+    eval_subset = held[: config.eval_part]
     bar = progress(total=config.steps, initial=run.step, unit="step")
     with bar, stop.after_the_step():
         while run.step < config.steps and not code:

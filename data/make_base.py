@@ -29,9 +29,9 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast 
 
 from nanotoolrl.calls import FORMATS, Call, message_state, render_calls
 from nanotoolrl.chat import Chat, signature  # noqa: E402
-from nanotoolrl.env import Episode, Task, oracle  # noqa: E402
+from nanotoolrl.env import OUR_LIMITS, Episode, Task, oracle  # noqa: E402
 from nanotoolrl.loading import load
-from nanotoolrl.look.evaluate import evaluate  # noqa: E402
+from nanotoolrl.look.evaluate import evaluate, rules  # noqa: E402
 from nanotoolrl.model import Policy, pad  # noqa: E402
 from nanotoolrl.sampler import Sampler  # noqa: E402
 from nanotoolrl.supervise import hint_text  # noqa: E402
@@ -59,8 +59,6 @@ ARCHITECTURE = {
     "attention_bias": True,
     "initializer_range": 0.05,
 }
-MESSAGES = 20  # assistant messages per evaluation episode; the longest ground truth has 14
-MESSAGE_LIMIT = 128  # tokens of a message that never ends
 POOLS = ["train", "train", "foreign", "ood"]  # in these shares
 CATEGORY_SHARES = {"base": 0.3, "miss_func": 0.3, "miss_param": 0.3, "long_context": 0.1}
 HINTED, RETRIED, RETRIED_AGAIN, PREMATURE = 0.2, 0.15, 0.35, 0.2
@@ -219,7 +217,7 @@ def demonstrate(chat: Chat, task: Task, format: str, rng: random.Random) -> tupl
     def emit(text: str, overlong: bool = False) -> None:
         new = chat.assistant_ids(text, format)
         if overlong:
-            new = new[:MESSAGE_LIMIT]
+            new = new[: OUR_LIMITS.max_new_tokens]
         answer = episode.step(text, overlong)
         after = chat.extend_ids(answer, new[-1]) if answer is not None else []
         ids.extend(new + after)
@@ -265,7 +263,7 @@ def demonstrations(
             if step < SHORT_STEPS:
                 task = Task(task.id, task.category, task.state, task.tools, task.turns[:1])
             batch.append(demonstrate(chat, task, format, rng))
-    return [(ids, mask) for ids, mask in batch if len(ids) <= 2048]
+    return [(ids, mask) for ids, mask in batch if len(ids) <= OUR_LIMITS.context]
 
 
 def copying(vocabulary: int, seed: int, step: int) -> list[tuple[list[int], list[bool]]]:
@@ -325,8 +323,8 @@ def learning_rate(step: int) -> float:
 
 def success(policy: Policy, tasks: list[Task]) -> dict[str, float]:
     """Greedy success per format."""
-    sampler = Sampler(policy, context=2048)
-    return {format: evaluate(sampler, tasks, format, max_messages=MESSAGES).success for format in FORMATS}
+    sampler = Sampler(policy, context=OUR_LIMITS.context)
+    return {format: evaluate(sampler, tasks, format, **rules(OUR_LIMITS)).success for format in FORMATS}
 
 
 def ready(scores: dict[str, float], slack: float = 0.0) -> bool:

@@ -199,7 +199,8 @@ def _json_schema(value: object) -> object:
 
 def _entries(category: str) -> list[tuple[dict, list[list[str]]]]:
     """(entry, ground truth by turn) of every task of a category, as the package has them."""
-    name, data = f"BFCL_v4_multi_turn_{category}.json", _package() / "data"
+    name = f"BFCL_v4_multi_turn_{category}.json"
+    data = _package() / "data"
     rows, answers = (
         [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
         for path in (data / name, data / "possible_answer" / name)
@@ -353,7 +354,8 @@ def main(argv: list[str] | None = None) -> int:
     wrong: list[str] = []
     for task in tqdm(tasks, "playing", unit="task", disable=None):
         count, different = differences(task)
-        plays, wrong = plays + count, wrong + different
+        plays = plays + count
+        wrong = wrong + different
     print("\n".join([*wrong[:20], f"{len(tasks)} tasks, {plays} plays, {len(wrong)} differences"]))
     return 1 if wrong else 0
 

@@ -106,7 +106,8 @@ def parse_calls(text: str, format: str) -> list[Call | BadCall]:
     Unreadable blocks are BadCall, so is a closing tag without a block. What is not `spoken` makes no call.
     Never raises, whatever the text.
     """
-    form, text = FORMATS[format], spoken(text)
+    form = FORMATS[format]
+    text = spoken(text)
     tags = form.find_tags(text)
     if all(step > 0 for _, _, step in tags):
         return []
@@ -124,7 +125,8 @@ def message_state(text: str, format: str, overlong: bool = False) -> str:
     other text around or inside it. call: only readable calls. foreign: a call in another syntax than
     `format`. reply: text.
     """
-    form, text = FORMATS[format], spoken(text)
+    form = FORMATS[format]
+    text = spoken(text)
     if overlong:
         return "overlong"
     if not text.strip():
@@ -145,7 +147,8 @@ def message_state(text: str, format: str, overlong: bool = False) -> str:
 
 def _blocks(form: CallFormat, text: str, tags: list[Tag]) -> list[Block]:
     """Every block, read: from an opening tag to the next closing one."""
-    blocks, opened = [], None
+    blocks = []
+    opened = None
     for start, end, step in tags:
         if step > 0:
             opened = opened or (start, end)
@@ -268,7 +271,8 @@ _JSON_CALL = re.compile(r'\{\s*+"(?:name|arguments|parameters)"')
 
 def _salvage_json(text: str) -> bool:
     """Whether a JSON call stands somewhere in the text. One of a name alone may be any object."""
-    text, decoder = text[:MAX_CHARS], json.JSONDecoder(parse_constant=_refuse)
+    text = text[:MAX_CHARS]
+    decoder = json.JSONDecoder(parse_constant=_refuse)
     for match in itertools.islice(_JSON_CALL.finditer(text), 20):
         try:
             value, _ = decoder.raw_decode(text, match.start())

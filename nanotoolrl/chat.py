@@ -132,7 +132,8 @@ class Chat:
 
     def _check(self) -> None:
         """Compare a conversation of every kind of message with the checkpoint's own template."""
-        call, hermes = Call("look", {"where": "x", "n": 2}), "hermes"
+        call = Call("look", {"where": "x", "n": 2})
+        hermes = "hermes"
         parameters = {"type": "object", "properties": {}, "required": []}
         tools = [{"name": call.name, "description": "Look.", "parameters": parameters}]
         results = [{"role": "tool", "content": text} for text in ('{"found": 1}', "[]")]
@@ -142,13 +143,15 @@ class Chat:
             ("Done.", [{"role": "user", "content": "Thanks."}]),
         ]
         asked = [{"role": "system", "content": "You use tools."}, {"role": "user", "content": "Look there."}]
-        ours, said = self.prompt_ids(asked, tools, hermes), []
+        ours = self.prompt_ids(asked, tools, hermes)
+        said = []
         for text, answers in exchanges:
             ours += self.assistant_ids(text, hermes) + self.extend_ids(answers, self.end_id)
             said += [{"role": "assistant", "content": text}, *answers]
         listed: list[dict] | None = [{"type": "function", "function": tool} for tool in tools]
         if not self._lists_tools(hermes):
-            asked[0]["content"], listed = self._with_tools(asked[0]["content"], tools), None
+            asked[0]["content"] = self._with_tools(asked[0]["content"], tools)
+            listed = None
         self._compare(ours, [*asked, *said], listed)
         if self._teaches_hermes() and "tool_calls" in self.tokenizer.chat_template:
             made = {"type": "function", "function": {"name": call.name, "arguments": call.arguments}}
@@ -208,7 +211,8 @@ class Chat:
         content = self.guard(content, keep=FORMATS[format].tags)
         wrapped: list[dict] | None = [{"type": "function", "function": tool} for tool in tools]
         if not self._lists_tools(format):
-            content, wrapped = self._with_tools(content, tools), None
+            content = self._with_tools(content, tools)
+            wrapped = None
         head = self._template([{"role": "system", "content": content}], tools=wrapped)
         return self.encode(head) + self._messages_ids(rest)
 
@@ -260,7 +264,8 @@ class Chat:
 
 def _without(ids: list[int], part: list[int]) -> list[int]:
     """The ids without every occurrence of a part."""
-    kept, i = [], 0
+    kept = []
+    i = 0
     while i < len(ids):
         found = part and ids[i : i + len(part)] == part
         kept += [] if found else [ids[i]]
@@ -312,7 +317,8 @@ def readable(text: str, color: bool = False) -> str:
         role, _, body = part.partition(layout.middle)
         body = body.rstrip("\n").removesuffix(layout.end)
         if role == "ipython" or (role == "user" and body.startswith("<tool_response>")):
-            role, body = "tool", body.replace("<tool_response>\n", "").replace("\n</tool_response>", "")
+            role = "tool"
+            body = body.replace("<tool_response>\n", "").replace("\n</tool_response>", "")
         if role == "system":
             body = body.partition("\n")[0] + " ..."
         if role not in ROLE_COLORS:

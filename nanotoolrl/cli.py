@@ -204,7 +204,8 @@ def _quota(root: Path) -> float:
         return least
     for line in groups:
         _, controllers, path = line.split(":", 2)
-        folder, home = Path(path.lstrip("/")), root / "sys/fs/cgroup"
+        folder = Path(path.lstrip("/"))
+        home = root / "sys/fs/cgroup"
         mounts = (home, home / controllers, home / "cpu") if "cpu" in controllers.split(",") else (home,)
         for place in (folder, *folder.parents):
             least = min([least, *(_quota_of(mount / place) for mount in mounts)])

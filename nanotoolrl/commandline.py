@@ -163,7 +163,8 @@ def parse(argv: list[str] | None) -> tuple[Config, set[str], bool]:
     if given.pop("list", False):
         print(scheme_table())
         raise SystemExit(0)
-    resume, stored = given.pop("resume", False), {}
+    resume = given.pop("resume", False)
+    stored = {}
     if resume and "out" in given:
         with contextlib.suppress(Refused):  # said later, by `reopen`
             stored = vars(stored_config(Path(given["out"]) / "config.json"))

@@ -15,7 +15,7 @@ from nanotoolrl.cli import MOST_THREADS, out_of_bounds
 from nanotoolrl.env import BFCL_LIMITS, OUR_LIMITS, Limits
 from nanotoolrl.loading import BUILT_IN, DTYPES
 from nanotoolrl.logprob import BACKENDS
-from nanotoolrl.sampler import LEAST_TEMPERATURE
+from nanotoolrl.sampler import LEAST_TEMPERATURE, SLOTS
 from nanotoolrl.world.tasks import TASK_NAMES
 
 LARGEST = 2**31 - 1  # of an integer setting that says nothing else
@@ -178,7 +178,7 @@ class Config:
     share_prompt: bool = setting(False, "train a group's rows as one sequence that holds their prompt once")
     dtype: str = setting("auto", "of the weights; auto: fp32 on a CPU, bf16 or fp16 on a GPU", tuple(DTYPES))
     logprob: str = setting("auto", "log-prob implementation; auto: Triton on a GPU, else tiles", BACKENDS)
-    slots: int = setting(128, "episodes sampled at a time", above=0)
+    slots: int = setting(SLOTS, "episodes sampled at a time", above=0)
     save_every: int = setting(5, "steps between checkpoints", above=0)
     keep_every: int = setting(0, "steps between models that are kept, in OUT/models; 0: none", least=0)
     threads: int = setting(

@@ -127,7 +127,8 @@ class _Loop:
     """Decode steps of a fixed batch size over state that stays on the device."""
 
     def __init__(self, decoder: Decoder, batch: int, temperature: float) -> None:
-        self.decoder, self.temperature = decoder, temperature
+        self.decoder = decoder
+        self.temperature = temperature
         device, window = decoder.policy.device, decoder.window
         idle = torch.tensor([Feed(slot=decoder.cache.size - 1)] * batch)
         self.state = idle.T.contiguous().to(device)  # [6, batch]: a row for each field of `Feed`

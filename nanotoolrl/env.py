@@ -135,7 +135,8 @@ class Task:
     @cached_property
     def expected(self) -> list[tuple[dict[str, Any], list[str]]]:
         """Per turn: the world after the ground truth, and the results of its calls."""
-        world, turns = self.new_world(), []
+        world = self.new_world()
+        turns = []
         for turn in self.turns:
             results = [observe(self.execute, world, call, TRUTH_SECONDS) for call in turn.calls]
             turns.append((copy.deepcopy(world), results))
@@ -203,7 +204,8 @@ class Episode:
             raise ValueError(f"tool_seconds is {tool_seconds}; it must be from 0 (no limit) to 86400, a day")
         self.task, self.format, self.strict_empty_turn = task, format, strict_empty_turn
         self.max_messages, self.max_turn_messages = task.message_limits(max_messages)
-        self.world, self.tool_seconds = task.new_world(), tool_seconds
+        self.world = task.new_world()
+        self.tool_seconds = tool_seconds
         self.tools = [*task.tools, *task.turns[0].offers]
         self.turn, self.messages, self.done = 0, 0, False
         self.turn_verdicts: list[Verdict] = []

@@ -134,7 +134,8 @@ class Judge:
     def _answer(self, messages: list[dict]) -> str:
         """The text of the model's answer; raises JudgeError."""
         body = {"model": self.model, "temperature": 0, "messages": messages}
-        headers, url = {"Content-Type": "application/json"}, _endpoint(self.url)
+        headers = {"Content-Type": "application/json"}
+        url = _endpoint(self.url)
         if key := os.environ.get("OPENAI_API_KEY"):
             if not re.fullmatch("[!-~]+", key):
                 raise JudgeError("OPENAI_API_KEY holds a blank, a line break, or what is not ASCII")

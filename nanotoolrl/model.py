@@ -79,7 +79,9 @@ class Policy:
             return self.model(ids)[:, :-1][mask[:, 1:]]
         # One sequence: the prompt, then the rest of every row. `owners` is 0 in the prompt, i + 1 in row i.
         packed, positions = [ids[0, :shared]], [torch.arange(shared)]
-        owners, predictors, end = [torch.zeros(shared)], [], shared
+        owners = [torch.zeros(shared)]
+        predictors = []
+        end = shared
         for i, trained in enumerate(mask):
             places = trained.nonzero()[:, 0].cpu()  # of the row's tokens in the mask
             length = int(places[-1]) + 1 if len(places) else shared
@@ -89,14 +91,11 @@ class Policy:
             positions.append(torch.arange(shared, length))
             owners.append(torch.full((length - shared,), i + 1.0))
             end += length - shared
-        owner, order = (
-            torch.cat(owners).to(ids.device),
-            torch.arange(end, device=ids.device),
-        )  # [T] of the sequence
+        owner = torch.cat(owners).to(ids.device)  # [T] of the sequence, as is `order`
+        order = torch.arange(end, device=ids.device)
         visible = (order[:, None] >= order) & ((owner == 0) | (owner == owner[:, None]))  # [T, T]
-        hidden = self.model(
-            torch.cat(packed)[None], torch.cat(positions)[None].to(ids.device), masked(visible)
-        )
+        places = torch.cat(positions)[None].to(ids.device)
+        hidden = self.model(torch.cat(packed)[None], places, masked(visible))
         return hidden[0, torch.cat(predictors).to(ids.device)]
 
     def logprobs(

@@ -95,7 +95,8 @@ class ProbeSet:
     def _choices(self, chat: Chat, format: str, opener: int) -> Tensor:
         """[N, C], True where a control token is an honest choice: the table above, row by row."""
         closers = torch.tensor(sorted(call_ends(chat, format)[1]), device=self.control_ids.device)
-        stop_is_next, control_is_next = self.targets == chat.end_id, self.is_next.any(1)  # [N]
+        stop_is_next = self.targets == chat.end_id
+        control_is_next = self.is_next.any(1)  # [N]
         table = [
             (self.first, self.control_ids == opener),
             (~self.calls & ~self.first, self.control_ids == chat.end_id),
@@ -201,7 +202,8 @@ def displacement_own(policy: Policy, trajectories: Sequence[Trajectory], tempera
 def survival(trajectories: Sequence[Trajectory]) -> list[float]:
     """Entry k: share of the policy's own rollouts, among those of tasks with more than k turns, that passed
     turns 0 to k."""
-    own, shares = [row for row in trajectories if row.source == "policy"], []
+    own = [row for row in trajectories if row.source == "policy"]
+    shares = []
     for k in range(max((row.turns for row in own), default=0)):
         rows = [row for row in own if row.turns > k]
         passed = [len(row.verdicts) > k and all(v.passed for v in row.verdicts[: k + 1]) for row in rows]

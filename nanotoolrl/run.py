@@ -127,7 +127,8 @@ def rollout(
     size = config.group if group is None else group
     how = {name: getattr(config, name) for name in ("max_messages", "strict_empty_turn", "tool_seconds")}
     episodes = [Episode(task, config.format, **how) for task in tasks for _ in range(size)]
-    started, stream = time.perf_counter(), run.step + (noise_key << 24)
+    started = time.perf_counter()
+    stream = run.step + (noise_key << 24)
     rows = run.sampler.rollout(episodes, hints, config.temperature, stream, force_prefix)
     run.sample_seconds += time.perf_counter() - started
     run.sampled_tokens += sum(row.sampled_tokens for row in rows)

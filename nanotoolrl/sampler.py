@@ -39,6 +39,7 @@ from nanotoolrl.trajectory import Trajectory
 
 PREFILL_TOKENS = 8192  # most tokens in one prefill forward
 LEAST_TEMPERATURE = 0.01  # logits over less leave the range of fp32; 0 is greedy
+SLOTS = 128  # episodes sampled at a time
 WAITING_SHARE = 0.2  # of rows that wait for a prefill, or of free slots, before one is made; others decode on
 
 
@@ -73,7 +74,7 @@ class Sampler:
         policy: Policy,
         max_new_tokens: int = OUR_LIMITS.max_new_tokens,
         context: int | None = None,
-        slots: int = 128,
+        slots: int = SLOTS,
         seed: int = 0,
     ) -> None:
         self.policy, self.chat = policy, policy.chat

@@ -278,12 +278,9 @@ def hint(run: Run, tasks: list[Task]) -> Step:
     so that the ratio starts at 1: tokens sampled from pi(. | hint) are trained as if from pi(.).
     `--hint-keep` trains them under the prompt they were sampled with instead.
     """
-    group = run.config.group
-    hints = [
-        hint_text(task, run.config.format) if k < run.config.hint_count else ""
-        for task in tasks
-        for k in range(group)
-    ]
+    count, format = run.config.hint_count, run.config.format
+    without = [""] * (run.config.group - count)
+    hints = [text for task in tasks for text in [hint_text(task, format)] * count + without]
     trajectories = rollout(run, tasks, hints)
     advantages = group_advantages(run, trajectories)
     trained = [row.with_sampled_prompt() for row in trajectories] if run.config.hint_keep else trajectories

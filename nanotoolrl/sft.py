@@ -29,7 +29,8 @@ def pool(run: Run) -> list[Trajectory]:
 
 def sft_update(run: Run, examples: Sequence[Trajectory]) -> dict[str, Any]:
     """One optimiser step of SFT with the run's own optimiser."""
-    started, trained = time.perf_counter(), sum(row.sampled_tokens for row in examples)
+    started = time.perf_counter()
+    trained = sum(row.sampled_tokens for row in examples)
     loss = sft_backward(run, examples)
     norm = optimizer_step(run, loss, run.optimizer, run.config.sft_lr * warm_up(run))
     return {
@@ -53,14 +54,16 @@ def burst(run: Run, examples: Sequence[Trajectory], tokens: int = 0) -> dict[str
         return {"sft_tokens": 0}
     rng = random.Random(f"{config.seed}/{run.step}/burst")
     passes = itertools.count() if tokens else range(config.sft_epochs)
-    rows, trained = [], 0
+    rows = []
+    trained = 0
     for row in itertools.chain.from_iterable(rng.sample(examples, len(examples)) for _ in passes):
         if tokens and trained >= tokens:
             break
         rows.append(row)
         trained += row.sampled_tokens
     batches = [rows[i : i + config.sft_batch] for i in range(0, len(rows), config.sft_batch)]
-    optimizer, losses = new_optimizer(run.masters, config.sft_lr, config.weight_decay), []
+    optimizer = new_optimizer(run.masters, config.sft_lr, config.weight_decay)
+    losses = []
     warm = max(1, round(config.sft_warmup * len(batches)))
     for n, batch in enumerate(progress(batches, "SFT burst", unit="batch")):
         losses.append(sft_backward(run, batch))

@@ -69,21 +69,21 @@ SFT_OFF = {"sft_coef": 0.0, "sft_epochs": 0}
 
 
 # ----------------------------------------------------------------------------------------------- schedules
-def sync(run: Run, tasks: list[Task], signal: Signal) -> Step:
+def sync(run: Run, tasks: list[Task], examples_of: Signal) -> Step:
     """Synchronous: loss of grpo + sft_coef * SFT loss, in every policy update.
 
     The examples are the signal's of the last `sft_window` steps, this one included.
     """
     trajectories = rollout(run, tasks)
     advantages = group_advantages(run, trajectories)
-    examples, notes = signal(run, tasks, trajectories)
+    examples, notes = examples_of(run, tasks, trajectories)
     collect(run, examples)
     supervised = Supervision(pool(run), run.config.sft_coef)
     metrics = policy_update(run, trajectories, advantages, supervised=supervised)
     return Step(trajectories, advantages, metrics | notes)
 
 
-def interleaved(run: Run, tasks: list[Task], signal: Signal, between: Callable = grpo) -> Step:
+def interleaved(run: Run, tasks: list[Task], examples_of: Signal, between: Callable = grpo) -> Step:
     """Interleaved: between rounds of `round_steps` steps a burst of SFT.
 
     The examples are the signal's of the round's last `sft_window` steps. The burst is the first thing that
@@ -97,7 +97,7 @@ def interleaved(run: Run, tasks: list[Task], signal: Signal, between: Callable =
         run.state.pool = []
     step = between(run, tasks)
     if place >= size - run.config.sft_window:
-        examples, counts = signal(run, tasks, step.trajectories)
+        examples, counts = examples_of(run, tasks, step.trajectories)
         collect(run, examples)
         notes |= counts
     return replace(step, metrics=step.metrics | notes)
@@ -151,9 +151,9 @@ def source_examples(run: Run) -> list[Trajectory]:
     return demonstrations(run, in_epochs(source_tasks(run), f"sft/{run.config.seed}", places))
 
 
-def examples_alone(run: Run, tasks: list[Task], signal: Signal) -> Step:
+def examples_alone(run: Run, tasks: list[Task], examples_of: Signal) -> Step:
     """One update on the signal's examples, and no rollouts."""
-    examples, notes = signal(run, tasks, [])
+    examples, notes = examples_of(run, tasks, [])
     return Step([], torch.zeros(0), sft_update(run, examples) | notes)
 
 
@@ -218,7 +218,8 @@ def prs(run: Run, tasks: list[Task], trajectories: list[Trajectory]) -> tuple[li
     names a server (`supervise.reflections`, judge.py).
     """
     examples, metrics = ets(run, tasks, trajectories)
-    config, group = run.config, run.config.group
+    config = run.config
+    group = run.config.group
     judge = Judge(config.judge, config.judge_model, config.judge_timeout) if config.judge else None
 
     def reflect(i: int) -> tuple[list[Trajectory], bool]:
@@ -336,7 +337,9 @@ def sentinel(run: Run, tasks: list[Task]) -> Step:
 
     What the burst makes counts as healthy: the next rollback starts from there. 0: never.
     """
-    limit, probe, notes = run.config.sentinel_limit, run.state.probe, {}
+    limit = run.config.sentinel_limit
+    probe = run.state.probe
+    notes = {}
     measured = probe.get("step") == run.step - 1
     if limit and measured and probe["spurious_growth"] >= limit and run.state.healthy:
         roll_back(run, run.state.healthy)

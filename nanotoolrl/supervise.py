@@ -282,8 +282,10 @@ def reflections(
     are written with the format's control tokens. Deterministic but for the judge. Raises ValueError if no
     turn of the rollout failed.
     """
-    format, written = trajectory.format, review(task, trajectory, chat)
-    error, system = written.error_turn, {"role": "system", "content": FORMATS[format].instruction}
+    format = trajectory.format
+    written = review(task, trajectory, chat)
+    error = written.error_turn
+    system = {"role": "system", "content": FORMATS[format].instruction}
     played = play_again(task, trajectory.messages(chat), format)
     log = [
         (i, f"turn {i + 1} {role}: {_short(text) or '(nothing)'}")

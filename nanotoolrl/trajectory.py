@@ -98,7 +98,8 @@ class Trajectory:
 
     def with_trained(self, prefix: list[int]) -> "Trajectory":
         """The same trajectory with a forced `prefix` trained too, wherever one opens a message."""
-        mask, n = list(self.loss_mask), len(prefix)
+        mask = list(self.loss_mask)
+        n = len(prefix)
         for t in range(n, len(mask)):
             if mask[t] and not self.loss_mask[t - 1] and self.tokens[t - n : t] == prefix:
                 mask[t - n : t] = [True] * n

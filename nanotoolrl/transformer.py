@@ -71,7 +71,8 @@ class Architecture:
             raise ValueError(
                 f"max_position_embeddings must be a positive integer, not {config.max_position_embeddings!r}"
             )
-        heads, biased = config.num_attention_heads, getattr(config, "attention_bias", False)
+        heads = config.num_attention_heads
+        biased = getattr(config, "attention_bias", False)
         return cls(
             vocabulary=config.vocab_size,
             width=config.hidden_size,

@@ -116,7 +116,8 @@ def policy_update(
     Rows 0 and 1 are padded to one micro-batch: ids [2, T], log-probs [5]. The sum of their 5 token losses is
     divided by 14, the sampled tokens of all four rows: what is left out still counts.
     """
-    config, notes = run.config, Notes()
+    config = run.config
+    notes = Notes()
     every_row = every_row or config.kl > 0 or config.entropy > 0
     by_token = config.loss_agg == "token"
     shares = shares_of(run, len(trajectories))
@@ -352,7 +353,9 @@ class Notes:
 def pushes(tokens: Tokens) -> Tensor:
     """Which way the policy loss of a micro-batch pushes the logits of control tokens [2, C], through the
     log-probs (an entropy or SFT term pushes, too, and is not counted)."""
-    run, ids, logprobs = tokens.run, tokens.ids[tokens.mask], tokens.logprobs
+    run = tokens.run
+    ids = tokens.ids[tokens.mask]
+    logprobs = tokens.logprobs
     assert logprobs.grad is not None  # after the backward pass
     temperature = run.config.temperature
     p = control_probabilities(

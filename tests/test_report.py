@@ -8,21 +8,15 @@ from html.parser import HTMLParser
 
 import pytest
 from helpers.runs import run
+from matplotlib.figure import Figure
 
 from nanotoolrl.chat import control_tokens
 from nanotoolrl.env import oracle
 from nanotoolrl.loading import NANO, load_chat
 from nanotoolrl.look import report
-from nanotoolrl.look.report import (
-    FIGURES,
-    Unreadable,
-    main,
-    messages_of,
-    read_run,
-    rollouts_of,
-    screen,
-    spark,
-)
+from nanotoolrl.look.figures import FIGURES, smooth
+from nanotoolrl.look.report import main, messages_of, rollouts_of, screen, spark
+from nanotoolrl.look.runfiles import Unreadable, read_run, tell_apart
 from nanotoolrl.trajectory import demonstration
 from nanotoolrl.world.tasks import load_tasks
 
@@ -90,12 +84,11 @@ def test_figures_are_written_for_one_run_and_for_several(finished, page, capsys)
 @pytest.mark.parametrize("title", FIGURES)
 def test_every_figure_has_lines_a_legend_and_units(finished, title):
     """Of a whole run each panel shows something; of a run that measured nothing each says so or is empty."""
-    figure, axes = report.plt.subplots()
+    axes = Figure().subplots()
     FIGURES[title](axes, [read_run(finished)])
     assert axes.get_ylabel()
     assert axes.lines or axes.collections
     assert axes.get_legend_handles_labels()[1]
-    report.plt.close(figure)
 
 
 def test_several_runs_are_told_apart(finished):
@@ -103,12 +96,11 @@ def test_several_runs_are_told_apart(finished):
     shutil.copytree(finished, other, dirs_exist_ok=True)
     runs = [read_run(finished), read_run(other)]
     for title, draw in FIGURES.items():
-        figure, axes = report.plt.subplots()
+        axes = Figure().subplots()
         draw(axes, runs)
         labels = axes.get_legend_handles_labels()[1]
         assert {name for name in ("first", "second") if any(name in x for x in labels)} == {"first", "second"}
         assert len({line.get_color() for line in axes.lines if line.get_label() in labels}) >= 2, title
-        report.plt.close(figure)
 
 
 def test_the_page_holds_what_the_log_holds(finished, page):
@@ -188,7 +180,7 @@ def test_names_tell_runs_apart(finished, tmp_path):
     for path in paths:
         shutil.copytree(finished, path)
     runs = [read_run(path) for path in paths]
-    report.tell_apart(runs)
+    tell_apart(runs)
     assert [run.name for run in runs] == ["a/seed0", "b/seed0", "hidden"]
 
 
@@ -235,7 +227,7 @@ def test_what_is_no_run_is_refused_by_name(tmp_path, capsys, finished):
 
 
 def test_smoothing_by_hand():
-    assert report.smooth([1, 3, 5, 7], 2) == [1, 2, 4, 6] and report.smooth([1, 3], 1) == [1, 3]
+    assert smooth([1, 3, 5, 7], 2) == [1, 2, 4, 6] and smooth([1, 3], 1) == [1, 3]
 
 
 def test_sparkline_by_hand():

@@ -19,7 +19,8 @@ class Masters:
         self.weights = list(model.parameters())
         self.half = any(weight.dtype != torch.float32 for weight in self.weights)
         self.scaled = any(weight.dtype == torch.float16 for weight in self.weights)
-        self.scale, self.calm = FP16_SCALE if self.scaled else 1.0, 0
+        self.scale = FP16_SCALE if self.scaled else 1.0
+        self.calm = 0
         self.tensors: list[Tensor] = self.weights
         if self.half:
             self.tensors = [weight.detach().float().requires_grad_() for weight in self.weights]
@@ -48,7 +49,9 @@ class Masters:
 
     def lower_scale(self) -> bool:
         """After an overflow: scale the next losses less, if that is still possible: whether it was."""
-        possible, self.scale, self.calm = self.scale > 1, max(1.0, self.scale / 16), 0
+        possible = self.scale > 1
+        self.scale = max(1.0, self.scale / 16)
+        self.calm = 0
         return possible
 
     def state(self) -> dict:
@@ -57,11 +60,12 @@ class Masters:
 
     @torch.no_grad()
     def load(self, state: dict) -> None:
-        """Put a `state` back, once the weights are: that of a run in another dtype, too."""
+        """Put a `state` back, after the weights. It may be that of a run in another dtype."""
         if self.half:
             there = [x.to(self.tensors[0].device) for x in state["tensors"]] if state else self.weights
             torch._foreach_copy_(self.tensors, there)
         elif state:
             torch._foreach_copy_(self.weights, [x.to(self.weights[0].device) for x in state["tensors"]])
         if self.scaled and state:
-            self.scale, self.calm = max(1.0, state["scale"]), state["calm"]
+            self.scale = max(1.0, state["scale"])
+            self.calm = state["calm"]

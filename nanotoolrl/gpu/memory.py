@@ -5,6 +5,7 @@ from collections.abc import Collection
 
 import torch
 
+from nanotoolrl.config import Config
 from nanotoolrl.gpu import distributed
 from nanotoolrl.logprob import SLAB_BYTES
 from nanotoolrl.transformer import Transformer
@@ -18,7 +19,7 @@ ADVICE = {
 }
 
 
-def plan(model: Transformer, config: object, needed: Collection[str] = ()) -> dict[str, float]:
+def plan(model: Transformer, config: Config, needed: Collection[str] = ()) -> dict[str, float]:
     """Bytes by part, of a run of a model with train.py's config; `needed`: parts that its scheme always has.
 
     fp32 masters and gradients, AdamW's two moments (twice while a burst of SFT has its own), a reference for

@@ -21,8 +21,8 @@ from tqdm import tqdm
 
 from nanotoolrl.calls import FORMATS, MESSAGE_STATES
 from nanotoolrl.chat import Chat
-from nanotoolrl.cli import command, cpu_threads, number, out_of_bounds, refuse_unheard
-from nanotoolrl.config import COUNTS, SECONDS
+from nanotoolrl.cli import command, cpu_threads, number, refuse_unheard
+from nanotoolrl.config import COUNTS, SECONDS, SETTINGS
 from nanotoolrl.env import (
     BFCL_LIMITS,
     CATEGORIES,
@@ -71,7 +71,8 @@ def wilson(solved: float, n: int) -> tuple[float, float, float]:
     """(share, low, high): the Wilson score interval at 95 %; (nan, nan, nan) for n = 0."""
     if n == 0:
         return (math.nan,) * 3
-    z, share = 1.96, solved / n
+    z = 1.96
+    share = solved / n
     middle = (share + z * z / (2 * n)) / (1 + z * z / n)
     half = z * math.sqrt(share * (1 - share) / n + z * z / (4 * n * n)) / (1 + z * z / n)
     return share, max(0.0, middle - half), min(1.0, middle + half)
@@ -96,7 +97,8 @@ def evaluate(
     format? A task whose prompt does not fit the sampler's context fails. Tasks are played in order of the
     size of their world: long episodes then run beside long ones.
     """
-    started, scores = time.perf_counter(), Scores()
+    started = time.perf_counter()
+    scores = Scores()
     order = []
     for i in sorted(range(len(tasks)), key=lambda i: len(str(tasks[i].state))):
         hint = hints[i] if hints else ""
@@ -250,10 +252,13 @@ def add_limits(parser: argparse.ArgumentParser) -> None:
 def chosen_limits(args: argparse.Namespace) -> Limits:
     """Flags, before the limits of the run that made the model, before those of our own tasks or of the
     benchmark's. Where the run's tasks were of the other kind, the larger of these two."""
-    usual, run = BFCL_LIMITS if is_bfcl(args.tasks) else OUR_LIMITS, run_settings(args.model)
-    alike, found = is_bfcl(run.get("tasks", "")) == is_bfcl(args.tasks), {}
+    usual = BFCL_LIMITS if is_bfcl(args.tasks) else OUR_LIMITS
+    run = run_settings(args.model)
+    alike = is_bfcl(run.get("tasks", "")) == is_bfcl(args.tasks)
+    found = {}
     for name, value in dataclasses.asdict(usual).items():
-        given, trained = getattr(args, name), run.get(name, value)
+        given = getattr(args, name)
+        trained = run.get(name, value)
         found[name] = given if given is not None else trained if alike else max(trained, value)
     return Limits(**found)
 
@@ -362,7 +367,8 @@ def score(args: argparse.Namespace) -> tuple[str, dict]:
 
 def score_grid(args: argparse.Namespace) -> tuple[str, dict]:
     """Success in the trained and the foreign formats on tasks of the trained and of other domains."""
-    policy, trained = load(args.model), args.format or run_settings(args.model).get("format") or "hermes"
+    policy = load(args.model)
+    trained = args.format or run_settings(args.model).get("format") or "hermes"
     formats = [trained, *(format for format in FORMATS if format != trained)]
     columns = {}
     for name in ("test", "ood"):
@@ -392,7 +398,8 @@ def say_unsolvable(
     sampler: Sampler, tasks: Sequence[Task], format: str, limits: Limits, hints: Sequence[str]
 ) -> None:
     """Name, on stderr, the tasks that no model can solve under these limits."""
-    room, found = sampler.context - 1, {}
+    room = sampler.context - 1
+    found = {}
     for task, hint in zip(tasks, hints, strict=True):
         if why := obstacle(sampler.chat, task, format, limits, room, hint):
             found[task.id] = why
@@ -406,7 +413,8 @@ def doctor(args: argparse.Namespace) -> tuple[str, dict]:
     probe_tasks = subset(load_tasks("train"), PROBE_TASKS)
     run = run_settings(args.model)
     trained = args.format or run.get("format") or "hermes"
-    names, policies = [args.model], [load(args.model)]
+    names = [args.model]
+    policies = [load(args.model)]
     if before := args.compare or run.get("model"):
         try:
             policies.append(load(before))
@@ -422,7 +430,8 @@ def doctor(args: argparse.Namespace) -> tuple[str, dict]:
         for sampler, name in zip(samplers, names, strict=True)
     ]
     say_unsolvable(samplers[0], tasks, trained, args.limits, [""] * len(tasks))
-    model, reference = found[0], found[1] if len(found) > 1 else None
+    model = found[0]
+    reference = found[1] if len(found) > 1 else None
     numbers = {"verdict": verdict(model, reference), "model": dataclasses.asdict(model)}
     numbers["reference"] = dataclasses.asdict(reference) if reference else None
     return page(model, reference), numbers
@@ -432,8 +441,7 @@ def run_settings(model: str) -> dict:
     """Model, format, tasks and limits of the run that made a model; nothing if `model` is neither a run nor
     in one (RUN/model, RUN/models/step-N). Settings that the run did not have yet are left out. Raises
     ValueError for one that no run can have."""
-    kinds = {"model": str, "format": str, "tasks": str}
-    kinds |= {name: type(value) for name, value in dataclasses.asdict(OUR_LIMITS).items()}
+    names = ("model", "format", "tasks", *(one.name for one in dataclasses.fields(Limits)))
     path = Path(model)
     folders = (path, path.parent, path.parent.parent) if model != BUILT_IN and path.exists() else ()
     for folder in folders:
@@ -442,22 +450,12 @@ def run_settings(model: str) -> dict:
         except (OSError, ValueError, RecursionError):
             continue
         if isinstance(found, dict) and {"scheme", "format", "tasks"} <= found.keys():  # no model's own
-            told = {name: found[name] for name in kinds if name in found}
+            told = {name: found[name] for name in names if name in found}
             for name, value in told.items():
-                if problem := _no_setting(name, value, kinds[name]):
-                    raise ValueError(f"{folder / 'config.json'}: {name} {problem}; it is {value!r}")
+                if problem := SETTINGS[name].wrong(value):
+                    raise ValueError(f"{folder / 'config.json'}: {name} {problem}")
             return told
     return {}
-
-
-def _no_setting(name: str, value: object, kind: type) -> str:
-    """Why a run cannot have had this setting, or ""."""
-    if type(value) is not kind:
-        return f"must be of type {kind.__name__}"
-    if name == "format" and value not in FORMATS:
-        return f"must be one of {', '.join(FORMATS)}"
-    bounds = {int: COUNTS, float: SECONDS}.get(kind)
-    return out_of_bounds(value, **bounds) if bounds else ""
 
 
 def logged(args: argparse.Namespace) -> tuple[str, dict]:

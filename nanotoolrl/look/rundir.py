@@ -198,7 +198,8 @@ class RunDirectory:
                 shapes = {name: x.shape for name, x in moments.items()}
                 if shapes != {"step": (), "exp_avg": weight.shape, "exp_avg_sq": weight.shape}:
                     raise ValueError("the optimiser's moments have other names or shapes than AdamW's")
-            run.step, run.state = saved["step"], State(**saved["state"])
+            run.step = saved["step"]
+            run.state = State(**saved["state"])
             torch.set_rng_state(saved["torch_rng"])
         except (RuntimeError, ValueError, LookupError, TypeError, AttributeError) as error:
             raise Refused(
@@ -213,7 +214,8 @@ class RunDirectory:
             found = torch.load(self.checkpoint, map_location="cpu", weights_only=True)
             if not isinstance(found, dict):
                 raise TypeError("no dict")
-            saved, written = found["saved"], found["checksum"]
+            saved = found["saved"]
+            written = found["checksum"]
             intact = checksum(saved) == written
         except UNREADABLE as error:
             raise Refused(
@@ -362,7 +364,8 @@ def _up_to(
 ) -> list[str]:
     """The lines up to a step, in order. wanted: their steps, once each; None: rising ones. first: the number
     of the first line, for the refusal."""
-    kept, steps = [], []
+    kept = []
+    steps = []
     for line in lines:
         try:
             at = step_of(line)

@@ -27,8 +27,8 @@ from nanotoolrl.commandline import parse, stored_config
 from nanotoolrl.config import Refused
 from nanotoolrl.files import check_writable
 from nanotoolrl.look.evaluate import Scores
-from nanotoolrl.look.report import RunFiles, Unreadable, read_run
 from nanotoolrl.look.rundir import logged_steps
+from nanotoolrl.look.runfiles import RunFiles, Unreadable, read_run
 
 ROOT = Path(__file__).resolve().parent.parent.parent
 REFUSED = 2  # exit code of a run that was made with other settings, or cannot be made
@@ -71,7 +71,8 @@ class Children:
 
     def __init__(self) -> None:
         self.going: set[subprocess.Popen] = set()
-        self.ended, self.lock = False, threading.Lock()
+        self.ended = False
+        self.lock = threading.Lock()
 
     def run(self, command: list[str], log: Path) -> int:
         """Run a command with its output in a log; the exit code."""
@@ -196,7 +197,9 @@ def main(argv: list[str] | None = None) -> int:
     except OSError as error:
         print(f"study: {error}", file=sys.stderr)
         return 2
-    study, codes, children = dict(STUDIES[args.study]), {}, Children()
+    study = dict(STUDIES[args.study])
+    codes = {}
+    children = Children()
     with (
         interrupting(signal.SIGTERM, getattr(signal, "SIGHUP", signal.SIGTERM)),
         ThreadPoolExecutor(args.jobs) as pool,

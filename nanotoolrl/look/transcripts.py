@@ -84,8 +84,10 @@ def conversations(path: Path, format: str) -> Iterator[tuple[str, list[Said]]]:
 # --------------------------------------------------------------------------------------------------- the file
 def _values(path: Path) -> Iterator[tuple[int, object]]:
     """(line on which it begins, value) of one JSON value after the other."""
-    text, decoder = _text(path), json.JSONDecoder()
-    line, end = 1, 0
+    text = _text(path)
+    decoder = json.JSONDecoder()
+    line = 1
+    end = 0
     while (start := _BLANK.match(text, end).end()) < len(text):
         line += text.count("\n", end, start)
         try:
@@ -237,7 +239,8 @@ def _message(message: object, format: str) -> list[Said]:
     if speaker == "other":
         return []
     if speaker == "call":
-        calls, text = _listed(message[body], texts=True), ""
+        calls = _listed(message[body], texts=True)
+        text = ""
     else:
         content = message.get(body)
         text, used = _content(message.get("refusal") if content is None else content)
@@ -254,7 +257,8 @@ def _content(content: object) -> tuple[str, list]:
         return content or "", []
     if not isinstance(content, list):
         raise ValueError(f"expected a text or a list of parts; found {_found(content)}")
-    texts, calls = [], []
+    texts = []
+    calls = []
     for part in content:
         kind = part.get("type") if isinstance(part, dict) else None
         text = part.get("text", part.get("refusal")) if isinstance(part, dict) else part
@@ -293,7 +297,8 @@ def _loaded(value: object) -> object:
 
 def _calling(calls: list, format: str) -> Said:
     """A message of structured calls. One that cannot be read stands as it is, and makes it malformed."""
-    texts, readable = [], True
+    texts = []
+    readable = True
     for call in calls:
         name, arguments = _call(_loaded(call))
         try:

@@ -89,7 +89,8 @@ def _scenario(rng: Random, state: dict, seed: str) -> Scenario:
     makes long."""
     world = Task("", "base", state, [], []).new_world()
     fitting = [goal for goal in all_goals() if goal.apis() <= set(world)]
-    turns, listed = [], False
+    turns = []
+    listed = False
     for _ in range(rng.choices([1, 2, 3], [5, 2, 1])[0]):
         goals = []
         for goal in rng.sample(fitting, min(len(fitting), rng.choices([1, 2], [4, 1])[0])):
@@ -125,7 +126,9 @@ def draw_bindings(rng: Random, goal: Goal, world: dict) -> dict:
 def play(goal: Goal, bindings: dict, world: dict) -> tuple[list[Call], list, dict]:
     """Make a goal's calls on a world: (calls, results, bindings). Every result extends the bindings: an
     object by its fields, a listing by those of the record that the goal names."""
-    bindings, calls, results = dict(bindings), [], []
+    bindings = dict(bindings)
+    calls = []
+    results = []
     for tool, arguments in goal.steps():
         try:
             call = Call(tool, {name: bindings[binding] for name, binding in arguments.items()})
@@ -181,7 +184,9 @@ def twin(scenario: Scenario, state: dict, category: str, name: str) -> Task:
     task = Task(f"{name}-{category}", category, copy.deepcopy(state), list(scenario.tools), [])
     world = task.new_world()
     for i, goals in enumerate(scenario.goals):
-        said, calls, replies = [], [], []
+        said = []
+        calls = []
+        replies = []
         tampered = i == scenario.missing and category in ("miss_func", "miss_param")
         vague = next((goal for goal, _ in goals if goal.vague), None) if tampered else None
         question = answer = ""
@@ -189,7 +194,8 @@ def twin(scenario: Scenario, state: dict, category: str, name: str) -> Task:
             words = rng.choice(goal.says.split("|")).format(**drawn)
             if goal is vague and category == "miss_param":
                 words = rng.choice(goal.vague.split("|")).format(**drawn)
-                question, answer = goal.question, rng.choice(goal.answer.split("|")).format(**drawn)
+                question = goal.question
+                answer = rng.choice(goal.answer.split("|")).format(**drawn)
             said.append(words)
             played, _, bindings = play(goal, drawn, world)
             calls += played
@@ -200,7 +206,9 @@ def twin(scenario: Scenario, state: dict, category: str, name: str) -> Task:
             if category == "miss_func":
                 hidden = calls[-1].name
                 task.tools.remove(hidden)
-                question, answer, offers = rng.choice(NO_TOOL), rng.choice(OFFERS), [hidden]
+                question = rng.choice(NO_TOOL)
+                answer = rng.choice(OFFERS)
+                offers = [hidden]
             task.turns.append(Turn(text, [], question))
             text = answer
         task.turns.append(Turn(text, calls, " ".join(dict.fromkeys(replies)), offers))

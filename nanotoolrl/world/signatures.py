@@ -43,9 +43,12 @@ def tool_schema(owner: str, name: str, method: Callable) -> dict:
         raise TypeError(f"{where}: its first parameter must be self")
     del parameters[0]
     description, about = _documented(method, where, [parameter.name for parameter in parameters])
-    hints, properties, required = _hints(method, where), {}, []
+    hints = _hints(method, where)
+    properties = {}
+    required = []
     for parameter in parameters:
-        key, place = parameter.name, f"{where}, parameter {parameter.name!r}"
+        key = parameter.name
+        place = f"{where}, parameter {parameter.name!r}"
         if parameter.kind not in BY_NAME:
             raise TypeError(f"{place}: {parameter} takes no argument by its name, as a call gives it")
         if key not in hints:
@@ -70,7 +73,8 @@ def tool_schema(owner: str, name: str, method: Callable) -> dict:
 
 def type_schema(annotation: object, where: str) -> dict:
     """The schema of one annotation. Raises TypeError, with `where` in front, for one that has none."""
-    kind, parts = typing.get_origin(annotation) or annotation, typing.get_args(annotation)
+    kind = typing.get_origin(annotation) or annotation
+    parts = typing.get_args(annotation)
     if kind in (typing.Union, types.UnionType):
         others = [part for part in parts if part is not types.NoneType]
         if len(others) == 1:

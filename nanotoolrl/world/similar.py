@@ -68,9 +68,12 @@ def _borrowed(
     task: Task, calls: list[Call], others: Sequence[Task], rng: Random, count: int
 ) -> tuple[list[Task], Task | None]:
     """`similar` from the turns of other tasks: the same tools, best in the same order; then the closest."""
-    wanted, seen, owner = [call.name for call in calls], {str(calls)}, task.owner
+    wanted = [call.name for call in calls]
+    seen = {str(calls)}
+    owner = task.owner
     classes = set(map(owner, wanted))
-    same, rivals = [], []
+    same = []
+    rivals = []
     for other in rng.sample(others, len(others)):
         for i, turn in enumerate(other.turns):
             tools = [call.name for call in turn.calls]

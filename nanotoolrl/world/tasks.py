@@ -65,11 +65,14 @@ def subset(tasks: list[Task], count: int) -> list[Task]:
 
 def in_epochs(tasks: Sequence[Task], seed: str, places: range) -> list[Task]:
     """The tasks at some places of an endless sequence: one seeded shuffle of all tasks after another."""
-    chosen, order, shuffled = [], [], None
+    chosen = []
+    order = []
+    shuffled = None
     for place in places:
         epoch, index = divmod(place, len(tasks))
         if epoch != shuffled:
-            order, shuffled = list(range(len(tasks))), epoch
+            order = list(range(len(tasks)))
+            shuffled = epoch
             random.Random(f"{seed}/{epoch}").shuffle(order)
         chosen.append(tasks[order[index]])
     return chosen
