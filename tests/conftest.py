@@ -22,7 +22,7 @@ from nanotoolrl.loading import NANO, load  # noqa: E402
 from nanotoolrl.model import Policy  # noqa: E402
 from nanotoolrl.world.api import API_CLASSES, owner_of, schema  # noqa: E402
 from nanotoolrl.world.goals import DOMAINS  # noqa: E402
-from nanotoolrl.world.tasks import SPLITS, load_tasks, save_tasks, subset  # noqa: E402
+from nanotoolrl.world.tasks import SPLITS, load_tasks  # noqa: E402
 
 torch.set_num_threads(1)  # most tests are small: a second thread would wait more than it works
 settings.register_profile("untimed", deadline=None)  # a busy machine is no failure
@@ -59,14 +59,6 @@ def splits() -> dict[str, list[Task]]:
 def train(splits) -> list[Task]:
     """The committed training tasks. Tests must not change them."""
     return splits["train"]
-
-
-@pytest.fixture(scope="session")
-def few(tmp_path_factory) -> Path:
-    """A file with a dozen training tasks."""
-    path = tmp_path_factory.mktemp("few") / "tasks.jsonl"
-    save_tasks(subset(load_tasks("train"), 12), path)
-    return path
 
 
 @pytest.fixture(scope="session")

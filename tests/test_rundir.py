@@ -97,9 +97,9 @@ def test_resume_refuses_what_it_cannot_continue(four, tmp_path, capsys):
     refused(said="does not fit the model", out=copy)
 
 
-def test_models_are_kept_on_the_way(few, tmp_path, capsys):
+def test_models_are_kept_on_the_way(tmp_path, capsys):
     out = tmp_path / "run"
-    flags = ["--scheme", "grpo", "--tasks", few, "--steps", 3, "--max-new-tokens", 90, "--format", "xml"]
+    flags = ["--scheme", "grpo", "--steps", 3, "--max-new-tokens", 90, "--format", "xml"]
     assert run(*flags, "--keep-every", 2, out=out) == 0
     assert [path.name for path in (out / "models").iterdir()] == ["step-2"]
     kept, end = (load(path).model.state_dict() for path in (out / "models" / "step-2", out))

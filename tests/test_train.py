@@ -7,7 +7,7 @@ import signal
 import pytest
 import torch
 from helpers.models import MODELS, policy_like
-from helpers.runs import rows, run, same_run, sent, weights
+from helpers.runs import FEW, rows, run, same_run, sent, weights
 
 import sample
 import train
@@ -25,9 +25,9 @@ ALL = [(name, schedule) for name, one in SCHEMES.items() for schedule in one.sch
 
 
 @pytest.mark.parametrize("scheme, schedule", ALL)
-def test_every_scheme_runs_with_evaluation(scheme, schedule, few, tmp_path, capsys):
+def test_every_scheme_runs_with_evaluation(scheme, schedule, tmp_path, capsys):
     out = tmp_path / "run"
-    flags = ["--scheme", scheme, "--eval-count", 4, "--eval-tasks", "ood", "--show-every", 1, "--tasks", few]
+    flags = ["--scheme", scheme, "--eval-count", 4, "--eval-tasks", "ood", "--show-every", 1]
     flags += ["--schedule", schedule] if schedule else []
     assert run(*flags, out=out) == 0
     printed = capsys.readouterr().out
@@ -42,8 +42,8 @@ def test_every_scheme_runs_with_evaluation(scheme, schedule, few, tmp_path, caps
     assert made | {"transformers_version": ""} == start | {"transformers_version": ""}
 
 
-def test_greedy_evaluation_on_a_part_every_few_steps(few, tmp_path):
-    flags = ["--scheme", "grpo", "--tasks", few, "--steps", 2, "--eval-count", 4, "--eval-part", 3]
+def test_greedy_evaluation_on_a_part_every_few_steps(tmp_path):
+    flags = ["--scheme", "grpo", "--steps", 2, "--eval-count", 4, "--eval-part", 3]
     assert run(*flags, "--eval-every", 2, out=tmp_path / "run") == 0
     assert [row["eval_success"] != "" for row in rows(tmp_path / "run")] == [False, True]
     lines = [json.loads(line) for line in (tmp_path / "run" / "probes.jsonl").read_text().splitlines()]
@@ -138,9 +138,9 @@ STATEFUL = ["ets", "prs", "ctrl_sft", "selfrepair", "bursts", "chord", "sentinel
 
 
 @pytest.mark.parametrize("scheme", STATEFUL)
-def test_resume_of_what_is_kept_across_steps(scheme, few, tmp_path):
+def test_resume_of_what_is_kept_across_steps(scheme, tmp_path):
     """The pool of examples, healthy weights, a decaying share: all of it goes on after a stop."""
-    flags = ["--scheme", scheme, "--tasks", few, "--round-steps", 2, "--sft-window", 2, "--probe-every", 1]
+    flags = ["--scheme", scheme, "--round-steps", 2, "--sft-window", 2, "--probe-every", 1]
     flags += ["--sentinel-limit", 1.001, "--chord-steps", 4, "--lr", 3e-3]
     assert run(*flags, "--steps", 4, out=tmp_path / "whole") == 0
     assert run(*flags, "--steps", 2, out=tmp_path / "parts") == 0
@@ -150,9 +150,9 @@ def test_resume_of_what_is_kept_across_steps(scheme, few, tmp_path):
     assert any(row[columns.get(scheme, "sft_loss")] for row in rows(tmp_path / "parts"))
 
 
-def test_kl_of_sft_rl_pulls_to_the_sft_checkpoint(few, tmp_path):
+def test_kl_of_sft_rl_pulls_to_the_sft_checkpoint(tmp_path):
     """Also after a resume, where it can only come from the checkpoint."""
-    flags = ["--scheme", "sft_rl", "--tasks", few, "--kl", 0.5, "--sft-lr", 3e-3]
+    flags = ["--scheme", "sft_rl", "--kl", 0.5, "--sft-lr", 3e-3]
     assert run(*flags, "--steps", 2, out=tmp_path / "whole") == 0
     assert run(*flags, "--steps", 1, out=tmp_path / "parts") == 0
     assert train.main(["--resume", "--out", str(tmp_path / "parts"), "--steps", "2"]) == 0
@@ -162,16 +162,16 @@ def test_kl_of_sft_rl_pulls_to_the_sft_checkpoint(few, tmp_path):
     assert any(not torch.equal(saved[name], start[name]) for name in start)
 
 
-def test_foreign_source(few, tmp_path):
-    assert run("--scheme", "sft", "--sft-source", "foreign", "--tasks", few, out=tmp_path / "foreign") == 0
-    assert run("--scheme", "sft", "--tasks", few, out=tmp_path / "own") == 0
+def test_foreign_source(tmp_path):
+    assert run("--scheme", "sft", "--sft-source", "foreign", out=tmp_path / "foreign") == 0
+    assert run("--scheme", "sft", out=tmp_path / "own") == 0
     assert rows(tmp_path / "own")[0]["sft_loss"] != rows(tmp_path / "foreign")[0]["sft_loss"]
     assert rows(tmp_path / "own")[0]["reward"] == "", "nothing was rolled out"
 
 
-def test_a_judge_that_is_not_there_is_refused_or_counted(few, tmp_path, monkeypatch, capsys):
+def test_a_judge_that_is_not_there_is_refused_or_counted(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr("nanotoolrl.judge.BACK_OFF", (0.0, 0.0, 0.0))
-    flags = ["--scheme", "prs", "--tasks", few, "--judge", "http://127.0.0.1:9/v1", "--steps", 1]
+    flags = ["--scheme", "prs", "--judge", "http://127.0.0.1:9/v1", "--steps", 1]
     assert run(*flags, out=tmp_path / "run") == 2
     assert "127.0.0.1:9" in capsys.readouterr().err and not (tmp_path / "run").exists()
     monkeypatch.setattr(Judge, "check", lambda judge: None)  # it answers, and then goes away
@@ -221,11 +221,11 @@ def test_three_bad_updates_in_a_row_stop_with_the_last_good_state(tmp_path, monk
     "flags",
     [["--lr", 1e308], ["--lr", 1e308, "--entropy", 0.01], ["--lr", 1e38], ["--lr", 1e30]],  # the last: finite
 )
-def test_weights_that_are_not_finite_end_the_run_with_the_last_that_were(flags, few, tmp_path, capsys):
+def test_weights_that_are_not_finite_end_the_run_with_the_last_that_were(flags, tmp_path, capsys):
     """Adam steps far out of fp32: the run stops at once, keeps its last sound checkpoint and model, writes
     no NaN, and its advice can be followed."""
     out = tmp_path / "run"
-    flags = ["--scheme", "grpo", "--tasks", few, "--group", 6, "--updates", 1, *flags]
+    flags = ["--scheme", "grpo", "--group", 6, "--updates", 1, *flags]
     assert run(*flags, "--steps", 9, "--save-every", 1, out=out) == 1
     said = capsys.readouterr().err
     assert "are not finite. Start anew with a lower --lr" in said
@@ -273,7 +273,7 @@ def test_sigkill_loses_nothing_that_was_saved(four, tmp_path):
     same_run(four, out)
 
 
-def test_tools_are_given_up_after_the_set_time(few, tmp_path, monkeypatch):
+def test_tools_are_given_up_after_the_set_time(tmp_path, monkeypatch):
     """The setting reaches every episode, of training and of evaluation."""
     seen = []
     init = Episode.__init__
@@ -286,8 +286,6 @@ def test_tools_are_given_up_after_the_set_time(few, tmp_path, monkeypatch):
     flags = [
         "--scheme",
         "grpo",
-        "--tasks",
-        few,
         "--steps",
         1,
         "--eval-count",
@@ -330,17 +328,17 @@ def test_epochs_visit_every_task_once():
 
 
 @pytest.mark.parametrize("name", MODELS)
-def test_the_layout_of_a_real_model_trains(name, few, tmp_path, capsys):
+def test_the_layout_of_a_real_model_trains(name, tmp_path, capsys):
     """From a directory, layers computed again, and back: what is saved loads and is sampled from."""
     policy_like(name).save(tmp_path / "model")
     flags = ["--scheme", "ets", "--schedule", "sync", "--steps", 1, "--max-new-tokens", 64]
-    flags += ["--tasks", few, "--model", tmp_path / "model", "--checkpointing", "--context", 4096]
+    flags += ["--model", tmp_path / "model", "--checkpointing", "--context", 4096]
     assert run(*flags, out=tmp_path / "run") == 0
     assert "memory plan: weights" in capsys.readouterr().out
     assert float(rows(tmp_path / "run")[0]["sft_loss"]) > 0
     start, end = (load(tmp_path / one).model.state_dict() for one in ("model", "run/model"))
     assert any(not torch.equal(start[name], end[name]) for name in start)
-    assert sample.main(["--model", str(tmp_path / "run" / "model"), "--tasks", str(few)]) == 0
+    assert sample.main(["--model", str(tmp_path / "run" / "model"), "--tasks", str(FEW)]) == 0
 
 
 def test_bfcl_trains(tmp_path, capsys):

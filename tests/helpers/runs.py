@@ -4,11 +4,32 @@ import csv
 import signal
 import subprocess
 import sys
+import tempfile
 from pathlib import Path
 
 import torch
 
 import train
+from nanotoolrl.world.tasks import subset
+
+ROOT = Path(train.__file__).parent
+TIMINGS = ("sample_tok_s", "train_tok_s", "sample_seconds", "probe_seconds", "seconds")
+HOME = tempfile.TemporaryDirectory(prefix="nanotoolrl-")  # gone when the process ends
+
+
+def some_tasks(split: str, count: int) -> Path:
+    """A file with a few tasks of a split, which costs a run less than all of them."""
+    path = Path(HOME.name) / f"{split}-{count}.jsonl"
+    lines = (ROOT / "data" / "tasks" / f"{split}.jsonl").read_text(encoding="utf-8").split("\n")
+    path.write_text("\n".join(subset(lines[:-1], count)) + "\n", encoding="utf-8")
+    return path
+
+
+FEW = some_tasks("train", 12)
+TINY = (
+    "--preset smoke --eval-count 0 --prompts 2 --group 2 --updates 2 --probe-tasks 2 --max-messages 6 "
+    f"--threads 1 --show-every 0 --tasks {FEW}"
+)
 
 
 def hears_signals() -> None:
@@ -16,15 +37,6 @@ def hears_signals() -> None:
     the background)."""
     for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
         signal.signal(number, signal.SIG_DFL)
-
-
-ROOT = Path(train.__file__).parent
-
-
-TINY = (
-    "--preset smoke --eval-count 0 --prompts 2 --group 2 --updates 2 --probe-tasks 2 --max-messages 6 "
-    "--threads 1 --show-every 0"
-)
 
 
 def run(*flags, out):
@@ -51,9 +63,6 @@ def weights(out):
 def rows(out):
     with (Path(out) / "metrics.csv").open() as file:
         return list(csv.DictReader(file))
-
-
-TIMINGS = ("sample_tok_s", "train_tok_s", "sample_seconds", "probe_seconds", "seconds")
 
 
 def same_run(a, b):
