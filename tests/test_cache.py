@@ -24,7 +24,7 @@ def usual(tiny):
 def test_memory_settings_change_nothing(tiny, usual, monkeypatch, limit, step):
     """One row per prefill forward or all; a cache that grows at every token or never."""
     monkeypatch.setattr(sampler_module, "PREFILL_TOKENS", limit)
-    monkeypatch.setattr(decode, "CAPACITY_STEP", step)
+    monkeypatch.setattr(cache, "CAPACITY_STEP", step)
     same_rows(Sampler(tiny, max_new_tokens=16).rollout(ragged_episodes(), temperature=0.7), usual)
 
 
@@ -40,8 +40,9 @@ def test_a_graph_never_outlives_the_cache_it_was_recorded_on(tiny, monkeypatch):
 
     monkeypatch.setattr(decode._Loop, "run", watched)
     monkeypatch.setattr(sampler_module, "WAITING_SHARE", 0.01)
-    tasks = [small_task("a " * (60 * (n % 2)) + str(n)) for n in range(8)]  # long prompts beside long rows
-    sampler = Sampler(tiny, max_new_tokens=40, slots=3)
+    monkeypatch.setattr(cache, "CAPACITY_STEP", 16)
+    tasks = [small_task("a " * (40 * n) + str(n)) for n in range(6)]  # longer prompts beside longer rows
+    sampler = Sampler(tiny, max_new_tokens=4, slots=3)
     sampler.decoder = decode.Decoder(tiny, 0, fast=True)
     rows = sampler.rollout([Episode(task, max_messages=3) for task in tasks])
     assert len(recorded) > 2 and all(runs)

@@ -2,6 +2,7 @@
 
 import argparse
 import ast
+import io
 import json
 import os
 import signal
@@ -12,17 +13,19 @@ from pathlib import Path
 import pytest
 import torch
 from helpers.models import policy_like
+from helpers.runs import FEW
 
 import nanotoolrl
 import sample
 import train
 from nanotoolrl import cli
 from nanotoolrl.cli import available_cores, cpu_threads, number, out_of_bounds
-from nanotoolrl.look import evaluate
+from nanotoolrl.look import evaluate, report
 
 ROOT = Path(__file__).resolve().parent.parent
 STAYS = (
-    "train.py --preset smoke --steps 1 --eval-count 0 --prompts 2 --group 2 --probe-tasks 2 --max-messages 4"
+    "train.py --preset smoke --steps 1 --eval-count 0 --prompts 2 --group 2 --probe-tasks 2 --max-messages 4 "
+    f"--tasks {FEW}"
 )
 
 
@@ -90,22 +93,18 @@ def test_training_outlives_its_reader(ends, tmp_path):
 
 
 @pytest.mark.parametrize("encoding", ["ascii", "cp1252", "latin-1"])
-def test_output_that_is_not_utf8(encoding, tmp_path):
+def test_output_that_is_not_utf8(encoding, tmp_path, monkeypatch):
     """A model that writes what the terminal lacks (U+FFFD), and sparklines."""
-    lines = ["import sys, sample, torch", "from nanotoolrl.cli import lasting_output"]
-    lines += ["with lasting_output():", "    print('\\ufffd \\u2588 ok')"]
-    code = "\n".join(lines)
-    done = subprocess.run(
-        [sys.executable, "-c", code],
-        cwd=ROOT,
-        capture_output=True,
-        env=os.environ | {"PYTHONIOENCODING": encoding},
-    )
-    assert (done.returncode, done.stdout) == (0, b"? ? ok\n")
+    terminal = io.BytesIO()
+    monkeypatch.setattr(sys, "stdout", io.TextIOWrapper(terminal, encoding))
+    with cli.lasting_output():
+        print("\ufffd \u2588 ok")
+    assert terminal.getvalue() == b"? ? ok\n"
+    monkeypatch.setattr(sys, "stdout", io.TextIOWrapper(terminal, encoding))
     committed = ROOT / "data" / "results" / "hint" / "seed0"
-    done = shell(f"python -m nanotoolrl.report {committed} --out {tmp_path}", PYTHONIOENCODING=encoding)
-    assert done.returncode == 0, done.stderr
-    assert b"?" in done.stdout and (tmp_path / "report.html").read_text(encoding="utf-8")
+    assert report.main([str(committed), "--out", str(tmp_path)]) == 0
+    assert terminal.getvalue().count(b"?") > 2
+    assert (tmp_path / "report.html").read_text(encoding="utf-8")
 
 
 def test_a_model_that_writes_what_the_terminal_lacks_is_trained_to_the_end(tmp_path):

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 import torch
 from helpers.models import Script, ScriptedModel, tiny_policy, whole_logits
-from helpers.rollouts import ragged_episodes, same_rows, sampled, small_task, uniform
+from helpers.rollouts import same_rows, sampled, small_task, uniform
 
 from nanotoolrl import decode
 from nanotoolrl import sampler as sampler_module
@@ -24,13 +24,18 @@ def test_the_fast_way_changes_nothing(tiny, monkeypatch, slots, prefill, window)
     pytest.importorskip("triton", reason="Triton is for Linux only")
     monkeypatch.setattr(sampler_module, "WAITING_SHARE", prefill)
     monkeypatch.setattr(decode, "WINDOW", window)
-    plain = Sampler(tiny, max_new_tokens=6).rollout(ragged_episodes())
+
+    def episodes():
+        return [Episode(small_task("a " * (5 * n) + str(n)), max_messages=3) for n in range(6)]
+
+    plain = Sampler(tiny, max_new_tokens=6).rollout(episodes())
     sampler = Sampler(tiny, max_new_tokens=6, slots=slots)
     sampler.decoder = decode.Decoder(tiny, 0, fast=True)
-    rows = sampler.rollout(ragged_episodes())
+    rows = sampler.rollout(episodes())
     same_rows(rows, plain)
+    assert len({len(row.tokens) for row in rows}) > 3, "the batch is not ragged"
     loops = dict(sampler.decoder.loops)
-    same_rows(sampler.rollout(ragged_episodes()[:2]), plain[:2])  # nothing is left of the rollout before
+    same_rows(sampler.rollout(episodes()[:2]), plain[:2])  # nothing is left of the rollout before
     assert loops.items() <= sampler.decoder.loops.items()  # graphs are kept
 
 

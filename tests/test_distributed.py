@@ -3,6 +3,7 @@
 import csv
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -11,23 +12,23 @@ from pathlib import Path
 
 import pytest
 import torch
-from helpers.runs import hears_signals
+from helpers.runs import FEW, hears_signals
 from safetensors.torch import load_file
 
+import train
 from nanotoolrl.gpu import distributed
 from nanotoolrl.loading import NANO
 
 ROOT = Path(__file__).resolve().parent.parent
 SMALL = "--preset smoke --eval-count 0 --threads 1 --lr 2e-6 --sft-lr 2e-6 --sft-tokens 200 --show-every 0"
+SMALL += f" --tasks {FEW} --max-messages 6"
+TORCHRUN = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
 
 
-def run(out: Path, processes: int, *flags: str) -> subprocess.CompletedProcess:
-    """train.py, under torchrun if there are several processes."""
-    command = [sys.executable]
-    if processes > 1:
-        command += ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}"]
-    command += ["train.py", *SMALL.split(), "--out", str(out), *flags]
-    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+def two(out: Path, *flags: str, script: str | Path = "train.py") -> subprocess.CompletedProcess:
+    """train.py, or a script around it, in two processes under torchrun."""
+    command = [sys.executable, *TORCHRUN, str(script), *SMALL.split(), "--out", str(out), *flags]
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
     return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=600, env=environment)
 
 
@@ -44,56 +45,74 @@ def metrics(out: Path) -> list[dict[str, str]]:
         return list(csv.DictReader(file))
 
 
-@pytest.mark.parametrize(
-    "flags",
-    [
+@pytest.fixture(
+    scope="module",
+    params=[
         "--scheme prs --steps 3",  # rollouts, reflections, a burst
         "--scheme chord --steps 2 --updates 2 --kl 0.1 --prompts 5",  # SFT in the update, a reference
     ],
     ids=["prs", "chord"],
 )
-def test_two_processes_make_the_model_that_one_makes(tmp_path, flags):
+def both(request, tmp_path_factory):
+    """(home of the run of one process and that of two, named after their number; what the two printed)"""
+    home, flags = tmp_path_factory.mktemp("both"), request.param.split()
+    assert train.main([*SMALL.split(), *flags, "--out", str(home / "1")]) == 0
+    done = two(home / "2", *flags)
+    assert done.returncode == 0, done.stderr[-2000:]
+    return home, done.stdout
+
+
+@pytest.mark.slow
+def test_two_processes_make_the_model_that_one_makes(both):
     """The rate is small: where a gradient is 0 but for rounding, Adam steps by the whole rate anyway."""
-    done = [run(tmp_path / str(n), n, *flags.split()) for n in (1, 2)]
-    assert [one.returncode for one in done] == [0, 0], done[1].stderr[-2000:]
-    one, two = weights(tmp_path / "1"), weights(tmp_path / "2")
-    assert distance(one, two) <= 1e-6 < 3e-6 < distance(one, load_file(NANO / "model.safetensors"))
+    home, printed = both
+    one, other = weights(home / "1"), weights(home / "2")
+    assert distance(one, other) <= 1e-6 < 3e-6 < distance(one, load_file(NANO / "model.safetensors"))
     names = "tokens reward success loss entropy grad_norm clip_fraction sft_loss sft_tokens forward_tokens"
     names += " nll_control state_call contrast_groups failed_tasks"
-    for row, other in zip(metrics(tmp_path / "1"), metrics(tmp_path / "2"), strict=True):
+    for row, other in zip(metrics(home / "1"), metrics(home / "2"), strict=True):
         for name in names.split():
             a, b = (float(x[name] or "nan") for x in (row, other))
             assert a == pytest.approx(b, rel=1e-4, abs=1e-6, nan_ok=True), name
-    logs = [(tmp_path / str(n) / "rollouts.jsonl").read_text().splitlines() for n in (1, 2)]
+    logs = [(home / str(n) / "rollouts.jsonl").read_text().splitlines() for n in (1, 2)]
     tokens = [[json.loads(line)["tokens"] for line in log] for log in logs]
     assert tokens[0] == tokens[1]
-    assert done[1].stdout.count("memory plan") == 1  # one of them talks
+    assert printed.count("memory plan") == 1  # one of them talks
 
 
-def test_a_run_goes_on_with_another_number_of_processes(tmp_path):
-    flags = ["--scheme", "grpo"]
-    assert run(tmp_path / "a", 1, *flags, "--steps", "3").returncode == 0
-    assert run(tmp_path / "b", 2, *flags, "--steps", "2").returncode == 0
-    resumed = run(tmp_path / "b", 1, *flags, "--steps", "3", "--resume")
-    assert resumed.returncode == 0, resumed.stderr[-2000:]
-    assert distance(weights(tmp_path / "a"), weights(tmp_path / "b")) <= 1e-6
-    assert [row["step"] for row in metrics(tmp_path / "b")] == ["1", "2", "3"]
+@pytest.mark.slow
+def test_a_run_goes_on_with_another_number_of_processes(both, tmp_path):
+    home, _ = both
+    steps = len(metrics(home / "1")) + 1
+    for n in "12":
+        shutil.copytree(home / n, tmp_path / n)
+        assert train.main(["--resume", "--steps", str(steps), "--out", str(tmp_path / n)]) == 0
+    assert distance(weights(tmp_path / "1"), weights(tmp_path / "2")) <= 1e-6
+    assert [int(row["step"]) for row in metrics(tmp_path / "2")] == list(range(1, steps + 1))
 
 
-def test_a_refusal_ends_all_processes(tmp_path):
-    done = run(tmp_path / "x", 2, "--scheme", "grpo", "--model", "data/nan0")
-    assert done.returncode != 0 and done.stderr.count("train.py: no model in data/nan0") == 1
-
-
-def test_what_the_first_refuses_all_refuse(tmp_path):
-    """No process is left waiting, and no traceback hides the reason."""
-    (tmp_path / "x").mkdir()
-    (tmp_path / "x" / "mine").touch()
-    done = run(tmp_path / "x", 2, "--scheme", "grpo")
-    assert done.returncode != 0 and "choose another --out" in done.stderr
+@pytest.mark.slow
+def test_what_one_process_refuses_all_refuse(tmp_path):
+    """Be it found by all or by the first alone: no process is left waiting, and no traceback hides the
+    reason."""
+    mine, twice = tmp_path / "mine", tmp_path / "twice.py"
+    mine.mkdir()
+    (mine / "mine").touch()
+    twice.write_text(
+        "import sys, train\n"
+        "codes = [train.main([*sys.argv[1:], *flags]) for flags in "
+        f"(['--model', 'data/nan0'], ['--out', {str(mine)!r}])]\n"
+        "print('codes', codes)\n"
+        "sys.exit(codes[1])\n"
+    )
+    done = two(tmp_path / "x", "--scheme", "grpo", script=twice)
+    assert done.returncode != 0 and done.stdout.count("codes [2, 2]") == 2
+    assert done.stderr.count("train.py: no model in data/nan0") == 1
+    assert done.stderr.count("choose another --out") == 1
     assert "Connection closed" not in done.stderr and "Refused" not in done.stderr
 
 
+@pytest.mark.slow
 def test_ctrl_c_saves_what_all_processes_did(tmp_path):
     """The others wait for the first one's checkpoint, however slowly it is written."""
     out, slow = tmp_path / "x", tmp_path / "slow.py"
@@ -104,8 +123,20 @@ def test_ctrl_c_saves_what_all_processes_did(tmp_path):
         "train.RunDirectory.save = slowly\n"
         "sys.exit(train.main())\n"
     )
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", str(slow)]
-    command += [*SMALL.split(), "--scheme", "grpo", "--steps", "50", "--save-every", "50", "--out", str(out)]
+    command = [
+        sys.executable,
+        *TORCHRUN,
+        str(slow),
+        *SMALL.split(),
+        "--scheme",
+        "grpo",
+        "--steps",
+        "50",
+        "--save-every",
+        "50",
+        "--out",
+        str(out),
+    ]
     environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
     with (tmp_path / "log").open("w") as log:
         pipes = {"stdout": log, "stderr": log}
@@ -121,6 +152,7 @@ def test_ctrl_c_saves_what_all_processes_did(tmp_path):
     assert 0 < last < 50 and torch.load(out / "checkpoint.pt", weights_only=True)["saved"]["step"] == last
 
 
+@pytest.mark.slow
 def test_a_killed_process_ends_the_others(tmp_path):
     """None is left waiting for it."""
     out, dying = tmp_path / "x", tmp_path / "dying.py"
@@ -134,17 +166,7 @@ def test_a_killed_process_ends_the_others(tmp_path):
         "train.RunDirectory.log = dies\n"
         "sys.exit(train.main())\n"
     )
-    command = [
-        sys.executable,
-        "-m",
-        "torch.distributed.run",
-        "--standalone",
-        "--nproc_per_node=2",
-        str(dying),
-    ]
-    command += [*SMALL.split(), "--scheme", "grpo", "--steps", "50", "--out", str(out)]
-    environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
-    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, timeout=300)
+    done = two(out, "--scheme", "grpo", "--steps", "50", script=dying)
     assert done.returncode != 0 and len(metrics(out)) < 50
 
 

@@ -15,6 +15,7 @@ from pathlib import Path
 import pytest
 import torch
 from helpers.models import policy_like
+from helpers.runs import FEW
 from safetensors.torch import load_file, save_file
 
 import sample
@@ -26,7 +27,7 @@ from nanotoolrl.look import evaluate, report
 from nanotoolrl.look.metrics import metrics
 from nanotoolrl.look.rundir import RunDirectory, checksum
 
-SMALL = "--preset smoke --scheme grpo --eval-count 0 --prompts 2 --group 2 --probe-tasks 2 --max-messages 4 --threads 1"
+SMALL = f"--preset smoke --scheme grpo --eval-count 0 --prompts 2 --group 2 --probe-tasks 2 --max-messages 4 --threads 1 --tasks {FEW}"
 HUGE = "[" * 100_000
 ROOT = Path(train.__file__).parent
 

@@ -7,7 +7,8 @@ from functools import partial
 
 import pytest
 import torch
-from helpers.logprobs import agree, case, gradients
+from helpers import logprobs
+from helpers.logprobs import case, gradients
 
 from nanotoolrl import logprob
 from nanotoolrl.logprob import reference_logprob
@@ -17,6 +18,7 @@ DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 
 
 token_logprob = partial(logprob.token_logprob, backend="triton")  # wherever its inputs are
+agree = partial(logprobs.agree, function=token_logprob)
 
 
 def on_device(*tensors):
@@ -86,8 +88,9 @@ def test_far_from_zero(offset):
 
 
 def test_more_rows_than_a_grid_axis_holds():
-    hidden, weight, ids = on_device(*case(70_000, 3, 2))
-    agree(hidden, weight, ids, atol=0.02)  # d_weight sums 70,000 terms
+    """A GPU's axis; the interpreter's have no end, and take a minute for so many."""
+    hidden, weight, ids = on_device(*case(70_000 if DEVICE == "cuda" else 2000, 3, 2))
+    agree(hidden, weight, ids, atol=0.02)  # d_weight sums as many terms
 
 
 def test_no_rows_and_rows_without_gradient():

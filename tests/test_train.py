@@ -7,7 +7,7 @@ import signal
 import pytest
 import torch
 from helpers.models import MODELS, policy_like
-from helpers.runs import FEW, rows, run, same_run, sent, weights
+from helpers.runs import FEW, OTHERS, rows, run, same_run, sent, weights
 
 import sample
 import train
@@ -27,7 +27,7 @@ ALL = [(name, schedule) for name, one in SCHEMES.items() for schedule in one.sch
 @pytest.mark.parametrize("scheme, schedule", ALL)
 def test_every_scheme_runs_with_evaluation(scheme, schedule, tmp_path, capsys):
     out = tmp_path / "run"
-    flags = ["--scheme", scheme, "--eval-count", 4, "--eval-tasks", "ood", "--show-every", 1]
+    flags = ["--scheme", scheme, "--eval-count", 4, "--eval-tasks", OTHERS, "--show-every", 1]
     flags += ["--schedule", schedule] if schedule else []
     assert run(*flags, out=out) == 0
     printed = capsys.readouterr().out

@@ -6,6 +6,8 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+
 ROOT = Path(__file__).resolve().parent.parent
 OURS = {"nanotoolrl", "bench", "train", "sample"} | {path.stem for path in (ROOT / "tests").iterdir()}
 PEERS = {"bfcl_eval", "mpmath", "trl", "liger_kernel", "cut_cross_entropy"}  # only if they are there
@@ -32,7 +34,7 @@ def test_what_is_imported_is_required_and_the_other_way_round():
     product = {name for path in files for name in imported(path)} - known
     tests = {name for path in (ROOT / "tests").rglob("*.py") for name in imported(path)} - known
     assert product <= required()
-    assert tests <= required() | {"pytest", "hypothesis"}
+    assert tests <= required() | {"pytest", "hypothesis", "xdist"}
     assert required() <= product | tests
 
 
@@ -42,16 +44,35 @@ def test_no_test_module_imports_another():
         assert not [name for name in imported(path) if name.startswith("test_")], path.name
 
 
+AS_TYPED = """
+import runpy, sys
+for line in sys.argv[1:]:
+    print("$ python", line, flush=True)
+    name, *sys.argv[1:] = line.removeprefix("-m ").split()
+    sys.argv[0] = name
+    try:
+        if line.startswith("-m "):
+            runpy.run_module(name, run_name="__main__", alter_sys=True)
+        else:
+            runpy.run_path(name, run_name="__main__")
+    except SystemExit as stop:
+        assert not stop.code, line
+"""
+
+
+@pytest.mark.slow
 def test_a_whole_run_warns_of_nothing(tmp_path):
-    """As typed: transformers and torch say on stderr what their next releases will refuse."""
+    """Transformers and torch say on stderr what their next releases will refuse; one process, because what
+    they say at their import they say once."""
     run = tmp_path / "run"
-    for command in (
+    lines = [
         f"train.py --preset smoke --steps 1 --eval-count 4 --out {run}",
         f"train.py --resume --steps 2 --out {run}",
         f"sample.py --model {run}",
         f"-m nanotoolrl.evaluate --count 4 --model {run}",
         f"-m nanotoolrl.report {run} --out {tmp_path / 'page'}",
-    ):
-        done = subprocess.run([sys.executable, *command.split()], cwd=ROOT, capture_output=True, text=True)
-        assert done.returncode == 0, done.stderr
-        assert "warning" not in (done.stdout + done.stderr).lower(), command
+    ]
+    done = subprocess.run([sys.executable, "-c", AS_TYPED, *lines], cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert all(f"$ python {line}\n" in done.stdout for line in lines)
+    assert "warning" not in (done.stdout + done.stderr).lower()

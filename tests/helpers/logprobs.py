@@ -23,10 +23,10 @@ def gradients(function, hidden, weight, ids, temperature, g, h):
     return (logprobs.detach(), entropy.detach(), *torch.autograd.grad(loss, (hidden, weight)))
 
 
-def agree(hidden, weight, ids, temperature=1.0, atol=1e-5):
-    """Values and gradients of the tiled path are the reference's, with other upstream gradients per token."""
+def agree(hidden, weight, ids, temperature=1.0, atol=1e-5, function=token_logprob):
+    """Values and gradients are the reference's, with other upstream gradients per token."""
     g, h = torch.randn(2, len(ids), generator=torch.Generator().manual_seed(1))
-    ours = gradients(token_logprob, hidden, weight, ids, temperature, g, h)
+    ours = gradients(function, hidden, weight, ids, temperature, g, h)
     plain = gradients(reference_logprob, hidden, weight, ids, temperature, g, h)
     for a, b in zip(ours, plain, strict=True):
         torch.testing.assert_close(a, b, atol=atol, rtol=1e-5)

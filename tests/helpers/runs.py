@@ -25,7 +25,7 @@ def some_tasks(split: str, count: int) -> Path:
     return path
 
 
-FEW = some_tasks("train", 12)
+FEW, OTHERS = some_tasks("train", 12), some_tasks("ood", 4)  # of all categories but miss_param
 TINY = (
     "--preset smoke --eval-count 0 --prompts 2 --group 2 --updates 2 --probe-tasks 2 --max-messages 6 "
     f"--threads 1 --show-every 0 --tasks {FEW}"
