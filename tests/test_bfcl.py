@@ -456,7 +456,8 @@ def test_export(tmp_path, capsys):
 
 
 def test_evaluate_prints_the_papers_table(capsys):
-    assert evaluate.main(["--tasks", "bfcl:test", "--count", "12", "--max-messages", "1"]) == 0
+    flags = ["--tasks", "bfcl:test", "--count", "12", "--max-messages", "1", "--format", "hermes"]
+    assert evaluate.main(flags) == 0
     head, row = capsys.readouterr().out.splitlines()[:2]
     assert head.split() == ["success", "%", *CATEGORIES, "avg"]
     assert row.startswith("hermes") and row.endswith("n=12")

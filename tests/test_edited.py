@@ -16,6 +16,7 @@ import pytest
 import torch
 from helpers.models import policy_like
 from helpers.runs import FEW
+from matplotlib.figure import Figure
 from safetensors.torch import load_file, save_file
 
 import sample
@@ -40,6 +41,13 @@ def said_by(main, flags, capsys):
     except SystemExit as stop:
         code = stop.code
     return code, capsys.readouterr().err
+
+
+@pytest.fixture(autouse=True)
+def small_figures(monkeypatch):
+    """Figures are drawn once and small: here it is enough that they can be drawn."""
+    save = Figure.savefig
+    monkeypatch.setattr(Figure, "savefig", lambda figure, path, **_: save(figure, path, dpi=20))
 
 
 # -------------------------------------------------------------------------------------------- run directories
@@ -550,6 +558,7 @@ def edited(model, tmp_path, monkeypatch):
     return tmp_path / "model"
 
 
+@pytest.mark.filterwarnings("ignore:Initializing zero-element tensors")
 @pytest.mark.parametrize("name", BROKEN_MODELS)
 def test_a_broken_model_is_refused_by_name(name, edited, capsys):
     BROKEN_MODELS[name](edited)

@@ -8,6 +8,7 @@ from dataclasses import replace
 
 import pytest
 import torch
+from helpers.runs import some_tasks
 
 import sample
 import train
@@ -270,16 +271,28 @@ def test_hint_names_every_call_and_no_tag_of_the_task():
 def test_evaluation_is_under_the_limits_of_training(tmp_path, capsys):
     """A run that cut messages at 24 tokens is scored as it scored itself, by evaluate and by the doctor."""
     out, stored = tmp_path / "run", tmp_path / "scores.json"
-    flags = f"--preset smoke --steps 1 --scheme grpo --max-new-tokens 24 --eval-count 16 --out {out}"
-    assert train.main(flags.split()) == 0
+    held = str(some_tasks("test", 16))
+    flags = f"--preset smoke --steps 1 --scheme grpo --max-new-tokens 24 --tasks {FEW} --eval-count 16"
+    assert train.main([*flags.split(), "--eval-tasks", held, "--out", str(out)]) == 0
     assert "cannot be solved: task test-" in capsys.readouterr().err
-    shown = ["--doctor", "--count", "16", "--model", str(out), "--json", str(stored)]
+    shown = ["--doctor", "--tasks", held, "--count", "16", "--model", str(out), "--json", str(stored)]
     assert evaluating.main(shown) == 0
     assert "cannot be solved: task test-" in capsys.readouterr().err
     after = json.loads((out / "result.json").read_text())["after"]
     page = json.loads(stored.read_text())
     assert page["model"]["states"] == after["states"] and page["arguments"]["max_new_tokens"] == 24
-    command = ["--count", "16", "--format", "hermes", "--model", str(out), "--json", str(stored)]
+    command = [
+        "--tasks",
+        held,
+        "--count",
+        "16",
+        "--format",
+        "hermes",
+        "--model",
+        str(out),
+        "--json",
+        str(stored),
+    ]
     assert evaluating.main(command) == 0
     assert "cannot be solved: task test-" in capsys.readouterr().err
     again = json.loads(stored.read_text())

@@ -7,7 +7,7 @@ import subprocess
 from html.parser import HTMLParser
 
 import pytest
-from helpers.runs import run
+from helpers.runs import OTHERS, run
 from matplotlib.figure import Figure
 
 from nanotoolrl.chat import control_tokens
@@ -29,7 +29,8 @@ def finished(tmp_path_factory):
     """A run of three steps with an evaluation, one of whose trajectories holds hostile text."""
     out = tmp_path_factory.mktemp("report") / "first"
     flags = (
-        "--scheme hint --hint-count 1 --steps 3 --probe-every 1 --eval-count 4 --eval-part 2 --eval-every 2"
+        "--scheme hint --hint-count 1 --steps 3 --probe-every 1 --eval-count 4 --eval-part 2 --eval-every 2 "
+        f"--eval-tasks {OTHERS}"
     )
     assert run(*flags.split(), out=out) == 0
     chat, path = load_chat(NANO), out / "rollouts.jsonl"

@@ -7,7 +7,7 @@ import signal
 import pytest
 import torch
 from helpers.models import MODELS, policy_like
-from helpers.runs import FEW, OTHERS, rows, run, same_run, sent, weights
+from helpers.runs import FEW, OTHERS, rows, run, run_and_copy, same_run, sent, some_tasks, weights
 
 import sample
 import train
@@ -28,6 +28,7 @@ ALL = [(name, schedule) for name, one in SCHEMES.items() for schedule in one.sch
 def test_every_scheme_runs_with_evaluation(scheme, schedule, tmp_path, capsys):
     out = tmp_path / "run"
     flags = ["--scheme", scheme, "--eval-count", 4, "--eval-tasks", OTHERS, "--show-every", 1]
+    flags += ["--max-messages", 4, "--max-new-tokens", 48]
     flags += ["--schedule", schedule] if schedule else []
     assert run(*flags, out=out) == 0
     printed = capsys.readouterr().out
@@ -44,6 +45,7 @@ def test_every_scheme_runs_with_evaluation(scheme, schedule, tmp_path, capsys):
 
 def test_greedy_evaluation_on_a_part_every_few_steps(tmp_path):
     flags = ["--scheme", "grpo", "--steps", 2, "--eval-count", 4, "--eval-part", 3]
+    flags += ["--eval-tasks", OTHERS]
     assert run(*flags, "--eval-every", 2, out=tmp_path / "run") == 0
     assert [row["eval_success"] != "" for row in rows(tmp_path / "run")] == [False, True]
     lines = [json.loads(line) for line in (tmp_path / "run" / "probes.jsonl").read_text().splitlines()]
@@ -71,9 +73,8 @@ def test_two_steps_and_resume_equal_four(four, tmp_path):
 def test_other_ways_to_train_resume_to_the_bit(tmp_path, flags):
     """Half-precision weights with their fp32 masters; a group's rows as one sequence."""
     whole, parts = tmp_path / "whole", tmp_path / "parts"
-    assert run("--scheme", "grpo", "--steps", 2, *flags.split(), out=whole) == 0
-    assert run("--scheme", "grpo", "--steps", 1, *flags.split(), out=parts) == 0
-    assert train.main(["--resume", "--out", str(parts), "--steps", "2"]) == 0
+    run_and_copy(1, "--scheme", "grpo", "--steps", 2, *flags.split(), out=whole, copy=parts)
+    assert train.main(["--resume", "--out", str(parts)]) == 0
     same_run(whole, parts)
     kind = torch.bfloat16 if "bf16" in flags else torch.float32
     assert all(tensor.dtype == kind for tensor in weights(whole).values())
@@ -90,7 +91,7 @@ def test_interrupt_before_the_first_step_loses_nothing(tmp_path, monkeypatch, ca
     def interrupted(*_, **__):
         raise KeyboardInterrupt
 
-    out, evaluated = tmp_path / "run", ("--eval-count", 4)
+    out, evaluated = tmp_path / "run", ("--eval-count", 4, "--eval-tasks", OTHERS)
     with monkeypatch.context() as patch:
         patch.setattr(train, "evaluate", interrupted)
         assert run("--scheme", "hint", *evaluated, out=out) == 130
@@ -142,9 +143,8 @@ def test_resume_of_what_is_kept_across_steps(scheme, tmp_path):
     """The pool of examples, healthy weights, a decaying share: all of it goes on after a stop."""
     flags = ["--scheme", scheme, "--round-steps", 2, "--sft-window", 2, "--probe-every", 1]
     flags += ["--sentinel-limit", 1.001, "--chord-steps", 4, "--lr", 3e-3]
-    assert run(*flags, "--steps", 4, out=tmp_path / "whole") == 0
-    assert run(*flags, "--steps", 2, out=tmp_path / "parts") == 0
-    assert train.main(["--resume", "--out", str(tmp_path / "parts"), "--steps", "4"]) == 0
+    run_and_copy(2, *flags, "--steps", 4, out=tmp_path / "whole", copy=tmp_path / "parts")
+    assert train.main(["--resume", "--out", str(tmp_path / "parts")]) == 0
     same_run(tmp_path / "whole", tmp_path / "parts")
     columns = {"chord": "chord_mu", "sentinel": "rollbacks"}
     assert any(row[columns.get(scheme, "sft_loss")] for row in rows(tmp_path / "parts"))
@@ -153,9 +153,8 @@ def test_resume_of_what_is_kept_across_steps(scheme, tmp_path):
 def test_kl_of_sft_rl_pulls_to_the_sft_checkpoint(tmp_path):
     """Also after a resume, where it can only come from the checkpoint."""
     flags = ["--scheme", "sft_rl", "--kl", 0.5, "--sft-lr", 3e-3]
-    assert run(*flags, "--steps", 2, out=tmp_path / "whole") == 0
-    assert run(*flags, "--steps", 1, out=tmp_path / "parts") == 0
-    assert train.main(["--resume", "--out", str(tmp_path / "parts"), "--steps", "2"]) == 0
+    run_and_copy(1, *flags, "--steps", 2, out=tmp_path / "whole", copy=tmp_path / "parts")
+    assert train.main(["--resume", "--out", str(tmp_path / "parts")]) == 0
     same_run(tmp_path / "whole", tmp_path / "parts")
     saved = torch.load(tmp_path / "parts" / "checkpoint.pt", weights_only=True)["saved"]["state"]["reference"]
     start = load(NANO).model.state_dict()
@@ -257,7 +256,7 @@ def test_other_signals_save_too(name, four, tmp_path):
 @pytest.mark.parametrize("name", ["SIGTERM", "SIGHUP", "SIGINT"])
 def test_a_signal_before_the_first_step_leaves_a_run_to_go_on_with(name, tmp_path):
     out, number = tmp_path / "run", getattr(signal, name)
-    flags = ["--scheme", "grpo", "--eval-count", 400, "--steps", 1]
+    flags = ["--scheme", "grpo", "--eval-count", 60, "--eval-tasks", some_tasks("test", 60), "--steps", 1]
     code, errors = sent(number, "evaluating before", *flags, out=out)
     assert code == 128 + number, errors
     assert "--resume goes on from the last checkpoint" in errors and "Traceback" not in errors
@@ -290,6 +289,8 @@ def test_tools_are_given_up_after_the_set_time(tmp_path, monkeypatch):
         1,
         "--eval-count",
         2,
+        "--eval-tasks",
+        OTHERS,
         "--tool-seconds",
         7,
         "--eval-every",

@@ -1,15 +1,18 @@
 """Runs of train.py, here and in a process of their own, and what they leave behind."""
 
 import csv
+import shutil
 import signal
 import subprocess
 import sys
 import tempfile
 from pathlib import Path
 
+import pytest
 import torch
 
 import train
+from nanotoolrl.look.rundir import RunDirectory
 from nanotoolrl.world.tasks import subset
 
 ROOT = Path(train.__file__).parent
@@ -28,7 +31,7 @@ def some_tasks(split: str, count: int) -> Path:
 FEW, OTHERS = some_tasks("train", 12), some_tasks("ood", 4)  # of all categories but miss_param
 TINY = (
     "--preset smoke --eval-count 0 --prompts 2 --group 2 --updates 2 --probe-tasks 2 --max-messages 6 "
-    f"--threads 1 --show-every 0 --tasks {FEW}"
+    f"--threads 1 --show-every 0 --sft-tokens 400 --sft-batch 4 --tasks {FEW}"
 )
 
 
@@ -41,6 +44,20 @@ def hears_signals() -> None:
 
 def run(*flags, out):
     return train.main([*TINY.split(), "--out", str(out), *map(str, flags)])
+
+
+def run_and_copy(step, *flags, out, copy):
+    """A run, and what its directory held after a step: what is left of a run that died then."""
+    save = RunDirectory.save
+
+    def copying(directory, run, before):
+        save(directory, run, before)
+        if run.step == step:
+            shutil.copytree(out, copy)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(RunDirectory, "save", copying)
+        assert run(*flags, "--save-every", step, out=out) == 0
 
 
 def sent(number, line, *flags, out):
