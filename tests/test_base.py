@@ -40,6 +40,7 @@ def fresh():
     return make_base.new_policy(seed=0)
 
 
+@pytest.mark.slow
 def test_tokenizer_is_made_again_from_its_seed(policy, fresh):
     again = fresh.tokenizer
     assert (
@@ -126,6 +127,7 @@ def test_demonstrations_and_copying_are_pure_functions(policy):
         assert len(ids) == len(mask) == 160 and any(mask)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("offset", [1, 2])
 def test_look_back_heads_look_back(offset, fresh):
     """The first head of a fresh model attends to the previous token, the second to the one before."""

@@ -23,6 +23,7 @@ def same_threads():
     torch.set_num_threads(threads)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("what", ["kernel", "sampler", "step"])
 def test_command(what, tmp_path, capsys):
     """Runs with whatever peers are installed, names the others, and writes what the README table needs."""
@@ -41,6 +42,7 @@ def test_command(what, tmp_path, capsys):
     assert markdown(result).count("\n") == 1 + sum(1 + len(row["arms"]) for row in result["rows"])
 
 
+@pytest.mark.slow
 def test_missing_peers_are_named(monkeypatch, capsys):
     monkeypatch.setattr(bench.importlib.util, "find_spec", lambda name: None)
     bench.main(["kernel", "--small", "--repeats", "1", "--device", "cpu"])
@@ -102,6 +104,7 @@ def test_bad_flags_are_refused(capsys):
         assert stop.value.code == 2 and "bench: error: " in capsys.readouterr().err
 
 
+@pytest.mark.slow
 def test_busy_runs_what_it_says(monkeypatch):
     """Processes are only noted: which command, in which environment, beside how many others."""
     monkeypatch.setenv("GOMP_SPINCOUNT", "5")

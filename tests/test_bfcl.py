@@ -54,6 +54,7 @@ def test_the_split_is_the_published_one():
     assert bfcl.split_indices("test")[:5] == [1, 4, 6, 7, 8]
 
 
+@pytest.mark.slow
 def test_ground_truth_that_needs_the_benchmarks_limits(policy):
     """Calls of up to 304 tokens: nobody can make them under our own limits."""
     tasks, chat = load_tasks("bfcl:train"), policy.chat
@@ -114,6 +115,7 @@ def test_verdicts_are_the_packages(category):
     assert plays > 600
 
 
+@pytest.mark.slow
 def test_the_check_finds_a_wrong_verdict(monkeypatch, capsys):
     monkeypatch.setattr(bfcl.BfclTask, "why_turn_fails", lambda *_: "")
     assert bfcl.main(["--check", "--tasks", "bfcl:base:test"]) == 1
@@ -455,6 +457,7 @@ def test_export(tmp_path, capsys):
     assert kinds == {"index": {int}, "id": {str}, "tools": {str}, "turns": {str}, "state": {str}}
 
 
+@pytest.mark.slow
 def test_evaluate_prints_the_papers_table(capsys):
     flags = ["--tasks", "bfcl:test", "--count", "12", "--max-messages", "1", "--format", "hermes"]
     assert evaluate.main(flags) == 0

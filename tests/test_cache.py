@@ -28,6 +28,7 @@ def test_memory_settings_change_nothing(tiny, usual, monkeypatch, limit, step):
     same_rows(Sampler(tiny, max_new_tokens=16).rollout(ragged_episodes(), temperature=0.7), usual)
 
 
+@pytest.mark.slow
 def test_a_graph_never_outlives_the_cache_it_was_recorded_on(tiny, monkeypatch):
     pytest.importorskip("triton", reason="Triton is for Linux only")
     recorded, runs = {}, []

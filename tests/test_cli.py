@@ -69,6 +69,7 @@ def shell(command, **environment):
     )
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "line",
     [
@@ -86,6 +87,7 @@ def test_a_reader_that_leaves_is_no_error(line):
     assert (done.returncode, done.stderr) == (0, b"")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("ends", [">&- 2>&-", "2>&1 | head -1"])
 def test_training_outlives_its_reader(ends, tmp_path):
     assert shell(f"python {STAYS} --show-every 1 --out {tmp_path / 'run'} {ends}").returncode == 0
@@ -107,6 +109,7 @@ def test_output_that_is_not_utf8(encoding, tmp_path, monkeypatch):
     assert (tmp_path / "report.html").read_text(encoding="utf-8")
 
 
+@pytest.mark.slow
 def test_a_model_that_writes_what_the_terminal_lacks_is_trained_to_the_end(tmp_path):
     """Random weights: U+FFFD in its rollouts, on a terminal that is not UTF-8."""
     policy_like("qwen2.5").save(tmp_path / "model")

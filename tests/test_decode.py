@@ -17,6 +17,7 @@ def tiny(policy):
     return tiny_policy(policy.tokenizer)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("slots, prefill, window", [(10, 0.2, 8), (3, 0.01, 3)])
 def test_the_fast_way_changes_nothing(tiny, monkeypatch, slots, prefill, window):
     """What a GPU does, but for the recording of graphs: rows found through their slots, attention by the

@@ -385,6 +385,7 @@ assert make_split("foreign") != load_tasks("foreign")
 """
 
 
+@pytest.mark.slow
 def test_one_file_is_all_that_a_new_domain_takes(tmp_path):
     """Its own pool is generated with it, the others as before."""
     for part in ("nanotoolrl", "data/tasks"):

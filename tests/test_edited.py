@@ -288,6 +288,7 @@ def snapshot(run):
     }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", REFUSED)
 def test_a_run_that_cannot_go_on_says_so_and_loses_nothing(name, made, tmp_path, capsys):
     run = copied(made, tmp_path)
@@ -324,6 +325,7 @@ def test_no_model_is_scored_under_limits_that_no_run_has(name, value, made, tmp_
             assert code == 2 and f"{run / 'config.json'}: {name} must " in said
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", FINE)
 def test_a_run_goes_on_from_what_is_whole(name, made, tmp_path, capsys):
     run = copied(made, tmp_path)
@@ -337,6 +339,7 @@ def test_a_run_goes_on_from_what_is_whole(name, made, tmp_path, capsys):
     ]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "file", ["metrics.csv", "probes.jsonl", "rollouts.jsonl", "config.json", "result.json"]
 )
@@ -350,6 +353,7 @@ def test_the_report_of_an_edited_run(file, content, made, tmp_path, capsys):
     assert code in (0, 2) and (code == 0 or said.startswith("report: "))
 
 
+@pytest.mark.slow
 def test_one_run_owns_a_directory(made, tmp_path, capsys):
     """Neither a second --resume nor a new start; the refusal names the process."""
     run = copied(made, tmp_path)
@@ -375,6 +379,7 @@ def test_a_directory_of_somebody_is_left_as_it_is(tmp_path, capsys):
     assert [path.name for path in tmp_path.iterdir()] == ["mine.txt"]
 
 
+@pytest.mark.slow
 def test_a_run_killed_before_its_first_checkpoint(made, tmp_path, capsys):
     """A new start points to --resume, and --resume makes the run."""
     run = copied(made, tmp_path)

@@ -268,6 +268,7 @@ def test_hint_names_every_call_and_no_tag_of_the_task():
     assert "</tool_call>" not in poisoned and "<|im_end|>" not in poisoned
 
 
+@pytest.mark.slow
 def test_evaluation_is_under_the_limits_of_training(tmp_path, capsys):
     """A run that cut messages at 24 tokens is scored as it scored itself, by evaluate and by the doctor."""
     out, stored = tmp_path / "run", tmp_path / "scores.json"

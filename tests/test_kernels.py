@@ -63,6 +63,7 @@ def test_equals_fp64(n, d, v, dtype, want_entropy):
     compare(hidden, weight, ids, 0.7, want_entropy)
 
 
+@pytest.mark.slow
 def test_vocabulary_of_a_real_model():
     """151,936 is no multiple of 1,024: columns between it and the next one must not count."""
     hidden, weight, ids = on_device(*case(3, 151_936, 2))

@@ -97,6 +97,7 @@ def test_resume_refuses_what_it_cannot_continue(four, tmp_path, capsys):
     refused(said="does not fit the model", out=copy)
 
 
+@pytest.mark.slow
 def test_models_are_kept_on_the_way(tmp_path, capsys):
     out = tmp_path / "run"
     flags = ["--scheme", "grpo", "--steps", 3, "--max-new-tokens", 90, "--format", "xml"]
@@ -107,6 +108,7 @@ def test_models_are_kept_on_the_way(tmp_path, capsys):
     assert evaluate.run_settings(str(out / "models" / "step-2"))["max_new_tokens"] == 90
 
 
+@pytest.mark.slow
 def test_a_full_disk_is_said_and_leaves_the_last_checkpoint(tmp_path):
     """A limit on the size of files stands for it: the second checkpoint cannot be written."""
     out = tmp_path / "run"
@@ -129,6 +131,7 @@ sys.exit(train.main({[*TINY.split(), "--scheme", "grpo", "--steps", "1", "--out"
     assert train.main(["--resume", "--out", str(out)]) == 0
 
 
+@pytest.mark.slow
 def test_a_disk_that_is_full_for_the_model_is_said(tmp_path):
     out = tmp_path / "run"
     code = f"""
@@ -147,6 +150,7 @@ sys.exit(train.main({[*TINY.split(), "--scheme", "grpo", "--steps", "1", "--out"
     assert not list(out.glob("*.tmp")) and not (out / "model").exists()
 
 
+@pytest.mark.slow
 def test_what_is_written_is_on_the_disk_before_it_takes_its_place(tmp_path, monkeypatch):
     """In that order: the new file, the exchange, the directory that tells of it."""
     seen, fsync, exchange = [], os.fsync, os.replace

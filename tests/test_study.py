@@ -63,6 +63,7 @@ def test_cells():
     assert study.mean([None, 1.0, 3.0]) == 2.0 and study.mean([None]) is None
 
 
+@pytest.mark.slow
 def test_study_command(tmp_path, monkeypatch, capsys):
     """Two runs, one of which cannot be made; then more steps of the other."""
     flags = f"{TINY.replace('--threads 1 --show-every 0', '')} --scheme grpo --eval-count 2"
@@ -91,6 +92,7 @@ def test_study_command(tmp_path, monkeypatch, capsys):
     assert table() == [], "a run with other settings is not listed as if it had these"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["SIGTERM", "SIGHUP", "SIGINT"])
 def test_a_study_that_is_ended_ends_its_runs(name, tmp_path):
     """They save, and the same command goes on."""

@@ -24,6 +24,7 @@ from nanotoolrl.signals import SCHEMES
 ALL = [(name, schedule) for name, one in SCHEMES.items() for schedule in one.schedules or ("",)]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("scheme, schedule", ALL)
 def test_every_scheme_runs_with_evaluation(scheme, schedule, tmp_path, capsys):
     out = tmp_path / "run"
@@ -43,6 +44,7 @@ def test_every_scheme_runs_with_evaluation(scheme, schedule, tmp_path, capsys):
     assert made | {"transformers_version": ""} == start | {"transformers_version": ""}
 
 
+@pytest.mark.slow
 def test_greedy_evaluation_on_a_part_every_few_steps(tmp_path):
     flags = ["--scheme", "grpo", "--steps", 2, "--eval-count", 4, "--eval-part", 3]
     flags += ["--eval-tasks", OTHERS]
@@ -57,11 +59,13 @@ def test_greedy_evaluation_on_a_part_every_few_steps(tmp_path):
     assert all(torch.equal(weights(tmp_path / "run")[k], v) for k, v in weights(tmp_path / "off").items())
 
 
+@pytest.mark.slow
 def test_same_command_same_bits(four, tmp_path):
     assert run("--scheme", "hint", "--steps", 4, out=tmp_path / "again") == 0
     same_run(four, tmp_path / "again")
 
 
+@pytest.mark.slow
 def test_two_steps_and_resume_equal_four(four, tmp_path):
     out = tmp_path / "run"
     assert run("--scheme", "hint", "--steps", 2, out=out) == 0
@@ -69,6 +73,7 @@ def test_two_steps_and_resume_equal_four(four, tmp_path):
     same_run(four, out)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("flags", ["--dtype bf16", "--share-prompt --updates 1"])
 def test_other_ways_to_train_resume_to_the_bit(tmp_path, flags):
     """Half-precision weights with their fp32 masters; a group's rows as one sequence."""
@@ -80,6 +85,7 @@ def test_other_ways_to_train_resume_to_the_bit(tmp_path, flags):
     assert all(tensor.dtype == kind for tensor in weights(whole).values())
 
 
+@pytest.mark.slow
 def test_reference_log_probs_train_the_same(tmp_path):
     for name in ("auto", "reference", "tiled"):
         assert run("--scheme", "grpo", "--steps", 1, "--logprob", name, out=tmp_path / name) == 0
@@ -87,6 +93,7 @@ def test_reference_log_probs_train_the_same(tmp_path):
     assert losses == pytest.approx([losses[0]] * 3, abs=1e-5)
 
 
+@pytest.mark.slow
 def test_interrupt_before_the_first_step_loses_nothing(tmp_path, monkeypatch, capsys):
     def interrupted(*_, **__):
         raise KeyboardInterrupt
@@ -101,6 +108,7 @@ def test_interrupt_before_the_first_step_loses_nothing(tmp_path, monkeypatch, ca
     assert len(rows(out)) == 2 and (out / "result.json").is_file()
 
 
+@pytest.mark.slow
 def test_kill_between_checkpoints_and_resume(four, tmp_path, monkeypatch):
     """Dies in step 4 after a checkpoint at step 2: row 3 is written, cut on resume, and made again."""
     out = tmp_path / "run"
@@ -123,6 +131,7 @@ def test_kill_between_checkpoints_and_resume(four, tmp_path, monkeypatch):
     same_run(four, out)
 
 
+@pytest.mark.slow
 def test_ctrl_c_saves_and_exits_130_and_resumes(four, tmp_path):
     """A real process and a real signal."""
     out = tmp_path / "run"
@@ -138,6 +147,7 @@ def test_ctrl_c_saves_and_exits_130_and_resumes(four, tmp_path):
 STATEFUL = ["ets", "prs", "ctrl_sft", "selfrepair", "bursts", "chord", "sentinel", "sft", "sft_rl"]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("scheme", STATEFUL)
 def test_resume_of_what_is_kept_across_steps(scheme, tmp_path):
     """The pool of examples, healthy weights, a decaying share: all of it goes on after a stop."""
@@ -150,6 +160,7 @@ def test_resume_of_what_is_kept_across_steps(scheme, tmp_path):
     assert any(row[columns.get(scheme, "sft_loss")] for row in rows(tmp_path / "parts"))
 
 
+@pytest.mark.slow
 def test_kl_of_sft_rl_pulls_to_the_sft_checkpoint(tmp_path):
     """Also after a resume, where it can only come from the checkpoint."""
     flags = ["--scheme", "sft_rl", "--kl", 0.5, "--sft-lr", 3e-3]
@@ -161,6 +172,7 @@ def test_kl_of_sft_rl_pulls_to_the_sft_checkpoint(tmp_path):
     assert any(not torch.equal(saved[name], start[name]) for name in start)
 
 
+@pytest.mark.slow
 def test_foreign_source(tmp_path):
     assert run("--scheme", "sft", "--sft-source", "foreign", out=tmp_path / "foreign") == 0
     assert run("--scheme", "sft", out=tmp_path / "own") == 0
@@ -195,6 +207,7 @@ def test_bad_paths_are_refused_by_name(tmp_path, capsys):
         assert not (tmp_path / "run").exists()
 
 
+@pytest.mark.slow
 def test_three_bad_updates_in_a_row_stop_with_the_last_good_state(tmp_path, monkeypatch, capsys):
     scheme = SCHEMES["grpo"]
 
@@ -216,6 +229,7 @@ def test_three_bad_updates_in_a_row_stop_with_the_last_good_state(tmp_path, monk
     assert [row["skipped_updates"] for row in rows(out)] == ["2", "2"]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "flags",
     [["--lr", 1e308], ["--lr", 1e308, "--entropy", 0.01], ["--lr", 1e38], ["--lr", 1e30]],  # the last: finite
@@ -240,6 +254,7 @@ def test_weights_that_are_not_finite_end_the_run_with_the_last_that_were(flags, 
     assert run(*flags, "--steps", 1, out=tmp_path / "lower") == 0
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["SIGTERM", "SIGHUP"])
 def test_other_signals_save_too(name, four, tmp_path):
     """Slurm, docker stop, a closed terminal: saved, resumable, with a model to evaluate."""
@@ -253,6 +268,7 @@ def test_other_signals_save_too(name, four, tmp_path):
     same_run(four, out)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["SIGTERM", "SIGHUP", "SIGINT"])
 def test_a_signal_before_the_first_step_leaves_a_run_to_go_on_with(name, tmp_path):
     out, number = tmp_path / "run", getattr(signal, name)
@@ -263,6 +279,7 @@ def test_a_signal_before_the_first_step_leaves_a_run_to_go_on_with(name, tmp_pat
     assert load(out).context
 
 
+@pytest.mark.slow
 def test_sigkill_loses_nothing_that_was_saved(four, tmp_path):
     """A real process, killed at its second step."""
     out = tmp_path / "run"
@@ -272,6 +289,7 @@ def test_sigkill_loses_nothing_that_was_saved(four, tmp_path):
     same_run(four, out)
 
 
+@pytest.mark.slow
 def test_tools_are_given_up_after_the_set_time(tmp_path, monkeypatch):
     """The setting reaches every episode, of training and of evaluation."""
     seen = []
@@ -300,6 +318,7 @@ def test_tools_are_given_up_after_the_set_time(tmp_path, monkeypatch):
     assert seen.count(7.0) == 2 * 2 + 2 * 2  # rollouts, and two evaluations
 
 
+@pytest.mark.slow
 def test_long_prompts_are_named_skipped_and_counted(tmp_path, capsys):
     out = tmp_path / "run"
     assert run("--context", 500, "--steps", 1, out=out) == 0
@@ -328,6 +347,7 @@ def test_epochs_visit_every_task_once():
     assert order[:35] != order[35:] != tasks
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", MODELS)
 def test_the_layout_of_a_real_model_trains(name, tmp_path, capsys):
     """From a directory, layers computed again, and back: what is saved loads and is sampled from."""
@@ -342,6 +362,7 @@ def test_the_layout_of_a_real_model_trains(name, tmp_path, capsys):
     assert sample.main(["--model", str(tmp_path / "run" / "model"), "--tasks", str(FEW)]) == 0
 
 
+@pytest.mark.slow
 def test_bfcl_trains(tmp_path, capsys):
     """`--preset smoke --tasks bfcl` with the built-in model, smaller: it fails every task, and is helped."""
     pytest.importorskip("bfcl_eval", reason="pip install --no-deps bfcl-eval mpmath")
