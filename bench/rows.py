@@ -575,7 +575,8 @@ def step(device: torch.device, repeats: int, small: bool, model: str = BUILT_IN)
     if version := installed("trl", "trl", row.missing):
         from bench.trl import TrlStep
 
-        theirs = TrlStep(config, tasks, trajectories, device)
+        policy = load(config.model, device=str(device))
+        theirs = TrlStep(config, tasks, trajectories, policy, transformers_model(policy))
         row.arms.append(Arm(f"TRL {version}", note="GRPOTrainer, rollout_func, generate for every message"))
         runs[row.arms[-1].name] = theirs
     for arm in row.arms:
