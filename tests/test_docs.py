@@ -368,6 +368,9 @@ def test_the_model_card_is_made_from_the_committed_scores():
 
 def test_committed_runs_are_whole_and_made_with_the_present_defaults():
     for folder, config in committed_runs().items():
+        assert folder.name == (
+            config["scheme"] if folder.parent.name == "schemes" else f"seed{config['seed']}"
+        )
         with (folder / "metrics.csv").open() as file:
             rows = list(csv.DictReader(file))
         assert [int(row["step"]) for row in rows] == list(range(1, config["steps"] + 1))
