@@ -24,8 +24,8 @@ from nanotoolrl.commandline import parse
 from nanotoolrl.config import SETTINGS
 from nanotoolrl.look import study
 from nanotoolrl.look.evaluate import Scores, states_table, table
+from nanotoolrl.look.figures import FIGURES
 from nanotoolrl.look.metrics import metrics, metrics_page
-from nanotoolrl.look.report import FIGURES
 from nanotoolrl.signals import SCHEMES
 from nanotoolrl.world.observe import call_tool
 from nanotoolrl.world.tasks import load_tasks
