@@ -173,8 +173,15 @@ that of the first step.
 
 
 def metrics() -> dict[str, Metric]:
-    """Every column of metrics.csv, in order: shared ones, those that schemes declare, shared ones."""
-    own = {name: Metric(*what) for scheme in SCHEMES.values() for name, what in scheme.metrics.items()}
+    """Every column of metrics.csv, in order: shared ones, those that schemes declare, shared ones.
+
+    Raises TypeError if a scheme declares a name that already means something else.
+    """
+    own: dict[str, Metric] = {}
+    for scheme in SCHEMES.values():
+        for name, what in scheme.metrics.items():
+            if name in FIRST | LAST or own.setdefault(name, Metric(*what)) != what:
+                raise TypeError(f"{scheme.name} declares the metric {name}, which means something else")
     return FIRST | own | LAST
 
 
@@ -186,8 +193,9 @@ def columns_of(scheme: str) -> set[str]:
 def metrics_table(width: int = 110) -> str:
     """The table for a terminal."""
     lines = []
+    longest = max(map(len, metrics()))
     for name, (unit, about) in metrics().items():
-        head = f"  {name:<20}{unit:<13}"
+        head = f"  {name:<{longest}}  {unit:<11}  "
         lines += textwrap.wrap(about, width, initial_indent=head, subsequent_indent=" " * len(head))
     return "\n".join(lines)
 
