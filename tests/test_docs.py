@@ -36,6 +36,7 @@ PAGES = {
     for path in (ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md")))
 }
 README, COLLAPSE, SPEED = (PAGES[name] for name in ("README.md", "docs/collapse.md", "docs/speed.md"))
+START = PAGES["docs/start.md"]
 ADDED = "docs/6-add-your-own.md"  # its commands run in a copy that has what the page adds
 RESULTS = ROOT / "data" / "results"
 COLLAPSE_STATES = ("call", "reply", "malformed", "polluted", "overlong", "bare")
@@ -221,12 +222,16 @@ def test_flags_on_the_pages_exist(monkeypatch):
 
 
 def test_the_reading_order_names_every_part_of_the_core():
-    table = sections(README)["Read in this order"]
+    names = set(re.findall(r"[\w.]+/?", blocks("text", sections(README)["Read in this order"])[0]))
     doors = {"bench", "evaluate", "report", "study", "tasks"}  # old names of commands
     parts = [path for path in (ROOT / "nanotoolrl").iterdir() if not path.name.startswith("__")]
     for part in parts:
-        name = f"`nanotoolrl/{part.name}{'/' if part.is_dir() else ''}`"
-        assert name in table or part.stem in doors, name
+        name = f"{part.name}{'/' if part.is_dir() else ''}"
+        assert name in names or part.stem in doors, name
+
+
+def test_the_readme_is_short():
+    assert len(README.splitlines()) <= 150
 
 
 # ----------------------------------------------------------------------------- numbers from committed results
@@ -259,12 +264,63 @@ def stored_scores(path: Path) -> dict[str, Scores]:
     return {name: Scores(**values) for name, values in scores.items()}
 
 
+def with_interval(scores: Scores) -> str:
+    """Success in % with its interval, as tables of the pages have it."""
+    share, low, high, _ = scores.of("all")
+    return f"{100 * share:.1f} [{100 * low:.1f}, {100 * high:.1f}]"
+
+
+def summary_row(name: str, columns: dict[str, Scores]) -> str:
+    """The row of README's table of the default run."""
+    return f"| {name} | {' | '.join(map(with_interval, columns.values()))} |"
+
+
+def test_the_claims_are_counted_in_the_committed_results():
+    """README's first table: how many of the five seeds show what."""
+    with (RESULTS / "collapse.csv").open() as file:
+        seeds = list(csv.DictReader(file))
+    words = ("no", "one", "two", "three", "four", "five")
+    fell = sum(float(row["greedy_after"]) < float(row["greedy_before"]) / 3 for row in seeds)
+    first = sum(float(row["halved_nll_control"]) > float(row["halved_nll_content"]) for row in seeds)
+    assert f"yes, in {words[fell]} of {words[len(seeds)]} seeds" in README
+    assert f"in {words[first]} seeds of {words[len(seeds)]}" in README
+    best = max(
+        scores.success
+        for path in (RESULTS / "collapse").glob("f*-seed*.json")
+        for scores in stored_scores(path).values()
+    )
+    doctor = json.loads((RESULTS / "collapse" / "doctor-seed1.json").read_text())["model"]["success"]
+    best = max(best, *(share[0] for share in doctor.values()))
+    assert f"at most {100 * best:.1f} % are left" in README
+
+
+def test_the_table_of_collapse_and_help_is_made_from_the_committed_results():
+    rows = re.findall(r"^\| `python train.py --scheme ([\w-]+)` \| (.*) \|$", README, re.MULTILINE)
+    assert len(rows) > 3
+    for name, cell in rows:
+        result = json.loads((stored_run(name) / "result.json").read_text())
+        assert cell == with_interval(Scores(**result["after"])), name
+    with (RESULTS / "collapse.csv").open() as file:
+        ends = ", ".join(f"{100 * float(row['greedy_after']):.1f}" for row in csv.DictReader(file))
+    assert f"| `python train.py --scheme grpo --preset collapse`, five seeds | {ends} |" in README
+    before = json.loads((stored_run("grpo") / "result.json").read_text())["before"]
+    assert f"from {with_interval(Scores(**before))}" in README
+
+
+def test_the_transcripts_are_the_committed_ones():
+    """Before: a test runs the command. After: what it printed of the run that the page names."""
+    for name in ("before", "seed3"):
+        text = (RESULTS / "collapse" / f"transcript-{name}.txt").read_text(encoding="utf-8")
+        assert f"```text\n{text}```" in README
+
+
 def test_the_results_table_is_made_from_the_committed_results():
     results = {seed: json.loads((run / "result.json").read_text()) for seed, run in default_runs().items()}
     first = next(iter(results.values()))
     columns = {"before": Scores(**first["before"])}
     columns |= {f"after, seed {seed}": Scores(**result["after"]) for seed, result in results.items()}
-    assert table(columns) in README
+    assert table(columns) in START
+    assert summary_row("greedy", columns) in README
     assert all(result["before"]["rewards"] == first["before"]["rewards"] for result in results.values())
     assert stored_scores(RESULTS / "base" / "greedy.json")["hermes"].states == first["before"]["states"]
 
@@ -274,7 +330,8 @@ def test_the_sampled_table_is_made_from_the_committed_results():
     ends = {seed: json.loads((run / "sampled.json").read_text()) for seed, run in default_runs().items()}
     columns = {"before": Scores(**start["scores"]["hermes"])}
     columns |= {f"after, seed {seed}": Scores(**end["scores"]["hermes"]) for seed, end in ends.items()}
-    assert table(columns) in README
+    assert table(columns) in START
+    assert summary_row("sampled", columns) in README
     same = {"tasks", "count", "temperature", "hint", "seed", "context", "max_messages"}
     assert all(end["arguments"][name] == start["arguments"][name] for end in ends.values() for name in same)
 
