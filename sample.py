@@ -31,7 +31,8 @@ def play(sampler: Sampler, task: Task, args: argparse.Namespace, limits: Limits,
     """Play one task and print the conversation with a verdict per turn."""
     episode = Episode(task, args.format, **rules(limits))
     row = sampler.rollout([episode], temperature=args.temperature, force_prefix=args.force_prefix)[0]
-    print(f"task {task.id}: {len(task.turns)} turns, {len(task.tools)} tools shown, format {args.format}")
+    turns = f"{len(task.turns)} turn{'s' * (len(task.turns) > 1)}"
+    print(f"task {task.id}: {turns}, {len(task.tools)} tools shown, format {args.format}")
     print(readable(sampler.chat.decode(row.tokens), color))
     print("message states:", ", ".join(row.states))
     for turn, verdict in enumerate(row.verdicts, 1):

@@ -5,7 +5,7 @@ GPUs.
 Each builds its workload, checks every result before its speed is looked at, runs the peers that are installed
 in turns, and prints medians with their spread, peak memory, error, and the share of a limit that is measured
 in the same run. It exits with 1 if a result is wrong, however fast. `--json FILE` writes it down; the tables
-of the README are made from such files by `markdown`.
+of docs/speed.md are made from such files by `markdown`.
 
 Peers: TRL, Liger and cut-cross-entropy if installed, and what one would write without them.
 """
@@ -575,7 +575,8 @@ def step(device: torch.device, repeats: int, small: bool, model: str = BUILT_IN)
     if version := installed("trl", "trl", row.missing):
         from bench.trl import TrlStep
 
-        theirs = TrlStep(config, tasks, trajectories, device)
+        policy = load(config.model, device=str(device))
+        theirs = TrlStep(config, tasks, trajectories, policy, transformers_model(policy))
         row.arms.append(Arm(f"TRL {version}", note="GRPOTrainer, rollout_func, generate for every message"))
         runs[row.arms[-1].name] = theirs
     for arm in row.arms:
@@ -777,7 +778,7 @@ def table(rows: list[Row]) -> str:
 
 
 def markdown(result: dict) -> str:
-    """The table of a result file for the README."""
+    """The table of a result file for docs/speed.md."""
     lines = ["| " + " | ".join(HEADER) + " |", "|" + "---|" * len(HEADER)]
     for raw in result["rows"]:
         row = Row(**raw | {"arms": [Arm(**arm) for arm in raw["arms"]]})

@@ -10,34 +10,36 @@ import os
 import tempfile
 import time
 
-import torch
 import transformers
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")  # read when they are imported: no telemetry
 os.environ.setdefault("TRL_EXPERIMENTAL_SILENCE", "1")
 
 from datasets import Dataset
-from transformers import LogitsProcessorList, TrainerCallback
+from transformers import LogitsProcessorList, PreTrainedModel, TrainerCallback
 from trl import GRPOConfig, GRPOTrainer
 
 from bench.replay import ReplayProcessor
-from bench.rows import transformers_model
 from nanotoolrl.env import Episode, Task
-from nanotoolrl.loading import load
+from nanotoolrl.model import Policy
 from nanotoolrl.trajectory import Trajectory
 
 
 class TrlStep:
     """Called, it makes one step from the initial weights and returns its seconds, without those of setting
-    the trainer up; `grad_norm` is what TRL logged of the last."""
+    the trainer up; `grad_norm` is what TRL logged of the last. model: the policy as transformers has it."""
 
     def __init__(
-        self, config: object, tasks: list[Task], rows: list[Trajectory], device: torch.device
+        self,
+        config: object,
+        tasks: list[Task],
+        rows: list[Trajectory],
+        policy: Policy,
+        model: PreTrainedModel,
     ) -> None:
         transformers.logging.set_verbosity_error()
         self.config, self.rows, self.tasks = config, rows, {task.id: task for task in tasks}
-        policy = load(config.model, device=str(device))
-        self.chat, self.model, self.grad_norm = policy.chat, transformers_model(policy), float("nan")
+        self.chat, self.model, self.grad_norm = policy.chat, model, float("nan")
         self.started = self.ended = 0.0
         self.initial = {name: value.clone() for name, value in self.model.state_dict().items()}
         self.model.generation_config.eos_token_id = self.chat.stop_ids
@@ -46,7 +48,7 @@ class TrlStep:
         self.model.generate = lambda **arguments: generate(
             **arguments, logits_processor=LogitsProcessorList([self.replay])
         )
-        self.tokenizer, self.device = policy.tokenizer, device
+        self.tokenizer, self.device = policy.tokenizer, policy.device
 
     def __call__(self) -> float:
         config = self.config

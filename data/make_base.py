@@ -32,11 +32,10 @@ from nanotoolrl.chat import Chat, signature  # noqa: E402
 from nanotoolrl.env import OUR_LIMITS, Episode, Task, oracle  # noqa: E402
 from nanotoolrl.loading import load
 from nanotoolrl.look.evaluate import evaluate, rules  # noqa: E402
-from nanotoolrl.model import Policy, pad  # noqa: E402
+from nanotoolrl.model import Policy, by_length, pad  # noqa: E402
 from nanotoolrl.sampler import Sampler  # noqa: E402
 from nanotoolrl.supervise import hint_text  # noqa: E402
 from nanotoolrl.transformer import Transformer, frequencies  # noqa: E402
-from nanotoolrl.updates import micro_batches  # noqa: E402
 from nanotoolrl.world.generate import generate  # noqa: E402
 from nanotoolrl.world.mutations import alter  # noqa: E402
 from nanotoolrl.world.observe import call_tool  # noqa: E402
@@ -302,7 +301,7 @@ def train_step(
 ) -> float:
     """One update; returns the mean loss over trained tokens. Rows are sorted into micro-batches."""
     trained, loss_sum = sum(sum(mask) for _, mask in batch), 0.0
-    for part in micro_batches([len(ids) for ids, _ in batch], tokens_at_once):
+    for part in by_length([len(ids) for ids, _ in batch], tokens_at_once):
         loss = -policy.logprobs(*pad([batch[i] for i in part], policy.device))[0].sum() / trained
         loss.backward()
         loss_sum += loss.item()

@@ -208,13 +208,14 @@ def command_line() -> argparse.ArgumentParser:
 def scheme_table() -> str:
     """What --list prints: name, one line, source, settings that matter with the value that makes it grpo."""
     lines = []
+    width = 1 + max(map(len, SCHEMES))
     for one in SCHEMES.values():
         flags = [f"--schedule {'|'.join(one.schedules)}"] if one.schedules else []
         for name in (*one.settings, *one.uses):
             neutral = f" ({one.neutral[name]:g}: grpo)" if name in one.neutral else ""
             flags.append(flag(name) + neutral)
-        lines += [f"{one.name:<11}{one.about}", f"{'':<11}  {one.source}"]
-        indent = " " * 13
+        lines += [f"{one.name:<{width}}{one.about}", f"{'':<{width}}  {one.source}"]
+        indent = " " * (width + 2)
         lines += textwrap.wrap(
             ", ".join(flags), 110, break_on_hyphens=False, initial_indent=indent, subsequent_indent=indent
         )

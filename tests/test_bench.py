@@ -26,7 +26,7 @@ def same_threads():
 @pytest.mark.slow
 @pytest.mark.parametrize("what", ["kernel", "sampler", "step"])
 def test_command(what, tmp_path, capsys):
-    """Runs with whatever peers are installed, names the others, and writes what the README table needs."""
+    """Runs with the peers that are installed, names the others, writes what docs/speed.md needs."""
     path = tmp_path / "deep" / "out.json"
     assert bench.main([what, "--small", "--repeats", "1", "--device", "cpu", "--json", str(path)]) == 0
     out = capsys.readouterr().out

@@ -133,7 +133,7 @@ def test_available():
 
 
 def test_every_fitting_line_fits():
-    """Each cell of the README's table is the first rung of the ladder that fits."""
+    """Each cell of the table in docs/real-models.md is the first rung of the ladder that fits."""
     rows = [row.strip("| ").split(" | ") for row in bench.memory_table().splitlines()]
     assert len(rows) == 2 + 2 * len(bench.REAL_MODELS)
     for row in rows[2:]:

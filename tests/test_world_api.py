@@ -16,7 +16,7 @@ DAYS = ["Monday", "Tuesday", "Wednesday", "Thursday", "Friday", "Saturday", "Sun
 
 @pytest.fixture
 def new_class(classes):
-    """A class added as the README tells its readers to."""
+    """A class added as docs/6-add-your-own.md says."""
 
     @dataclass
     class Oven(API):

@@ -1,16 +1,20 @@
 """The one table of what is measured in a step, and the measuring of what all schemes share.
 
-The table makes the header of metrics.csv, the end of `train.py --help` and docs/metrics.md. What a scheme
-measures beyond it stands in its decorator.
+The table makes the header of metrics.csv, the end of `train.py --help` and docs/metrics.md, which
+`python -m nanotoolrl.look.metrics` prints. What a scheme measures beyond it stands in its decorator.
 """
 
+import argparse
 import math
+import sys
 import textwrap
 import time
 from typing import Any, NamedTuple
 
 from nanotoolrl.calls import MESSAGE_STATES
+from nanotoolrl.cli import command
 from nanotoolrl.gpu import distributed
+from nanotoolrl.look.screen import SPURIOUS_JUMP, STATE_JUMP
 from nanotoolrl.probes import ProbeSet, advantage_mass, displacement_own, survival
 from nanotoolrl.run import Run, Step, trained_reward
 from nanotoolrl.signals import SCHEMES
@@ -107,11 +111,77 @@ LAST = {
     "seconds": Metric("s", "of the whole step"),
 }
 NOT_COLUMNS = {"logit_gradient"}  # what an update returns for probes.jsonl
+PAGE = """\
+# Metrics
+
+`python -m nanotoolrl.look.metrics` prints this page. `python train.py --help` ends with its table.
+
+A run writes one row of `metrics.csv` per step. A column that does not apply is empty, never 0. The last field
+of the table says whose a column is: of all schemes, or of those that declare it in their decorator.
+
+{table}
+
+## The probe set
+
+The probe set is a fixed sample of ground-truth conversations of training tasks (`--probe-tasks`). It is
+measured every `--probe-every` steps.
+
+A control token is required at a place where it is next. It is certainly wrong (spurious) at a place where it
+is not next, but for these honest choices, which count as neither:
+
+- what opens a call, at the start of a message and after a complete call
+- what closes a call, within it
+- the stop token, inside an answer
+
+## `probes.jsonl`
+
+The file has a line a step. The first line is step 0, the start, with `nll_control`, `nll_content` and
+`tokens`. Each of the others has these fields, as far as they apply:
+
+| field | what it is |
+|---|---|
+| `survival` | entry k: share of the policy's own rollouts, of tasks with so many turns, that passed the \
+first k + 1 |
+| `advantage_mass` | sums of positive and negative advantages on control and content tokens, per sampled \
+token |
+| `logit_gradient` | how the policy loss pushes the logit of each control token, summed over the step's \
+updates |
+| `greedy_states` | message states of the evaluation, in steps that have one |
+| `tokens` | the probes of each control token, in measured steps |
+
+`logit_gradient` counts the push through the sampled tokens' log-probs: `self` comes from where the token was
+sampled, `other` from everywhere else. Entropy and SFT terms are not in it.
+
+`tokens` has these numbers of each control token:
+
+| field | what it is |
+|---|---|
+| `required` | its mean probability where it is next |
+| `spurious` | its mean probability where it is certainly wrong |
+| `growth` | `spurious` in multiples of the start, both at least 1e-6 |
+| `start_call` | its mean probability at the start of a message that should call |
+| `start_reply` | its mean probability at the start of a message that should answer |
+| `after_prefix` | its mean probability after the canonical prefix of a call |
+| `due_after_prefix` | share of the places after the canonical prefix where it is next |
+
+## The alarm
+
+The progress bar raises an alarm when the spurious probability of a control token has grown {growth} times
+since the start. It also does when the share of an unhealthy message state is more than {points} points above
+that of the first step.
+"""
 
 
 def metrics() -> dict[str, Metric]:
-    """Every column of metrics.csv, in order: shared ones, those that schemes declare, shared ones."""
-    own = {name: Metric(*what) for scheme in SCHEMES.values() for name, what in scheme.metrics.items()}
+    """Every column of metrics.csv, in order: shared ones, those that schemes declare, shared ones.
+
+    Raises TypeError if a scheme declares a name that already means something else.
+    """
+    own: dict[str, Metric] = {}
+    for scheme in SCHEMES.values():
+        for name, what in scheme.metrics.items():
+            if name in FIRST | LAST or own.setdefault(name, Metric(*what)) != what:
+                raise TypeError(f"{scheme.name} declares the metric {name}, which means something else")
     return FIRST | own | LAST
 
 
@@ -123,10 +193,20 @@ def columns_of(scheme: str) -> set[str]:
 def metrics_table(width: int = 110) -> str:
     """The table for a terminal."""
     lines = []
+    longest = max(map(len, metrics()))
     for name, (unit, about) in metrics().items():
-        head = f"  {name:<20}{unit:<13}"
+        head = f"  {name:<{longest}}  {unit:<11}  "
         lines += textwrap.wrap(about, width, initial_indent=head, subsequent_indent=" " * len(head))
     return "\n".join(lines)
+
+
+def metrics_page() -> str:
+    """docs/metrics.md: every column and whose it is, what probes.jsonl holds, what raises the alarm."""
+    lines = ["| column | unit | what it is | schemes |", "|---|---|---|---|"]
+    for name, (unit, about) in metrics().items():
+        owners = ", ".join(f"`{key}`" for key, one in SCHEMES.items() if name in one.metrics)
+        lines.append(f"| `{name}` | {unit} | {about} | {owners or 'all'} |")
+    return PAGE.format(table="\n".join(lines), growth=SPURIOUS_JUMP, points=round(100 * STATE_JUMP))
 
 
 # ------------------------------------------------------------------------------------------------ measuring
@@ -174,3 +254,17 @@ def probe_step(run: Run, step: Step, probes: ProbeSet) -> tuple[dict[str, Any], 
         run.state.probe = {"step": run.step} | measured.columns
     spent = time.perf_counter() - started
     return columns | {"probe_seconds": spent + step.metrics.get("probe_seconds", 0.0)}, details
+
+
+# ------------------------------------------------------------------------------------------------ the command
+@command
+def main(argv: list[str] | None = None) -> int:
+    """The command: prints the page of the metrics."""
+    about = "Print docs/metrics.md, the page of what is measured."
+    argparse.ArgumentParser(prog="python -m nanotoolrl.look.metrics", description=about).parse_args(argv)
+    print(metrics_page(), end="")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

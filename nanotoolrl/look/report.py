@@ -16,6 +16,7 @@ from nanotoolrl.calls import MESSAGE_STATES
 from nanotoolrl.chat import Chat
 from nanotoolrl.cli import command, progress
 from nanotoolrl.loading import ModelError, load_chat
+from nanotoolrl.look.metrics import FIRST, LAST
 from nanotoolrl.look.runfiles import RunFiles, Unreadable, logged_lines, read_run, tell_apart
 from nanotoolrl.look.viewer import TEMPLATE, page_of
 
@@ -113,7 +114,10 @@ def build(runs: Sequence[RunFiles], directory: Path) -> Path:
     sampled = "; ".join(filter(None, notes))
     data = {
         "title": " and ".join(run.name for run in runs),
-        "summary": [["run", *SUMMARY.values()], *([run.name, *summary(run)] for run in runs)],
+        "summary": [
+            ["run", *SUMMARY.values(), "the scheme's own"],
+            *([run.name, *summary(run)] for run in runs),
+        ],
         "sampled": f"Shown are {sampled}: the log is longer than a page should be." if sampled else "",
         "figures": [
             {"title": path.stem.replace("_", " "), "png": base64.b64encode(path.read_bytes()).decode()}
@@ -138,12 +142,19 @@ SUMMARY = {
 
 
 def summary(run: RunFiles) -> list[str]:
-    """First and last value of the columns of SUMMARY."""
+    """First and last value of the columns of SUMMARY, and of those that the scheme declares."""
     cells = []
     for column in SUMMARY:
         values = run.series(column)[1]
         cells.append(f"{values[0]:.3g} to {values[-1]:.3g}" if values else "-")
-    return cells
+    counted = {name: run.series(name)[1] for name in own_metrics(run)}
+    own = ", ".join(f"{name} {values[0]:.3g} to {values[-1]:.3g}" for name, values in counted.items())
+    return [*cells, own or "-"]
+
+
+def own_metrics(run: RunFiles) -> list[str]:
+    """The measured columns that the run's scheme declares."""
+    return [name for name in run.metrics if name not in FIRST | LAST and run.series(name)[1]]
 
 
 def spark(values: Sequence[float], width: int = 24) -> str:
@@ -166,11 +177,12 @@ def screen(runs: Sequence[RunFiles]) -> str:
         head = f"{run.name}: {run.config['scheme']}, {len(steps)} steps"
         lines.append(f"{head:<44}{'first':>8} {'last':>8}  [least, most]")
         columns = {"reward": "reward", **SUMMARY} | {f"state_{s}": s for s in MESSAGE_STATES}
+        columns |= {name: name for name in own_metrics(run)}
         for column, label in columns.items():
             values = run.series(column)[1]
             if values and (not column.startswith("state_") or max(values) > 0.005):
                 ends = f"{values[0]:>8.3g} {values[-1]:>8.3g}  [{min(values):.2g}, {max(values):.2g}]"
-                lines.append(f"  {label:<17}{spark(values):<25}{ends}")
+                lines.append(f"  {label:<17} {spark(values):<24} {ends}")
         last = next((line["tokens"] for line in reversed(run.probes) if "tokens" in line), {})
         worst = sorted(last, key=lambda token: -(last[token].get("growth") or 0))[:2]
         if worst:

@@ -7,7 +7,6 @@ broken ones are resumed, and the table is made anew from the run directories eac
 import argparse
 import contextlib
 import csv
-import dataclasses
 import json
 import math
 import os
@@ -106,7 +105,7 @@ def run(directory: Path, flags: str, children: Children) -> int:
                 made = stored_config(directory / "config.json")
             except Refused:  # of another version of this program
                 return REFUSED
-            return 0 if dataclasses.replace(made, out=wanted.out) == wanted else REFUSED
+            return 0 if made.but(out=wanted.out) == wanted else REFUSED
         arguments.append("--resume")
     directory.parent.mkdir(parents=True, exist_ok=True)
     command = [sys.executable, str(ROOT / "train.py"), *arguments]

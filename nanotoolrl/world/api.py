@@ -6,7 +6,7 @@ the description, and every following line `parameter: text` describes one parame
 its state: JSON-like values, comparable with `==`, copied with `copy.deepcopy`. A method answers with a
 JSON-like value, or raises `ToolError` with a sentence that helps the model to correct itself. What is not so
 is refused with a TypeError when the class is defined. The classes are in domains/, one file a subject; a new
-file there is all that a new class takes (README, "Add a tool").
+file there is all that a new class takes (docs/6-add-your-own.md).
 
 Classes live in three disjoint pools: `train` (reinforcement learning sees them), `foreign` (supervised data
 from another domain) and `ood` (held out).

@@ -1,0 +1,614 @@
+"""The promises of README.md and docs/: examples run, numbers come from data/results, names exist."""
+
+import argparse
+import ast
+import csv
+import importlib.util
+import json
+import os
+import re
+import runpy
+import shlex
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+import train
+from bench import rows as bench
+from nanotoolrl import calls, commandline, env
+from nanotoolrl.calls import FORMATS, message_state, parse_calls, render_calls
+from nanotoolrl.commandline import parse
+from nanotoolrl.config import SETTINGS
+from nanotoolrl.look import study
+from nanotoolrl.look.evaluate import Scores, states_table, table
+from nanotoolrl.look.figures import FIGURES
+from nanotoolrl.look.metrics import metrics, metrics_page
+from nanotoolrl.signals import SCHEMES
+from nanotoolrl.world.observe import call_tool
+from nanotoolrl.world.tasks import load_tasks
+
+ROOT = Path(train.__file__).parent
+PAGES = {
+    path.relative_to(ROOT).as_posix(): path.read_text(encoding="utf-8")
+    for path in (ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md")))
+}
+README, COLLAPSE, SPEED = (PAGES[name] for name in ("README.md", "docs/collapse.md", "docs/speed.md"))
+START = PAGES["docs/start.md"]
+ADDED = "docs/6-add-your-own.md"  # its commands run in a copy that has what the page adds
+RESULTS = ROOT / "data" / "results"
+COLLAPSE_STATES = ("call", "reply", "malformed", "polluted", "overlong", "bare")
+# What a test adds to a command, where the command does not say otherwise: a run in seconds.
+SMALL = "--preset smoke --steps 1 --eval-count 0 --prompts 2 --group 2 --probe-tasks 2 --max-messages 4"
+SMALL += " --threads 1 --show-every 0"
+
+
+def blocks(language: str, text: str) -> list[str]:
+    """The fenced blocks of a language."""
+    return re.findall(rf"^```{language}\n(.*?)^```", text, re.MULTILINE | re.DOTALL)
+
+
+def sections(text: str) -> dict[str, str]:
+    """The parts of a page by their headings of the second order."""
+    return dict(part.split("\n", 1) for part in re.split(r"^## ", text, flags=re.MULTILINE)[1:])
+
+
+# -------------------------------------------------------------------------------------- commands on the pages
+def commands(text: str) -> list[str]:
+    """What a page tells to type: the lines of its console blocks, and what is in backticks and begins like a
+    command. `&&` begins another one; comments and redirections are left out."""
+    found = [line for block in blocks("console", text) for line in block.splitlines()]
+    found += re.findall(r"`(python [^`]+)`", text)
+    parts = [part.strip() for line in found for part in re.sub(r"\s#.*", "", line).split(" && ")]
+    return [re.sub(r" >\S+$", "", part) for part in parts]
+
+
+def split(command: str) -> tuple[str, list[str]]:
+    """(program, arguments) of a command that runs Python: a script, a module, or "-c"; else ("", [])."""
+    words = shlex.split(command)
+    if words[0] == "torchrun":
+        first = next(i for i, word in enumerate(words) if word.endswith(".py"))
+        return words[first], words[first + 1 :]
+    if words[0] != "python":
+        return "", []
+    if words[1] == "-m":
+        return words[2], words[3:]
+    return words[1], words[2:]
+
+
+COMMANDS = {
+    command: split(command)
+    for name, text in PAGES.items()
+    for command in commands(text)
+    if name != ADDED and split(command)[0]
+}
+
+
+class Parsed(BaseException):
+    """A parser has read its arguments: the command has done enough."""
+
+
+def parser_of(program: str, arguments: list[str], monkeypatch: pytest.MonkeyPatch) -> argparse.ArgumentParser:
+    """The parser of a command, which has accepted the arguments; nothing else of the command has run."""
+    read, heard = argparse.ArgumentParser.parse_args, []
+
+    def parse_and_stop(self, argv=None, namespace=None):
+        heard.append(self)
+        read(self, argv, namespace)
+        raise Parsed
+
+    monkeypatch.setattr(argparse.ArgumentParser, "parse_args", parse_and_stop)
+    monkeypatch.setattr(sys, "argv", [program, *arguments])
+    with pytest.raises(Parsed):
+        if program.endswith(".py"):
+            runpy.run_path(str(ROOT / program), run_name="__main__")
+        else:
+            runpy.run_module(program, run_name="__main__", alter_sys=False)
+    return heard[-1]
+
+
+@pytest.mark.filterwarnings("ignore:.*found in sys.modules:RuntimeWarning")
+@pytest.mark.parametrize("command", COMMANDS)
+def test_a_command_on_a_page_is_accepted_by_its_parser(command, monkeypatch, capsys, pytestconfig):
+    program, arguments = COMMANDS[command]
+    markers = pytestconfig.getini("markers")
+    if program == "-c":
+        compile(arguments[0], command, "exec")
+    elif program == "pytest":
+        given = dict(zip(arguments[::2], arguments[1::2], strict=True))
+        assert set(given) <= {"-m", "-n"}  # the latter is xdist's
+        assert "-m" not in given or any(one.startswith(f"{given['-m']}:") for one in markers)
+    elif program == "train.py":
+        try:
+            parse(arguments)
+        except SystemExit as stop:  # --list
+            assert stop.code == 0, capsys.readouterr().err
+    else:
+        parser_of(program, arguments, monkeypatch)
+
+
+def run(command: list[str], cwd: Path, home: Path = ROOT) -> subprocess.CompletedProcess:
+    """Run a command of the tree at `home` with another working directory."""
+    program = [str(home / command[0]), *command[1:]] if command[0].endswith(".py") else command
+    environment = os.environ | {"PYTHONPATH": str(home), "OMP_NUM_THREADS": "1"}
+    how = {"cwd": cwd, "env": environment, "stdin": subprocess.DEVNULL, "timeout": 600}
+    return subprocess.run([sys.executable, *program], capture_output=True, text=True, **how)
+
+
+def succeeds(command: list[str], cwd: Path, home: Path = ROOT) -> str:
+    """Run a command that must succeed; its output."""
+    done = run(command, cwd, home)
+    assert done.returncode == 0, f"{command}: {done.stderr[-2000:]}"
+    return done.stdout
+
+
+def cheap(program: str, arguments: list[str]) -> bool:
+    """Whether a command takes seconds and needs no more than what is committed."""
+    if {"--list", "--help"} & {*arguments} or program == "nanotoolrl.look.metrics":
+        return True
+    if program == "sample.py":
+        return "--model" not in arguments
+    return "--export" in arguments and not any(word.startswith("bfcl:") for word in arguments)
+
+
+# What a page shows of a command's output: from the first message of a user on, whole.
+SHOWN = dict(re.findall(r"in `(python [^`]+)`:\n\n```text\n.*?(^ +user \| .*?)```", README, re.M | re.S))
+CHEAP = [command for command, (program, arguments) in COMMANDS.items() if cheap(program, arguments)]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("command", CHEAP)
+def test_a_cheap_command_on_a_page_runs(command, tmp_path):
+    said = succeeds(shlex.split(command)[1:], tmp_path)
+    assert said
+    assert said.endswith(SHOWN.get(command, ""))
+    program, arguments = COMMANDS[command]
+    if "--list" in arguments:
+        assert all(re.search(rf"^{name} ", said, re.MULTILINE) for name in SCHEMES)
+    if "--export" in arguments:
+        exported = (tmp_path / arguments[arguments.index("--export") + 1]).read_text(encoding="utf-8")
+        name = arguments[arguments.index("--tasks") + 1]
+        assert [json.loads(line)["extra_info"]["id"] for line in exported.splitlines()] == [
+            task.id for task in load_tasks(name)
+        ]
+
+
+def test_every_kind_of_cheap_command_is_on_a_page():
+    kinds = {(COMMANDS[command][0], *(x for x in COMMANDS[command][1] if x[:2] == "--")) for command in CHEAP}
+    assert {("sample.py",), ("train.py", "--list")} <= kinds
+    assert any("--export" in kind for kind in kinds)
+    assert SHOWN and set(SHOWN) <= set(CHEAP)
+
+
+def test_the_two_commands_stand_where_ci_looks():
+    lines = README.splitlines()
+    assert "pip install -r requirements.txt && python train.py --scheme hint" in lines
+    assert (
+        "pip install -r requirements.txt pytest pytest-xdist hypothesis && python -m pytest -n auto" in lines
+    )
+
+
+# ----------------------------------------------------------------------------------------- names on the pages
+@pytest.mark.parametrize("name", PAGES)
+def test_links_and_files_on_a_page_exist(name):
+    text = PAGES[name]
+    for target in re.findall(r"\]\(([^)#]+)\)", text):
+        assert target.startswith("https://") or (ROOT / name).parent.joinpath(target).exists(), target
+    new = set(re.findall(r"here `([\w.]+)`", text))
+    for path in re.findall(r"`((?:nanotoolrl|bench|data|docs|tests)/[\w./-]*|[\w-]+\.py)`", text):
+        assert (ROOT / path).exists() or path in new, path
+    for module in re.findall(r"-m (nanotoolrl[.\w]*\w|bench)", text):
+        assert importlib.util.find_spec(module), module
+
+
+@pytest.mark.filterwarnings("ignore:.*found in sys.modules:RuntimeWarning")
+def test_flags_on_the_pages_exist(monkeypatch):
+    """In one of the commands on the pages, or in the settings of an example."""
+    known = {"--index-url", "--no-deps"}  # of pip
+    known |= {"--nproc", "--shutdown-timeout"}  # of torchrun; the first with _per_node
+    for program, arguments in dict(COMMANDS.values()).items():
+        if program in ("train.py", "pytest", "-c"):
+            continue
+        with monkeypatch.context() as patch:
+            parser = parser_of(program, arguments, patch)
+        known |= {name for action in parser._actions for name in action.option_strings}
+    known |= {name for action in commandline.command_line()._actions for name in action.option_strings}
+    examples = re.findall(r'settings=\{"(\w+)"', PAGES[ADDED])
+    known |= {"--" + name.replace("_", "-") for name in examples}
+    for name, text in PAGES.items():
+        assert set(re.findall(r"--[a-z][a-z-]+", text)) <= known, name
+
+
+def test_the_reading_order_names_every_part_of_the_core():
+    names = set(re.findall(r"[\w.]+/?", blocks("text", sections(README)["Read in this order"])[0]))
+    doors = {"bench", "evaluate", "report", "study", "tasks"}  # old names of commands
+    parts = [path for path in (ROOT / "nanotoolrl").iterdir() if not path.name.startswith("__")]
+    for part in parts:
+        name = f"{part.name}{'/' if part.is_dir() else ''}"
+        assert name in names or part.stem in doors, name
+
+
+def test_the_readme_is_short():
+    assert len(README.splitlines()) <= 150
+
+
+# ----------------------------------------------------------------------------- numbers from committed results
+def committed_runs() -> dict[Path, dict]:
+    """Every committed default run by its directory, with its config: those of the default scheme, by seed,
+    and one of each other scheme."""
+    places = (f"{SETTINGS['scheme'].default}/*/config.json", "schemes/*/config.json")
+    paths = [path for place in places for path in sorted(RESULTS.glob(place))]
+    return {path.parent: json.loads(path.read_text(encoding="utf-8")) for path in paths}
+
+
+def default_runs() -> dict[int, Path]:
+    """The committed runs of the default scheme by seed: those that README's tables are made from."""
+    default = SETTINGS["scheme"].default
+    found = {one["seed"]: path for path, one in committed_runs().items() if one["scheme"] == default}
+    assert found
+    return dict(sorted(found.items()))
+
+
+def stored_run(scheme: str) -> Path | None:
+    """Directory of the committed default run of a scheme with seed 0, if there is one."""
+    runs = [path for path, one in committed_runs().items() if (one["scheme"], one["seed"]) == (scheme, 0)]
+    assert len(runs) < 2, runs
+    return runs[0] if runs else None
+
+
+def stored_scores(path: Path) -> dict[str, Scores]:
+    """The scores that `evaluate --json` wrote."""
+    scores = json.loads(path.read_text(encoding="utf-8"))["scores"]
+    return {name: Scores(**values) for name, values in scores.items()}
+
+
+def with_interval(scores: Scores) -> str:
+    """Success in % with its interval, as tables of the pages have it."""
+    share, low, high, _ = scores.of("all")
+    return f"{100 * share:.1f} [{100 * low:.1f}, {100 * high:.1f}]"
+
+
+def summary_row(name: str, columns: dict[str, Scores]) -> str:
+    """The row of README's table of the default run."""
+    return f"| {name} | {' | '.join(map(with_interval, columns.values()))} |"
+
+
+def test_the_claims_are_counted_in_the_committed_results():
+    """README's first table: how many of the five seeds show what."""
+    with (RESULTS / "collapse.csv").open() as file:
+        seeds = list(csv.DictReader(file))
+    words = ("no", "one", "two", "three", "four", "five")
+    fell = sum(float(row["greedy_after"]) < float(row["greedy_before"]) / 3 for row in seeds)
+    first = sum(float(row["halved_nll_control"]) > float(row["halved_nll_content"]) for row in seeds)
+    assert f"yes, in {words[fell]} of {words[len(seeds)]} seeds" in README
+    assert f"in {words[first]} seeds of {words[len(seeds)]}" in README
+    best = max(
+        scores.success
+        for path in (RESULTS / "collapse").glob("f*-seed*.json")
+        for scores in stored_scores(path).values()
+    )
+    doctor = json.loads((RESULTS / "collapse" / "doctor-seed1.json").read_text())["model"]["success"]
+    best = max(best, *(share[0] for share in doctor.values()))
+    assert f"at most {100 * best:.1f} % are left" in README
+
+
+def test_the_table_of_collapse_and_help_is_made_from_the_committed_results():
+    rows = re.findall(r"^\| `python train.py --scheme ([\w-]+)` \| (.*) \|$", README, re.MULTILINE)
+    assert len(rows) > 3
+    for name, cell in rows:
+        result = json.loads((stored_run(name) / "result.json").read_text())
+        assert cell == with_interval(Scores(**result["after"])), name
+    with (RESULTS / "collapse.csv").open() as file:
+        ends = ", ".join(f"{100 * float(row['greedy_after']):.1f}" for row in csv.DictReader(file))
+    assert f"| `python train.py --scheme grpo --preset collapse`, five seeds | {ends} |" in README
+    before = json.loads((stored_run("grpo") / "result.json").read_text())["before"]
+    assert f"from {with_interval(Scores(**before))}" in README
+
+
+def test_the_transcripts_are_the_committed_ones():
+    """Before: a test runs the command. After: what it printed of the run that the page names."""
+    for name in ("before", "seed3"):
+        text = (RESULTS / "collapse" / f"transcript-{name}.txt").read_text(encoding="utf-8")
+        assert f"```text\n{text}```" in README
+
+
+def test_the_results_table_is_made_from_the_committed_results():
+    results = {seed: json.loads((run / "result.json").read_text()) for seed, run in default_runs().items()}
+    first = next(iter(results.values()))
+    columns = {"before": Scores(**first["before"])}
+    columns |= {f"after, seed {seed}": Scores(**result["after"]) for seed, result in results.items()}
+    assert table(columns) in START
+    assert summary_row("greedy", columns) in README
+    assert all(result["before"]["rewards"] == first["before"]["rewards"] for result in results.values())
+    assert stored_scores(RESULTS / "base" / "greedy.json")["hermes"].states == first["before"]["states"]
+
+
+def test_the_sampled_table_is_made_from_the_committed_results():
+    start = json.loads((RESULTS / "base" / "sampled.json").read_text())
+    ends = {seed: json.loads((run / "sampled.json").read_text()) for seed, run in default_runs().items()}
+    columns = {"before": Scores(**start["scores"]["hermes"])}
+    columns |= {f"after, seed {seed}": Scores(**end["scores"]["hermes"]) for seed, end in ends.items()}
+    assert table(columns) in START
+    assert summary_row("sampled", columns) in README
+    same = {"tasks", "count", "temperature", "hint", "seed", "context", "max_messages"}
+    assert all(end["arguments"][name] == start["arguments"][name] for end in ends.values() for name in same)
+
+
+def test_the_speed_tables_are_made_from_the_committed_results():
+    for path in sorted((RESULTS / "bench").glob("*.json")):
+        result = json.loads(path.read_text())
+        if "parity" in result:
+            assert str(bench.Parity(**result["parity"])) in SPEED
+        else:
+            assert bench.markdown(result) in SPEED
+            assert result["command"] == f"python -m nanotoolrl.bench {path.stem}"
+
+
+def test_the_memory_table_is_made_by_its_command():
+    assert bench.memory_table() in PAGES["docs/real-models.md"]
+
+
+def test_the_scheme_table_is_made_from_the_registry_and_the_committed_results():
+    """A scheme without a committed run has an empty cell."""
+    lines = []
+    for name, scheme in SCHEMES.items():
+        success, path = "", stored_run(name)
+        if path:
+            scores = Scores(**json.loads((path / "result.json").read_text())["after"])
+            share, low, high, n = scores.of("all")
+            success = f"{100 * share:.1f} [{100 * low:.1f}, {100 * high:.1f}]"
+            assert n == 400
+        lines.append(f"| `{name}` | {scheme.about} | `python train.py --scheme {name}` | {success} |")
+    assert "\n".join(lines) in PAGES["docs/schemes.md"], "\n".join(lines)
+    before = Scores(
+        **json.loads((stored_run(SETTINGS["scheme"].default) / "result.json").read_text())["before"]
+    )
+    share, low, high, _ = before.of("all")
+    assert f"{100 * share:.1f} [{100 * low:.1f}, {100 * high:.1f}]" in PAGES["docs/schemes.md"]
+
+
+def test_the_table_of_the_collapse_is_made_from_the_committed_study():
+    with (RESULTS / "collapse.csv").open() as file:
+        seeds = list(csv.DictReader(file))
+    assert [row["run"] for row in seeds] == list(study.STUDIES["collapse"])
+    for row in seeds:
+        greedy = [f"{100 * float(row[f'greedy_{when}']):.1f}" for when in ("before", "best", "after")]
+        ratios = [
+            f"{float(row[f'{when}nll_control']):.1f} / {float(row[f'{when}nll_content']):.1f}"
+            for when in ("halved_", "")
+        ]
+        shares = [f"{100 * float(row[f'end_{state}']):.0f}" for state in COLLAPSE_STATES]
+        cells = [row["run"][4:], *greedy, row["halved_step"], *ratios]
+        cells += [f"{float(row['spike']):.0f} `{row['spike_token']}`", *shares]
+        assert f"| {' | '.join(cells)} |" in COLLAPSE, " | ".join(cells)
+
+
+def test_the_formats_after_the_collapse_are_those_of_the_committed_scores():
+    def shown(share):
+        return f"{100 * share[0]:.1f} [{100 * share[1]:.1f}, {100 * share[2]:.1f}]"
+
+    def line(name, success):
+        cells = [shown(success[key]) for key in ("hermes", "forced prefix", "python", "xml")]
+        return f"| {name} | {' | '.join(cells)} |"
+
+    def scores(name):
+        return {format: one.of("all") for format, one in stored_scores(home / f"{name}.json").items()}
+
+    home = RESULTS / "collapse"
+    for name in study.STUDIES["collapse"]:
+        if (home / f"doctor-{name}.json").exists():
+            doctor = json.loads((home / f"doctor-{name}.json").read_text())
+            assert line("before", doctor["reference"]["success"]) in COLLAPSE
+            success = doctor["model"]["success"]
+        else:
+            success = scores(f"formats-{name}") | {"forced prefix": scores(f"forced-{name}")["hermes"]}
+        assert line(name[4:], success) in COLLAPSE
+        assert all(share[3] == 400 for share in success.values())
+
+
+def test_the_search_is_whole():
+    """Every run of the study has a row in the committed table."""
+    with (RESULTS / "collapse_search.csv").open() as file:
+        assert {row["run"] for row in csv.DictReader(file)} == set(study.COLLAPSE_SEARCH)
+
+
+def test_the_model_card_is_made_from_the_committed_scores():
+    card = (ROOT / "data" / "nano" / "README.md").read_text()
+    for path in sorted((RESULTS / "base").glob("*.json")):
+        columns = stored_scores(path)
+        assert table(columns) in card
+        assert states_table(columns) in card or path.stem != "sampled"
+        assert f"--json data/results/base/{path.name}`" in card
+
+
+def test_committed_runs_are_whole_and_made_with_the_present_defaults():
+    for folder, config in committed_runs().items():
+        assert folder.name == (
+            config["scheme"] if folder.parent.name == "schemes" else f"seed{config['seed']}"
+        )
+        with (folder / "metrics.csv").open() as file:
+            rows = list(csv.DictReader(file))
+        assert [int(row["step"]) for row in rows] == list(range(1, config["steps"] + 1))
+        now = vars(parse(["--scheme", config["scheme"], "--seed", str(config["seed"])])[0])
+        same = set(now) & set(config) - {"out", "threads", "show_every"}  # others came later
+        assert {key: config[key] for key in same} == {key: now[key] for key in same}
+        assert (folder / "result.json").exists()
+
+
+# ------------------------------------------------------------------------------------------------ the metrics
+def test_the_page_of_metrics_is_what_its_command_prints():
+    assert PAGES["docs/metrics.md"] == metrics_page()
+
+
+def test_every_metric_is_explained():
+    """With its unit and its line, and with the schemes that declare it."""
+    rows = re.findall(r"^\| `(\w+)` \| (.*?) \| (.*?) \| (.*?) \|$", PAGES["docs/metrics.md"], re.MULTILINE)
+    explained = {name: (unit, about) for name, unit, about, _ in rows}
+    assert explained == {name: tuple(metric) for name, metric in metrics().items()}
+    owners = {name: set(re.findall(r"`([\w-]+)`", schemes)) for name, _, _, schemes in rows}
+    for scheme in SCHEMES.values():
+        assert {name for name in owners if scheme.name in owners[name]} == set(scheme.metrics)
+
+
+# ----------------------------------------------------------------------------------------------- add your own
+ADD = sections(PAGES[ADDED])
+MORE = ("A scheme", "A signal")
+
+
+def example(title: str) -> tuple[str, str]:
+    """(file, code) of a section: lines for the end of a file that is there, or a new file."""
+    (code,) = blocks("python", ADD[title])
+    if at := re.search(r"\bend of `([\w/.]+)`", re.sub(r"\s+", " ", ADD[title])):
+        return at[1], code
+    folder, name = re.search(r"`([\w/]+/)`, here `([\w.]+)`", ADD[title]).groups()
+    return folder + name, code
+
+
+def copied(path: Path, *titles: str) -> Path:
+    """A copy of what runs need, with what these sections add; nothing else in it is changed."""
+    for part in ("nanotoolrl", "data/tasks", "data/nano"):
+        shutil.copytree(ROOT / part, path / part, ignore=shutil.ignore_patterns("__pycache__"))
+    for part in ("train.py", "sample.py"):
+        shutil.copy(ROOT / part, path)
+    for title in titles:
+        name, code = example(title)
+        before = (path / name).read_text(encoding="utf-8") + "\n\n" if (path / name).exists() else ""
+        (path / name).write_text(before + code, encoding="utf-8")
+    changed = [
+        one.relative_to(path).as_posix()
+        for one in path.rglob("*")
+        if one.is_file() and not same(one, ROOT / one.relative_to(path))
+    ]
+    assert sorted(changed) == sorted(example(title)[0] for title in titles)
+    return path
+
+
+def same(one: Path, other: Path) -> bool:
+    """Whether two files hold the same."""
+    return other.exists() and one.read_bytes() == other.read_bytes()
+
+
+def lines_of(title: str) -> list[list[str]]:
+    """The commands of a section, made small: without `python`, and what trains writes into `run`."""
+    found = []
+    for block in blocks("console", ADD[title]):
+        for command in block.splitlines():
+            words = shlex.split(command)[1:]
+            if words[0] == "train.py" and "--list" not in words:
+                for flag, value in re.findall(r"(--\S+) (\S+)", SMALL):
+                    words += [] if flag in words else [flag, value]
+                words += ["--out", "run"]
+            found.append(words)
+    return found
+
+
+def rows_of(path: Path) -> list[dict[str, str]]:
+    with (path / "metrics.csv").open(encoding="utf-8") as file:
+        return list(csv.DictReader(file))
+
+
+def names_in(code: str) -> tuple[str, list[str]]:
+    """(name of the function, names of the metrics in its decorator)."""
+    (function,) = ast.parse(code).body
+    declared = {keyword.arg: keyword.value for keyword in function.decorator_list[0].keywords}
+    return function.name, list(ast.literal_eval(declared["metrics"]))
+
+
+@pytest.fixture(scope="module")
+def both(tmp_path_factory) -> Path:
+    """A copy of the project with a scheme and a signal more."""
+    return copied(tmp_path_factory.mktemp("both") / "copy", *MORE)
+
+
+@pytest.mark.slow
+def test_a_scheme_and_a_signal_are_listed(both, tmp_path):
+    said = succeeds(["train.py", "--list"], tmp_path, both)
+    added = {names_in(example(title)[1])[0] for title in MORE}
+    assert added.isdisjoint(SCHEMES)
+    assert all(re.search(rf"^{name} ", said, re.MULTILINE) for name in (*SCHEMES, *added))
+    page = succeeds(["-m", "nanotoolrl.look.metrics"], tmp_path, both)
+    changed = set(page.splitlines()) ^ set(metrics_page().splitlines())
+    added = {name for title in MORE for name in names_in(example(title)[1])[1]}
+    assert {re.match(r"\| `(\w+)`", line)[1] for line in changed} == added != set()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("title", MORE)
+def test_a_scheme_or_a_signal_takes_nothing_but_its_lines(title, both, tmp_path):
+    """It runs, its metric is a column, its run goes on and is reported on."""
+    name, (metric,) = names_in(example(title)[1])
+    (command,) = [words for words in lines_of(title) if "--list" not in words]
+    assert command[command.index("--scheme") + 1] == name
+    succeeds(command, tmp_path, both)
+    assert [float(row[metric]) >= 0 for row in rows_of(tmp_path / "run")] == [True]
+    succeeds([*command, "--steps", "2", "--resume"], tmp_path, both)
+    assert [float(row[metric]) >= 0 for row in rows_of(tmp_path / "run")] == [True, True]
+    said = succeeds(["-m", "nanotoolrl.report", "run", "--out", "page"], tmp_path, both)
+    assert "page: page/report.html" in said
+    assert {path.name for path in (tmp_path / "page").iterdir()} == {
+        "report.html",
+        *(f"{title.replace(' ', '_')}.png" for title in FIGURES),
+    }
+
+
+@pytest.mark.slow
+def test_a_metric_that_is_not_declared_is_refused_by_name(tmp_path):
+    home = copied(tmp_path / "copy", "A scheme")
+    (said,) = blocks("text", ADD["A metric"])
+    name, (metric,) = names_in(example("A scheme")[1])
+    odd = re.search(rf"{name} measured (\w+),", said)[1]
+    path = home / example("A scheme")[0]
+    whole = path.read_text(encoding="utf-8")
+    start, _, end = whole.rpartition(f'"{metric}"')  # where it is returned
+    path.write_text(f'{start}"{odd}"{end}', encoding="utf-8")
+    (command,) = [words for words in lines_of("A scheme") if "--list" not in words]
+    done = run(command, tmp_path, home)
+    assert done.returncode == 2 and said in done.stderr
+    assert rows_of(tmp_path / "run") == []
+
+
+def test_add_a_tool(classes):
+    exec(example("A domain and its tools")[1], {"__name__": "nanotoolrl.world.domains.weather"})
+    task = env.Task.from_json(blocks("json", ADD["A domain and its tools"])[0])
+    assert env.replay(task, [[env.Call("get_rain", {"city": "Oslo"})]]) == 1
+    assert "there is Oslo" in str(call_tool(task.new_world(), env.Call("get_rain", {"city": "Rome"})))
+
+
+@pytest.mark.slow
+def test_a_domain_takes_nothing_but_its_file(tmp_path):
+    home = copied(tmp_path / "copy", "A domain and its tools")
+    (tmp_path / "my_tasks.jsonl").write_text(blocks("json", ADD["A domain and its tools"])[0])
+    shown, *_ = [succeeds(command, tmp_path, home) for command in lines_of("A domain and its tools")]
+    assert '"name": "get_rain"' in shown and '{"millimetres": 3}' in shown
+    assert rows_of(tmp_path / "run")
+
+
+def test_add_a_call_format(monkeypatch, splits):
+    """What it writes it reads, the ground truth earns the reward, and the other formats go on as they are."""
+    before = dict(FORMATS)
+    code = example("A call format")[1]
+    name = re.match(r'FORMATS\["(\w+)"\]', code)[1]
+    monkeypatch.setitem(FORMATS, name, None)  # taken away at the end
+    exec(code, dict(vars(calls)))
+    assert {key: one for key, one in FORMATS.items() if key != name} == before
+    for task in splits["test"][::7]:
+        truth = [turn.calls for turn in task.turns]
+        assert env.replay(task, truth, name) == 1
+        for turn in filter(None, truth):
+            text = render_calls(turn, name)
+            assert parse_calls(text, name) == turn and message_state(text, name) == "call"
+            assert text.startswith(FORMATS[name].prefix)
+            assert message_state(text, "hermes") == "foreign"
+    assert message_state("<call>", name) == "bare" and message_state("<call>go</call>", name) == "malformed"
+
+
+@pytest.mark.slow
+def test_a_call_format_takes_nothing_but_its_lines(tmp_path):
+    home = copied(tmp_path / "copy", "A call format")
+    for command in lines_of("A call format"):
+        said = succeeds(command, tmp_path, home)
+        if "--oracle" in command:
+            assert "<call>{" in said
+    assert rows_of(tmp_path / "run")
