@@ -31,6 +31,7 @@ def tiny(policy):
     return tiny_policy(policy.tokenizer)
 
 
+@pytest.mark.slow
 def test_no_network_is_needed():
     """The default model is a directory of the repository; loading it asks no hub."""
     environment = os.environ | {"HF_HUB_OFFLINE": "1", "PYTHONPATH": str(ROOT)}
@@ -100,6 +101,7 @@ def test_the_hubs_errors_say_what_to_do(kind, advice, monkeypatch):
     assert advice in str(error.value)
 
 
+@pytest.mark.slow
 def test_without_a_network_a_hub_name_is_explained():
     """In a process of its own: what transformers knows of the network it reads once."""
     code = "from nanotoolrl.loading import load; load('nobody/no-such-model')"

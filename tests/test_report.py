@@ -73,6 +73,7 @@ def embedded(page):
     return json.loads(reader.text)
 
 
+@pytest.mark.slow
 def test_figures_are_written_for_one_run_and_for_several(finished, page, capsys):
     assert main([str(finished)]) == 0
     printed = capsys.readouterr().out
