@@ -51,6 +51,7 @@ def test_missing_peers_are_named(monkeypatch, capsys):
         assert f"{package}: not installed (pip install {package})" in out
 
 
+@pytest.mark.slow
 def test_a_wrong_result_fails_however_fast(monkeypatch, capsys):
     right = bench.token_logprob
 
@@ -143,6 +144,7 @@ def test_replay_leaves_one_token():
         assert scores.argmax(1).tolist() == expected and (scores > -1).sum() == 2
 
 
+@pytest.mark.slow
 def test_a_wrong_replay_is_wrong_on_every_device(monkeypatch):
     policy = bench.seeded_policy(CPU, small=True)
     monkeypatch.setattr(bench, "generate_rollout", lambda *_: [[0]])

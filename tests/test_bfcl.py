@@ -103,6 +103,7 @@ def test_official_says_nothing_about_other_tasks():
 
 
 # ---------------------------------------------------------------------------------------------- verdicts
+@pytest.mark.slow
 @pytest.mark.parametrize("category", CATEGORIES)
 def test_verdicts_are_the_packages(category):
     """40 tasks of each: the ground truth in every format, every call dropped, every argument changed. All of

@@ -215,6 +215,7 @@ def test_cores_that_a_process_may_use(groups, cores, tmp_path, monkeypatch):
     assert available_cores(tmp_path) == cores
 
 
+@pytest.mark.slow
 def test_every_command_takes_that_many_threads(monkeypatch, tmp_path):
     found = []
     for module in (train, sample, evaluate):

@@ -313,6 +313,7 @@ LIMIT_EDITS = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("name", "value"), [(name, value) for name, values in LIMIT_EDITS.items() for value in values]
 )
@@ -563,6 +564,7 @@ def edited(model, tmp_path, monkeypatch):
     return tmp_path / "model"
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore:Initializing zero-element tensors")
 @pytest.mark.parametrize("name", BROKEN_MODELS)
 def test_a_broken_model_is_refused_by_name(name, edited, capsys):

@@ -877,6 +877,7 @@ def test_an_altered_argument_of_every_kind_is_another_right_value(classes):
             assert call_tool(task.new_world(), altered) == "put"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("split", SPLITS)
 def test_every_altered_argument_and_every_missing_call_earns_0(split):
     """The reward sees every value of every call; otherwise it would pay for something else than the task."""
@@ -920,6 +921,7 @@ def extra_call(api: API) -> Call:
     }[name]()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("split", SPLITS)
 def test_an_extra_change_of_any_object_earns_0(split):
     """Also of an object the request does not touch, with every tool allowed, right before the last reply."""

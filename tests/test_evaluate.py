@@ -108,6 +108,7 @@ RUN = {"scheme": "grpo", "format": "hermes", "tasks": "train", "model": "nano"} 
 FEW = "--count 4 --max-messages 4".split()
 
 
+@pytest.mark.slow
 def test_samples_are_averaged_over_each_task(policy):
     """Two rollouts of each task, at a temperature at which they differ; intervals are over tasks."""
     tasks = [task for task in subset(load_tasks("test"), 30) if len(task.turns) == 1][:8]
@@ -120,6 +121,7 @@ def test_samples_are_averaged_over_each_task(policy):
     assert sum(scores.states.values()) > 2 * sum(once.states.values())
 
 
+@pytest.mark.slow
 def test_a_forced_prefix_repairs_a_model_that_lost_only_that(broken):
     """The same weights but for one direction of the head: unforced nothing calls, forced much of it does."""
     tasks = [task for task in load_tasks("test") if len(task.turns) == 1][:12]
@@ -149,6 +151,7 @@ def test_command(tmp_path, capsys):
     assert stored["arguments"]["samples"] == 2
 
 
+@pytest.mark.slow
 def test_grid_command(tmp_path, capsys):
     out = tmp_path / "grid.json"
     assert main(["--grid", "--format", "xml", *FEW, "--json", str(out)]) == 0
@@ -160,6 +163,7 @@ def test_grid_command(tmp_path, capsys):
     assert all(len(sum(one["rewards"].values(), [])) == 4 for one in scores.values())
 
 
+@pytest.mark.slow
 def test_doctor_command_finds_what_broke(broken, tmp_path, capsys):
     """A model that opens no call, against the one it was made from, which is found in its run's settings."""
     broken.save(tmp_path / "run" / "model")
@@ -177,12 +181,14 @@ def test_doctor_command_finds_what_broke(broken, tmp_path, capsys):
     assert stored["model"]["tokens"]['{"']["after_prefix"] > 0.9
 
 
+@pytest.mark.slow
 def test_doctor_without_anything_to_compare_with(capsys):
     assert main(["--doctor", *FEW]) == 0
     printed = capsys.readouterr().out
     assert "structure is healthy in hermes" in printed and "growth" not in printed
 
 
+@pytest.mark.slow
 def test_the_format_of_training_is_that_of_the_run(tmp_path, capsys):
     (tmp_path / "config.json").write_text(json.dumps(RUN | {"format": "python"}))
     load(NANO).save(tmp_path / "model")
@@ -200,6 +206,7 @@ def test_transcripts_command(tmp_path, capsys):
     assert stored["states"] == {"bare": 2, "reply": 1} and stored["breakages"] == [["bare", "<tool_call>", 2]]
 
 
+@pytest.mark.slow
 def test_the_doctor_of_a_run_whose_start_is_gone(tmp_path, capsys):
     """Copied to another machine: there is a page, and a line that says what it lacks."""
     (tmp_path / "config.json").write_text(json.dumps(RUN | {"model": str(tmp_path / "gone")}))

@@ -13,6 +13,7 @@ from nanotoolrl.world.goals import Domain, all_goals
 from nanotoolrl.world.tasks import SPLITS
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("split", SPLITS)
 def test_files_are_what_the_generator_writes(split, splits):
     assert splits[split] == make_split(split)
@@ -77,6 +78,7 @@ def test_long_context_is_long(splits):
     assert sorted(by["long_context"])[50] > 4 * sorted(by["base"])[50]
 
 
+@pytest.mark.slow
 def test_prompt_and_transcript_budgets(splits, policy):
     """DESIGN: prompt at most 250 tokens at the median, transcript at most 600, long ones at most 2,048."""
     chat = policy.chat

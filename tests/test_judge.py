@@ -474,6 +474,7 @@ except KeyboardInterrupt:
 """
 
 
+@pytest.mark.slow
 def test_ctrl_c_does_not_wait_for_a_judge(serve):
     """The server never answers half of the requests, and half of them wait for another chance."""
     stub = serve(*[("hang", ""), (500, "")] * 4, ("hang", ""))

@@ -63,6 +63,7 @@ def test_the_scale_rises_again(policy):
     assert run.masters.scale == FP16_SCALE
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_small_steps_add_up(policy, dtype):
     """Steps far below a rounding step of the weights: alone each is lost, in the masters they add up."""

@@ -206,6 +206,7 @@ def test_ground_truth_has_no_probabilities(finished):
     assert len(report._rollout(row, chat)["logprobs"]) == len(row["tokens"])
 
 
+@pytest.mark.slow
 def test_what_is_no_run_is_refused_by_name(tmp_path, capsys, finished):
     with pytest.raises(Unreadable, match="config.json"):
         read_run(tmp_path)

@@ -250,6 +250,7 @@ RL = [(name, schedule) for name, one in SCHEMES.items() if one.neutral for sched
 RL = [(name, schedule) for name, schedule in RL if schedule != "none"]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name, schedule", RL)
 def test_strength_and_its_neutral_value(policy, monkeypatch, name, schedule):
     """At the neutral value, three steps are those of grpo, to the bit; at the default they are not."""
