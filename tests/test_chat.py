@@ -313,7 +313,7 @@ def test_a_hermes_template_does_not_speak_for_another_format(hermes_chat, format
     ids = hermes_chat.prompt_ids(messages, tools, format, hint="A hint.")
     text = hermes_chat.decode(ids)
     assert "<tool_call>" not in text
-    assert hermes_chat.control["<tool_call>"] not in ids
+    assert hermes_chat.special_ids["<tool_call>"] not in ids
     assert FORMATS[format].instruction in text and "A hint." in text
     assert all(signature(tool) in text for tool in tools)
 

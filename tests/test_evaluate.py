@@ -8,7 +8,7 @@ from dataclasses import replace
 
 import pytest
 import torch
-from helpers.runs import some_tasks
+from helpers import runs
 
 import sample
 import train
@@ -222,8 +222,8 @@ def test_where_nothing_can_be_written_is_found_out_first(command, tmp_path, monk
     def worked(*_, **__):
         raise AssertionError("the work was done before")
 
-    for work in ("evaluate.load", "bench.kernel", "study.run"):
-        monkeypatch.setattr(f"nanotoolrl.{work}", worked)
+    for work in ("nanotoolrl.look.evaluate.load", "bench.rows.kernel", "nanotoolrl.look.study.run"):
+        monkeypatch.setattr(work, worked)
     line = {
         "evaluate": (main, ["--json", str(tmp_path)]),
         "bench": (bench.main, ["kernel", "--json", str(tmp_path)]),
@@ -279,8 +279,8 @@ def test_hint_names_every_call_and_no_tag_of_the_task():
 def test_evaluation_is_under_the_limits_of_training(tmp_path, capsys):
     """A run that cut messages at 24 tokens is scored as it scored itself, by evaluate and by the doctor."""
     out, stored = tmp_path / "run", tmp_path / "scores.json"
-    held = str(some_tasks("test", 16))
-    flags = f"--preset smoke --steps 1 --scheme grpo --max-new-tokens 24 --tasks {FEW} --eval-count 16"
+    held = str(runs.some_tasks("test", 16))
+    flags = f"--preset smoke --steps 1 --scheme grpo --max-new-tokens 24 --tasks {runs.FEW} --eval-count 16"
     assert train.main([*flags.split(), "--eval-tasks", held, "--out", str(out)]) == 0
     assert "cannot be solved: task test-" in capsys.readouterr().err
     shown = ["--doctor", "--tasks", held, "--count", "16", "--model", str(out), "--json", str(stored)]
