@@ -30,7 +30,7 @@ def finished(tmp_path_factory):
     out = tmp_path_factory.mktemp("report") / "first"
     flags = (
         "--scheme hint --hint-count 1 --steps 3 --probe-every 1 --eval-count 4 --eval-part 2 --eval-every 2 "
-        f"--eval-tasks {OTHERS}"
+        f"--eval-tasks {OTHERS} --tasks train"
     )
     assert run(*flags.split(), out=out) == 0
     chat, path = load_chat(NANO), out / "rollouts.jsonl"

@@ -97,7 +97,7 @@ def test_study_command(tmp_path, monkeypatch, capsys):
 def test_a_study_that_is_ended_ends_its_runs(name, tmp_path):
     """They save, and the same command goes on."""
     flags = f"{TINY.replace('--threads 1 --show-every 0', '')} --scheme grpo --steps 500"
-    code = "import sys; from nanotoolrl import study; "
+    code = "import sys; from nanotoolrl.look import study; "
     code += f"study.STUDIES['tiny'] = {{'one': {flags!r}, 'two': {flags!r}}}; sys.exit(study.main())"
     command = ["tiny", "--jobs", "1", "--runs", str(tmp_path), "--table", str(tmp_path / "table.csv")]
     home = tmp_path / "tiny"
