@@ -9,6 +9,7 @@ import math
 import sys
 import textwrap
 import time
+from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 from nanotoolrl.calls import MESSAGE_STATES
@@ -17,6 +18,7 @@ from nanotoolrl.gpu import distributed
 from nanotoolrl.look.screen import SPURIOUS_JUMP, STATE_JUMP
 from nanotoolrl.probes import ProbeSet, advantage_mass, displacement_own, survival
 from nanotoolrl.run import Run, Step, trained_reward
+from nanotoolrl.schemes import Scheme
 from nanotoolrl.signals import SCHEMES
 
 
@@ -172,13 +174,13 @@ that of the first step.
 """
 
 
-def metrics() -> dict[str, Metric]:
+def metrics(schemes: Mapping[str, Scheme] = SCHEMES) -> dict[str, Metric]:
     """Every column of metrics.csv, in order: shared ones, those that schemes declare, shared ones.
 
     Raises TypeError if a scheme declares a name that already means something else.
     """
     own: dict[str, Metric] = {}
-    for scheme in SCHEMES.values():
+    for scheme in schemes.values():
         for name, what in scheme.metrics.items():
             if name in FIRST | LAST or own.setdefault(name, Metric(*what)) != what:
                 raise TypeError(f"{scheme.name} declares the metric {name}, which means something else")
@@ -200,11 +202,11 @@ def metrics_table(width: int = 110) -> str:
     return "\n".join(lines)
 
 
-def metrics_page() -> str:
+def metrics_page(schemes: Mapping[str, Scheme] = SCHEMES) -> str:
     """docs/metrics.md: every column and whose it is, what probes.jsonl holds, what raises the alarm."""
     lines = ["| column | unit | what it is | schemes |", "|---|---|---|---|"]
-    for name, (unit, about) in metrics().items():
-        owners = ", ".join(f"`{key}`" for key, one in SCHEMES.items() if name in one.metrics)
+    for name, (unit, about) in metrics(schemes).items():
+        owners = ", ".join(f"`{key}`" for key, one in schemes.items() if name in one.metrics)
         lines.append(f"| `{name}` | {unit} | {about} | {owners or 'all'} |")
     return PAGE.format(table="\n".join(lines), growth=SPURIOUS_JUMP, points=round(100 * STATE_JUMP))
 
