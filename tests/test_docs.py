@@ -154,8 +154,10 @@ def cheap(program: str, arguments: list[str]) -> bool:
     return "--export" in arguments and not any(word.startswith("bfcl:") for word in arguments)
 
 
-# What a page shows of a command's output: from the first message of a user on, whole.
-SHOWN = dict(re.findall(r"in `(python [^`]+)`:\n\n```text\n(?:.*?\n)??( +user \| .*?)```", README, re.M | re.S))
+# What a page shows of the output of a command: from the first message of a user on, whole.
+SHOWN = dict(
+    re.findall(r"in `(python [^`]+)`:\n\n```text\n(?:.*?\n)??( +user \| .*?)```", README, re.M | re.S)
+)
 CHEAP = [command for command, (program, arguments) in COMMANDS.items() if cheap(program, arguments)]
 
 
