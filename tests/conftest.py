@@ -13,8 +13,8 @@ import pytest  # noqa: E402
 
 pytest.register_assert_rewrite("helpers")  # before anything imports it: its assertions say what failed
 
+from helpers import runs  # noqa: E402
 from helpers.models import tiny_policy  # noqa: E402
-from helpers.runs import run  # noqa: E402
 from hypothesis import settings  # noqa: E402
 
 from nanotoolrl.env import Task  # noqa: E402
@@ -65,7 +65,8 @@ def train(splits) -> list[Task]:
 def four(tmp_path_factory) -> Path:
     """A run of four steps, the yardstick of the resume tests. Tests must not change it."""
     out = tmp_path_factory.mktemp("four") / "run"
-    assert run("--scheme", "hint", "--steps", 4, out=out) == 0
+    assert runs.run("--scheme", "hint", "--steps", 4, out=out) == 0
+    assert all(int(row["contrast_groups"]) for row in runs.rows(out)), "a step teaches nothing"
     return out
 
 

@@ -28,10 +28,11 @@ def some_tasks(split: str, count: int) -> Path:
     return path
 
 
-FEW, OTHERS = some_tasks("train", 12), some_tasks("ood", 4)  # of all categories but miss_param
+FEW, OTHERS = some_tasks("train", 24), some_tasks("ood", 4)  # of all categories but miss_param
 TINY = (
     "--preset smoke --eval-count 0 --prompts 2 --group 2 --updates 2 --probe-tasks 2 --max-messages 6 "
-    f"--threads 1 --show-every 0 --sft-tokens 400 --sft-batch 4 --tasks {FEW}"
+    f"--threads 1 --show-every 0 --sft-tokens 400 --sft-batch 4 --tasks {FEW} "
+    "--seed 9"  # with it a step of grpo has contrast, and every step of hint
 )
 
 
