@@ -1,13 +1,14 @@
 """Train a model to use tools over several turns: `python train.py --scheme hint`.
 
-What a run does, as GRPO has it (arXiv 2402.03300). Each line names the function:
+What a run does, as GRPO has it (arXiv 2402.03300), each line with its function:
 1. Draw P tasks. (`tasks_of_step`)
 2. Roll out G episodes of each, token by token from pi(. | prefix) at temperature T. (`rollout`)
-3. Reward an episode 1 if every turn left the world as the ground truth does, else 0. (`Episode`)
+3. Reward an episode 1 if every turn leaves the world, and has seen the results, of the ground truth, else 0.
+   (`Episode.reward`)
 4. Compare within a task: A = (R - mean R) / std R. (`group_advantages`)
 5. Minimise the mean over sampled tokens of max(-A r, -A clip(r)), r = pi / pi_old. (`policy_update`)
 6. Look at the control tokens. (`probe_step`)
-7. Save, and go on.
+7. Save, and go on. (`RunDirectory.save`)
 
 Lines 2 to 5 are the scheme's business (nanotoolrl/schemes.py, signals.py); the loop does not know which one
 it runs. Where we deviate from textbook GRPO:
@@ -42,15 +43,13 @@ from nanotoolrl.loading import DTYPES, ModelError, load
 from nanotoolrl.look.evaluate import Scores, evaluate, named, obstacle, rules, say_unsolvable, table
 from nanotoolrl.look.metrics import measures, probe_step
 from nanotoolrl.look.rundir import RunDirectory
-from nanotoolrl.look.screen import tell
+from nanotoolrl.look.screen import SPOILED, STUCK, tell, why_ended
 from nanotoolrl.model import finite_logits, finite_weights
 from nanotoolrl.probes import ProbeSet
 from nanotoolrl.run import Run, Step
 from nanotoolrl.signals import SCHEMES
 from nanotoolrl.supervise import hint_text
 from nanotoolrl.world.tasks import in_epochs, is_bfcl, load_tasks, subset
-
-STUCK, SPOILED = 1, 3  # why a run ends early; 128 + n: signal n
 
 
 # ---------------------------------------------------------------------------------------------------- the run
@@ -111,8 +110,8 @@ def loop(
             row |= {"skipped_updates": run.skipped_updates, "seconds": time.perf_counter() - started}
             directory.log(run, row, details, step)
             tell(run, row, details, step, bar)
-            signals = max(distributed.gathered([stop.signal]))
-            code = SPOILED if broken else STUCK if run.stuck else 128 + signals if signals else 0
+            asked = max(distributed.gathered([stop.signal]))
+            code = SPOILED if broken else STUCK if run.stuck else 128 + asked if asked else 0
             if not broken and (run.step % config.save_every == 0 or run.step == config.steps or code):
                 directory.save(run, before)
             if not broken and config.keep_every and run.step % config.keep_every == 0:
@@ -258,23 +257,14 @@ def stopped(run: Run, directory: RunDirectory, code: int, broken: str) -> None:
             run.policy.model.load_state_dict(saved["model"])
             step = saved["step"]
         directory.save_model(run.policy)
-        again = "Start anew with a lower --lr; this run would end in the same way again."
-        advice = {
-            STUCK: f"three updates in a row had a loss or gradient that is not finite. {again}",
-            SPOILED: f"after step {run.step} the {broken} are not finite. {again}",
-        }
-        why = advice.get(code)
-        if not why:
-            name = signal.Signals(code - 128).name
-            why = f"{'Ctrl-C' if name == 'SIGINT' else name}. Go on with --resume."
         where = f"Step {step} is saved in {directory.path}, its model in {directory.model}."
-        print(f"Stopped: {why} {where}", file=sys.stderr)
+        print(f"Stopped: {why_ended(code, run.step, broken)} {where}", file=sys.stderr)
     distributed.wait()
 
 
 @command
 def main(argv: list[str] | None = None) -> int:
-    """The command. Returns 0 when done, 1 when training broke or a file cannot be written, 2 when refused,
+    """The command. Returns 0 when done, 1 when training broke, memory or a disk was full, 2 when refused,
     128 + n after signal n (130: Ctrl-C)."""
     config, given, resume = parse(argv)
     try:

@@ -522,7 +522,7 @@ def generate_rollout(policy: Policy, load: Workload) -> list[list[int]]:
         chat.prompt_ids(*episode.prompt(), "hermes", hint)
         for episode, hint in zip(episodes, load.hints, strict=True)
     ]
-    scripts = [row.spoken() for row in load.rows]
+    scripts = [row.spoken_ids() for row in load.rows]
     live, turn = list(range(len(ids))), 0
     while live:
         wanted = [scripts[i][turn] for i in live]

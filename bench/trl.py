@@ -109,7 +109,7 @@ class TrlStep:
         start = [chat.prompt_ids(*episode.prompt(), episode.format) for episode in episodes]
         written: list[list[int]] = [[] for _ in prompts]
         mask: list[list[int]] = [[] for _ in prompts]
-        scripts = [row.spoken() for row in self.rows]
+        scripts = [row.spoken_ids() for row in self.rows]
         live, turn = list(range(len(prompts))), 0
         while live:
             contexts, wanted = [start[i] + written[i] for i in live], [scripts[i][turn] for i in live]

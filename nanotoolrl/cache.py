@@ -8,13 +8,13 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from nanotoolrl.model import Policy
-from nanotoolrl.transformer import Attend
+from nanotoolrl.transformer import Attend, under_mask
 
 CAPACITY_STEP = 128  # the cache grows by so many positions
 
 
 class Cache:
-    """Keys and values of all rows in preallocated memory, [rows, K, capacity, W] per layer.
+    """Keys and values of all rows in preallocated memory, [slots, K, capacity, W] per layer.
 
     Memory is kept from one rollout to the next: what stands behind a row's end is never read.
     """
@@ -54,8 +54,8 @@ class Cache:
                 store[targets, :, :width] = store[source, :, :width].clone()
 
     # ---- how the transformer's layers reach it
-    def extending(self, rows: Tensor, positions: Tensor, behind: Tensor) -> Attend:
-        """`rows` [B] get new tokens at `positions` [B, T], which look at all up to themselves.
+    def extending(self, slots: Tensor, positions: Tensor, behind: Tensor) -> Attend:
+        """The rows in `slots` [B] get new tokens at `positions` [B, T], which look at all up to themselves.
 
         Where `behind` [B, width] is True a row has ended. What an earlier row left there is read as zeros.
         """
@@ -63,37 +63,38 @@ class Cache:
         visible = columns <= positions[:, None, :, None]  # [B, 1, T, width]
 
         def attend(layer: int, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
-            self._write(layer, rows, positions, key, value)
+            self._write(layer, slots, positions, key, value)
             keys, values = (
-                store[rows, :, : behind.shape[1]].masked_fill_(behind[:, None, :, None], 0)
+                store[slots, :, : behind.shape[1]].masked_fill_(behind[:, None, :, None], 0)
                 for store in self.layers[layer]
             )  # copies [B, K, width, W]
-            return F.scaled_dot_product_attention(query, keys, values, attn_mask=visible, enable_gqa=True)
+            return under_mask(query, keys, values, visible)
 
         return attend
 
-    def stepping(self, rows: Tensor, lengths: Tensor) -> Attend:
-        """`rows` [B] of `lengths` [B] get one token more each, which looks at its whole row."""
+    def stepping(self, slots: Tensor, lengths: Tensor) -> Attend:
+        """The rows in `slots` [B], of `lengths` [B], get a token each, which looks at its whole row."""
 
         def attend(layer: int, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
-            self._write(layer, rows, lengths[:, None], key, value)
+            self._write(layer, slots, lengths[:, None], key, value)
             keys, values = self.layers[layer]
-            return self.attention(query[:, :, 0], keys, values, rows, lengths + 1)[:, :, None]
+            return self.attention(query[:, :, 0], keys, values, slots, lengths + 1)[:, :, None]
 
         return attend
 
-    def _write(self, layer: int, rows: Tensor, positions: Tensor, key: Tensor, value: Tensor) -> None:
-        """Put `key` and `value` [B, K, T, W] at `positions` [B, T] of `rows` [B]."""
+    def _write(self, layer: int, slots: Tensor, positions: Tensor, key: Tensor, value: Tensor) -> None:
+        """Put `key` and `value` [B, K, T, W] at `positions` [B, T] of `slots` [B]."""
         for store, new in zip(self.layers[layer], (key, value), strict=True):
-            store[rows[:, None], :, positions] = new.transpose(1, 2)
+            store[slots[:, None], :, positions] = new.transpose(1, 2)
 
 
 def decode_attention(query: Tensor, keys: Tensor, values: Tensor, slots: Tensor, lengths: Tensor) -> Tensor:
-    """What the kernel of this name does (gpu/kernels.py), in torch and row by row."""
-    (B, heads, D), kv_heads = query.shape, keys.shape[1]
-    query = query.reshape(B, kv_heads, -1, D)  # query heads that share keys are queries of one head
+    """What queries [B, H, W] gather from the first `lengths` [B] positions of `slots` [B] of a layer's keys
+    and values [slots, K, capacity, W]: what the kernel of this name does (gpu/kernels.py), row by row."""
+    (B, H, W), K = query.shape, keys.shape[1]
+    query = query.reshape(B, K, -1, W)  # query heads that share keys are queries of one head
     out = torch.empty_like(query)
     for i, (slot, length) in enumerate(zip(slots.tolist(), lengths.tolist(), strict=True)):
         k, v = keys[slot, :, :length], values[slot, :, :length]
         out[i] = F.scaled_dot_product_attention(query[i][None], k[None], v[None])[0]
-    return out.view(B, heads, D)
+    return out.view(B, H, W)

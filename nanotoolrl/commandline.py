@@ -108,9 +108,9 @@ def resolve(given: Mapping[str, Any], stored: Mapping[str, Any] | None = None) -
     return config
 
 
-def known(name: str, value: str, table: Mapping[str, Any]) -> Any:
+def known(name: str, value: Any, table: Mapping[str, Any]) -> Any:
     """What a table holds under the value of a setting. Raises Refused if that is nothing."""
-    if value not in table:
+    if not isinstance(value, str) or value not in table:
         raise Refused(f"{flag(name)} must be one of {', '.join(table)}; it is {value!r}")
     return table[value]
 
@@ -120,21 +120,33 @@ def check(config: Config) -> None:
     config.check()
     scheme: Scheme = known("scheme", config.scheme, SCHEMES)
     known("preset", config.preset, PRESETS)
+    config.check_together(settings_of(scheme))
     allowed = scheme.schedules or (scheme.defaults.get("schedule", ""),)
     if config.schedule not in allowed:
         those = f"one of {', '.join(allowed)}" if scheme.schedules else "no --schedule"
         raise Refused(f"{config.scheme} takes {those}, not {config.schedule or 'none at all'}")
 
 
+def settings_of(scheme: Scheme) -> list[str]:
+    """The settings that all schemes share, and its own."""
+    others = {name for one in SCHEMES.values() for name in one.settings} - scheme.settings.keys()
+    return [name for name in SETTINGS if name not in others]
+
+
 def stored_config(path: Path) -> Config:
-    """The settings that a run wrote into its config.json. Refuses one that is missing or cannot be read."""
+    """The settings that a run wrote into its config.json. Refuses one that is missing or cannot be read.
+
+    What other schemes have declared since then has its default.
+    """
     try:
         stored = json.loads(path.read_text(encoding="utf-8"))
-        lacking = [name for name in SETTINGS if name not in stored]
+        scheme = known("scheme", stored.get("scheme"), SCHEMES)
+        lacking = [name for name in settings_of(scheme) if name not in stored]
         if lacking:
             raise ValueError(f"it lacks {', '.join(lacking)}")
-        config = Config(**{name: typed(one, stored[name]) for name, one in SETTINGS.items()})
-        config.check()
+        there = {name: one for name, one in SETTINGS.items() if name in stored}
+        config = Config(**{name: typed(one, stored[name]) for name, one in there.items()})
+        check(config)
         return config
     except FileNotFoundError:
         raise Refused(f"no run to resume in {path.parent}: it has no {path.name}") from None
@@ -188,7 +200,7 @@ def command_line() -> argparse.ArgumentParser:
         "--resume", action="store_true", help="go on with the run in --out; only --steps may grow"
     )
     schedules = dict.fromkeys(schedule for one in SCHEMES.values() for schedule in one.schedules)
-    choices = {"scheme": tuple(SCHEMES), "preset": tuple(PRESETS), "schedule": tuple(schedules)}
+    choices = {"scheme": tuple(SCHEMES), "preset": tuple(PRESETS), "schedule": ("", *schedules)}
     groups: dict[str, Any] = {}
     for name, one in SETTINGS.items():
         owners = ", ".join(scheme.name for scheme in SCHEMES.values() if name in scheme.settings)
@@ -197,7 +209,7 @@ def command_line() -> argparse.ArgumentParser:
         about = one.about + (f" (default: {one.default})" if one.default != "" else "")
         possible = choices.get(name, one.choices)
         if possible:
-            about += f"; one of {', '.join(possible)}"
+            about += f"; one of {', '.join(filter(None, possible))}"
         how: dict[str, Any] = {"type": one.kind, "choices": possible or None, "metavar": name.upper()}
         if one.kind is bool:
             how = {"action": argparse.BooleanOptionalAction}

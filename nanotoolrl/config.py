@@ -6,7 +6,7 @@ is decided by `commandline.resolve`.
 """
 
 import dataclasses
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -74,7 +74,10 @@ def setting(
 
 
 class Config:
-    """Every setting of a run, flat. `Config(lr=1e-3)` has the defaults but for that."""
+    """Every setting of a run, flat. `Config(lr=1e-3)` has the defaults but for that.
+
+    What a scheme has other defaults for, and its schedule, is put in by `commandline.resolve`.
+    """
 
     # what runs
     scheme: str = setting("hint", "trainer variant; see --list")
@@ -219,8 +222,11 @@ class Config:
         for name, one in SETTINGS.items():
             if problem := one.wrong(getattr(self, name)):
                 raise Refused(f"{flag(name)} {problem}")
-        for name, one in SETTINGS.items():
-            for how, other in one.bounds.items():
+
+    def check_together(self, names: Iterable[str]) -> None:
+        """Raise Refused, by name, for one of these settings that another one bounds."""
+        for name in names:
+            for how, other in SETTINGS[name].bounds.items():
                 if isinstance(other, str):
                     value, bound = getattr(self, name), getattr(self, other)
                     if problem := out_of_bounds(value, **{how: bound}):

@@ -44,7 +44,7 @@ class Decoder:
         self.pool = torch.cuda.graph_pool_handle() if policy.device.type == "cuda" else None
 
     def open(self, slots: int, context: int) -> None:
-        """Start a rollout of at most `slots` rows and `context` positions, with an empty cache."""
+        """Start a rollout of at most `slots` rows and `context` positions."""
         self.context = context
         if self.fast:
             self.reserve(slots + 1, 0)  # the last one is scratch
@@ -134,7 +134,7 @@ class _Loop:
         self.state = idle.T.contiguous().to(device)  # [6, batch]: a row for each field of `Feed`
         self.ids = torch.zeros(window, batch, dtype=torch.long, device=device)
         self.logprobs = torch.zeros(window, batch, device=device)
-        self.turn = torch.zeros(1, dtype=torch.long, device=device)
+        self.at = torch.zeros(1, dtype=torch.long, device=device)
         self.graph: torch.cuda.CUDAGraph | None = None
 
     def run(self, rows: Sequence[Feed], steps: int) -> tuple[list[list[int]], list[list[float]]]:
@@ -142,7 +142,7 @@ class _Loop:
         if self.graph is None and self.state.is_cuda:
             self._capture()
         self.state.copy_(torch.tensor(rows).T)
-        self.turn.zero_()
+        self.at.zero_()
         for _ in range(steps):
             self.graph.replay() if self.graph else self.step()
         return self.ids[:steps].tolist(), self.logprobs[:steps].tolist()
@@ -156,9 +156,9 @@ class _Loop:
         slot, token, length, left, stream, place = self.state
         hidden = self.decoder.forward(token, length, slot)
         ids, logprobs = self.decoder.choose(hidden, stream, place, self.temperature)
-        self.ids.index_copy_(0, self.turn, ids[None])
-        self.logprobs.index_copy_(0, self.turn, logprobs[None])
-        self.turn += 1
+        self.ids.index_copy_(0, self.at, ids[None])
+        self.logprobs.index_copy_(0, self.at, logprobs[None])
+        self.at += 1
         going = left > 0
         token.copy_(ids)
         length += going
@@ -173,7 +173,7 @@ class _Loop:
         with torch.cuda.stream(stream):
             for _ in range(2):
                 self.step()
-                self.turn.zero_()
+                self.at.zero_()
         torch.cuda.current_stream().wait_stream(stream)
         graph = torch.cuda.CUDAGraph()
         with torch.cuda.graph(graph, pool=self.decoder.pool):  # one runs at a time

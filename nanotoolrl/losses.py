@@ -1,7 +1,7 @@
 """Advantages and token losses: pure functions on tensors.
 
 Shapes: P prompts, G rollouts per prompt, N trained tokens. Losses are per token [N]; whoever calls them
-divides their sum by the number of trained tokens of the whole mini-batch, so that the size of micro-batches
+divides their sum by a number of the whole update (sampled tokens, or rows), so that the size of micro-batches
 never matters.
 """
 

@@ -66,12 +66,13 @@ class Policy:
     def trained_hidden(self, ids: Tensor, mask: Tensor, shared: int = 0) -> Tensor:
         """Hidden states [N, D] that predict the tokens of `ids` [B, T] where `mask` [B, T] is True.
 
-        Rows are right-padded. Attention is causal, so what stands in the padding reaches no real position.
+        `mask[:, 0]` must be False: nothing predicts a first token. Rows are right-padded. Attention is
+        causal, so what stands in the padding reaches no real position.
 
         shared: so many first tokens are the same in all rows, and none of them is in the mask. They then pass
         through the model once, followed by what comes after them in every row, up to its last masked token;
-        the rows do not see each other. `mask[:, 0]` must be False: nothing predicts a first token. Raises
-        ValueError if it is not.
+        the rows do not see each other. Raises ValueError
+        for a mask that is True on a first or shared token.
         """
         if mask[:, : max(1, shared)].any():
             raise ValueError("the first token of a row has no log-probability: mask[:, 0] must be False")

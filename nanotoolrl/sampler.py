@@ -1,14 +1,14 @@
 """Batched multi-turn rollouts: who is fed when.
 
-Each row of the batch is one episode. Rows are never left-padded (position = length) and never wait for each
-other's turns. Only tokens that are not in the cache yet pass through the model: one new token per row in a
-decode step, the ids of an observation after a tool call, the prompt once per group. What a row samples
-depends on its own noise stream and its own tokens alone.
+Each row of the batch is one episode. Rows are never left-padded (position = length) and do not wait for the
+end of each other's turns. Only tokens that are not in the cache yet pass through the model: one new token per
+row in a decode step, the ids of an observation after a tool call, the prompt once per group. What a row
+samples depends on its own noise stream and its own tokens alone.
 
 The forward passes and the choice of tokens are in decode.py. Here is the loop around them, in four stages:
 `_admit` gives free slots to waiting episodes, `_prefill` feeds rows with several ids pending and `_decode`
 those with one, `_answer` hands a finished message to its episode. An example of four episodes on three slots,
-two of them of one task, where messages are three tokens long (* is a stop token):
+two of them of one task (* is a stop token):
 
     stage      slot 0              slot 1              slot 2             waiting
     admit      episode 0, task A   episode 1, task A   episode 2, task B  episode 3
@@ -16,10 +16,9 @@ two of them of one task, where messages are three tokens long (* is a stop token
     decode     token               token               token
     decode     token *             token               token *
     answer     8 ids pending       -                   the episode is over
-    decode     waits               token *             free
-    answer     waits               the episode is over free
-    admit      waits               episode 3           free
-    prefill    8 ids -> token      its prompt -> token
+    admit      8 ids pending       -                   episode 3, task C
+    prefill    8 ids -> token      -                   prompt C -> token
+    decode     token               token *             token
 """
 
 import math
@@ -40,7 +39,7 @@ from nanotoolrl.trajectory import Trajectory
 PREFILL_TOKENS = 8192  # most tokens in one prefill forward
 LEAST_TEMPERATURE = 0.01  # logits over less leave the range of fp32; 0 is greedy
 SLOTS = 128  # episodes sampled at a time
-WAITING_SHARE = 0.2  # of rows that wait for a prefill, or of free slots, before one is made; others decode on
+WAITING_SHARE = 0.2  # of live rows before a prefill is made, and of free slots before rows come in
 
 
 @dataclass

@@ -57,6 +57,8 @@ def scheme(*, name: str = "", **declared: Any) -> Callable:
 
     def register(step: Callable[[Run, list[Task]], Step]) -> Callable[[Run, list[Task]], Step]:
         one = Scheme(name=name or step.__name__, step=step, **declared)
+        if one.name in SCHEMES:
+            raise TypeError(f"there is another scheme called {one.name}")
         declare(one.settings)
         SCHEMES[one.name] = one
         return step
@@ -72,7 +74,8 @@ def scheme(*, name: str = "", **declared: Any) -> Callable:
 def grpo(run: Run, tasks: list[Task]) -> Step:
     """GRPO: G rollouts of every task; the tokens of one share A = (R - mean) / std over its group.
 
-    loss = mean over trained tokens of max(-A r, -A clamp(r, 0.8, 1.2)), dual clip 3, plus kl * k3.
+    loss = mean over trained tokens of max(-A r, -A clamp(r, 1 - clip, 1 + clip_high)), at most dual_clip |A|
+    where A < 0, plus kl * k3.
     Published: kl 1e-4; our small preset has 0, which lets the rows without contrast be left out of the
     update.
     """
@@ -223,7 +226,7 @@ def llds(run: Run, tasks: list[Task]) -> Step:
 
 
 # ------------------------------------------------------------------------- help inside the group of rollouts
-FAILED = {"failed_tasks": ("count", "tasks of the step whose rollouts all failed (`--ets-any`: any)")}
+FAILED_TASKS = {"failed_tasks": ("count", "tasks whose rollouts all failed (where `--ets-any` counts: any)")}
 HINTS = {"hint_count": setting(2, "rollouts of a group that see a hint", least=0, most="group")}
 
 
@@ -292,7 +295,7 @@ def hint(run: Run, tasks: list[Task]) -> Step:
     source="GHPO, arXiv 2507.10628",
     settings=HINTS,
     neutral={"hint_count": 0},
-    metrics=FAILED,
+    metrics=FAILED_TASKS,
 )
 def ghpo(run: Run, tasks: list[Task]) -> Step:
     """Like hint, but only in groups that failed without one: their first `hint_count` rollouts are replaced

@@ -14,7 +14,7 @@ from nanotoolrl.updates import mean, optimizer_step, sft_backward, warm_up
 
 
 def collect(run: Run, examples: Sequence[Trajectory]) -> None:
-    """Put a step's examples into the pool, and let go of those of more than `sft_window` steps ago."""
+    """Put a step's examples into the pool, and let go of those of `sft_window` steps ago or more."""
     kept = [row for row in run.state.pool if row["step"] > run.step - run.config.sft_window]
     names = ("task_id", "category", "format", "tokens", "loss_mask", "source")
     new = [{"step": run.step} | {name: getattr(row, name) for name in names} for row in examples]
@@ -43,7 +43,8 @@ def sft_update(run: Run, examples: Sequence[Trajectory]) -> dict[str, Any]:
 
 def burst(run: Run, examples: Sequence[Trajectory], tokens: int = 0) -> dict[str, Any]:
     """SFT by itself between RL steps: `sft_epochs` passes over the examples in shuffled batches of
-    `sft_batch`; with `tokens`, as many passes as train so many tokens. No burst if either is nothing.
+    `sft_batch`; with `tokens`, as many passes as train so many tokens. No burst without examples or with 0
+    `sft_epochs`.
 
     As in the published code, where SFT is a run of its own, a burst has an AdamW of its own and a warm-up:
     its first `sft_warmup` of n updates run at 1/(w+1), 2/(w+1), ... of the rate, w = sft_warmup * n, at least

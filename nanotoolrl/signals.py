@@ -3,7 +3,7 @@
 A signal is a function: it takes the run, the step's tasks and their rollouts, and returns examples and what
 it counted. `@signal` makes a scheme of it; when its examples are trained on is a schedule's business:
 `sync` adds their SFT loss to every policy update, `interleaved` makes bursts of SFT between rounds of RL,
-`none` makes the bursts without any RL.
+`none` makes the bursts without any RL (of `sft`: SFT alone, at every step).
 
 Below them are schemes in which RL and SFT meet in one update (`hpt`, `chord`), and those that make bursts for
 another reason (`sft_rl`, `bursts`, `sentinel`).
@@ -34,7 +34,7 @@ from nanotoolrl.run import (
     rollout,
     snapshot,
 )
-from nanotoolrl.schemes import FAILED, grpo, scheme
+from nanotoolrl.schemes import FAILED_TASKS, grpo, scheme
 from nanotoolrl.schemes import SCHEMES as SCHEMES  # complete when this module is imported
 from nanotoolrl.sft import burst, collect, pool, sft_update
 from nanotoolrl.supervise import reflections
@@ -164,11 +164,11 @@ def examples_alone(run: Run, tasks: list[Task], examples_of: Signal) -> Step:
     schedules={"none": examples_alone, "sync": sync, "interleaved": interleaved},
 )
 def sft(run: Run, tasks: list[Task], trajectories: list[Trajectory]) -> tuple[list[Trajectory], dict]:
-    """SFT: loss = mean over the assistant's tokens of -log p on the ground truth of `sft_batch` tasks a step,
-    whatever the rollouts were.
+    """Examples: the ground truth of `sft_batch` tasks of the source, whatever the rollouts were.
 
-    `--sft-source foreign` takes them from another domain. `--schedule sync` and `interleaved` add the same
-    signal to grpo. Published: 3 epochs, at the paper preset's batch of 20 conversations --steps 45.
+    As a scheme, SFT: loss = mean over the assistant's tokens of -log p on them, at every step. `--sft-source
+    foreign` takes them from another domain. `--schedule sync` and `interleaved` add the same signal to grpo.
+    Published: 3 epochs, at the paper preset's batch of 20 conversations --steps 45.
     """
     return source_examples(run), {}
 
@@ -177,16 +177,17 @@ def sft(run: Run, tasks: list[Task], trajectories: list[Trajectory]) -> tuple[li
     about="grpo, and SFT on the ground truth of tasks whose rollouts all failed",
     source="Hao et al. 2026, §4, erroneous-trajectory supervision (ETS)",
     settings=ANY,
-    metrics=FAILED,
+    metrics=FAILED_TASKS,
 )
 def ets(run: Run, tasks: list[Task], trajectories: list[Trajectory]) -> tuple[list[Trajectory], dict]:
-    """Like grpo, but with SFT on the ground truth of the tasks that failed in the last `sft_window` steps.
+    """Examples: the ground truth of the tasks of this step that failed.
 
-    Failed: no rollout of the group succeeded; `--ets-any` takes the published code's rule, any failure. The
-    synchronous schedule differs from `hpt` in that failures of earlier steps ride along, too.
-    Deviations: RL keeps its optimiser state over a burst, where the published rounds are runs of their own;
-    bursts may be of equal size (`--sft-tokens`) instead of 2 epochs. A task that fails twice within the
-    window is in the pool twice, and trained twice in a pass.
+    As a scheme: like grpo, but with SFT on those of the last `sft_window` steps. Failed: no rollout of the
+    group succeeded; `--ets-any` takes the published code's rule, any failure. The synchronous schedule
+    differs from `hpt` in that failures of earlier steps ride along, too. Deviations: RL keeps its optimiser
+    state over a burst, where the published rounds are runs of their own; bursts may be of equal size
+    (`--sft-tokens`) instead of 2 epochs. A task that fails twice within the window is in the pool twice, and
+    trained twice in a pass.
     """
     failed = collected_failures(run, trajectories)
     return demonstrations(run, [tasks[i] for i in failed]), {"failed_tasks": len(failed)}
@@ -202,17 +203,17 @@ def collected_failures(run: Run, trajectories: list[Trajectory]) -> list[int]:
     source="Hao et al. 2026, §4, process-reflection supervision (PRS)",
     settings=ANY | JUDGE,
     defaults={"sft_tokens": 0},
-    metrics=FAILED
+    metrics=FAILED_TASKS
     | {
         "reflections": ("count", "pairs made in this step"),
         "judge_fallbacks": ("count", "failed rollouts on which the judge could not be used"),
     },
 )
 def prs(run: Run, tasks: list[Task], trajectories: list[Trajectory]) -> tuple[list[Trajectory], dict]:
-    """Like ets, but also with SFT on pairs (log of a failed rollout and its ground truth -> reflection): one
+    """Examples: those of `ets`, and pairs (log of a failed rollout and its ground truth -> reflection): one
     turn by turn, one on the first failed turn with similar scenarios and a look-alike.
 
-    They are made of the first failed rollout of each failed task. A burst is `sft_epochs` passes
+    The pairs are made of the first failed rollout of each failed task. A burst is `sft_epochs` passes
     (`--sft-tokens 0`): reflections are many times longer than ground truth.
     Deviation: in the paper an LLM judge writes the reflections; here the checker does, unless `--judge URL`
     names a server (`supervise.reflections`, judge.py).
@@ -244,10 +245,11 @@ def prs(run: Run, tasks: list[Task], trajectories: list[Trajectory]) -> tuple[li
     source="ours",
     settings=ANY,
     defaults={"sft_tokens": 0},
-    metrics=FAILED,
+    metrics=FAILED_TASKS,
 )
 def ctrl_sft(run: Run, tasks: list[Task], trajectories: list[Trajectory]) -> tuple[list[Trajectory], dict]:
-    """Like ets, but SFT trains control tokens only: if only they break, only they need repair.
+    """Examples: those of `ets`, with control tokens in the mask only: if only they break, only they need
+    repair.
 
     A burst is `sft_epochs` passes (`--sft-tokens 0`): a fixed number of control tokens would be several times
     as many passes over the same tasks as in ets. What opens a call is a control token and what opens an
@@ -265,8 +267,8 @@ def ctrl_sft(run: Run, tasks: list[Task], trajectories: list[Trajectory]) -> tup
     metrics={"forced_success": ("share", "success of the extra rollouts whose call prefix was forced")},
 )
 def selfrepair(run: Run, tasks: list[Task], trajectories: list[Trajectory]) -> tuple[list[Trajectory], dict]:
-    """Like ets, but the examples are rollouts of the model that succeed when the canonical prefix of a call
-    is forced: the skill behind the broken format, in its own words, so little else should move.
+    """Examples: rollouts of the model that succeed when the canonical prefix of a call is forced: the skill
+    behind the broken format, in its own words, so little else should move.
 
     There is one such rollout of every task. The forced prefixes are trained like the rest.
     """
@@ -306,7 +308,7 @@ def sft_rl(run: Run, tasks: list[Task]) -> Step:
     settings=ROUNDS | WINDOW | ANY,
     uses=IN_BURSTS,
     defaults={"schedule": "none"},
-    metrics=FAILED,
+    metrics=FAILED_TASKS,
     memory=["burst optimiser"],
 )
 def bursts(run: Run, tasks: list[Task]) -> Step:
@@ -327,7 +329,7 @@ def bursts(run: Run, tasks: list[Task]) -> Step:
     | ANY,
     uses=["probe_every", *IN_BURSTS],
     neutral={"sentinel_limit": 0.0},
-    metrics=FAILED | {"rollbacks": ("count", "1 where weights were rolled back")},
+    metrics=FAILED_TASKS | {"rollbacks": ("count", "1 where weights were rolled back")},
     memory=["burst optimiser"],
 )
 def sentinel(run: Run, tasks: list[Task]) -> Step:
@@ -359,7 +361,7 @@ def sentinel(run: Run, tasks: list[Task]) -> Step:
     settings=COEFFICIENT,
     uses=["sft_batch"],
     neutral={"sft_coef": 0.0},
-    metrics=FAILED,
+    metrics=FAILED_TASKS,
 )
 def hpt(run: Run, tasks: list[Task]) -> Step:
     """Like sync ets, but only this step's failed groups are trained on: loss of grpo + sft_coef * SFT loss.

@@ -12,10 +12,10 @@ from nanotoolrl.env import Episode, Task, Verdict, oracle
 class Trajectory:
     """One episode as tokens. `tokens`, `loss_mask` and `logprobs` are equally long and append-only.
 
-    loss_mask is True exactly on sampled tokens, stop tokens included, in every turn; logprobs holds their
-    log-probability (nats, under the policy, the temperature and the prompt they were sampled with) and 0.0
-    elsewhere. `tokens` of a rollout never holds a hint: it keeps the prompt it was sampled under in
-    `sampled_prompt`.
+    In a rollout loss_mask is True exactly on sampled tokens, stop tokens included, in every turn; logprobs
+    holds their log-probability (nats, under the policy, the temperature and the prompt they were sampled
+    with) and 0.0 elsewhere. `tokens` as rolled out never holds a hint: the prompt it was sampled under is
+    kept in `sampled_prompt`. A demonstration has its mask on what the assistant says; schemes may narrow it.
 
     Example, prompt [5, 6], sampled [7, stop], observation [8], sampled [stop]:
     tokens [5, 6, 7, stop, 8, stop], loss_mask [F, F, T, T, F, T].
@@ -55,7 +55,7 @@ class Trajectory:
 
     @property
     def sampled_tokens(self) -> int:
-        """How many tokens the policy wrote."""
+        """How many tokens are in the mask: of a rollout, those that the policy wrote."""
         return sum(self.loss_mask)
 
     @property
@@ -63,7 +63,7 @@ class Trajectory:
         """Whether `logprobs` are the sampler's under this very prompt; false for oracle and hinted rows."""
         return self.source in ("policy", "hint") and self.sampled_prompt is None
 
-    def spoken(self) -> list[list[int]]:
+    def spoken_ids(self) -> list[list[int]]:
         """The sampled ids of every assistant message. Nothing may be forced."""
         found: list[list[int]] = []
         before = False
@@ -77,7 +77,7 @@ class Trajectory:
     def messages(self, chat: Chat) -> list[tuple[str, bool]]:
         """(text, whether it ended with a stop token) of every assistant message. Nothing may be forced."""
         texts = []
-        for ids in self.spoken():
+        for ids in self.spoken_ids():
             stopped = ids[-1] in chat.stop_ids
             texts.append((chat.decode(ids[:-1] if stopped else ids), stopped))
         return texts

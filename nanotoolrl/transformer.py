@@ -7,7 +7,7 @@ their keys and values are: that is the argument `attend`. Parameters bear the na
 them, so that its checkpoints are read and written without any translation (model.py).
 
 Families: Llama (SmolLM2, Llama 3), Mistral without a window, Qwen2 (Qwen2.5) and Qwen3. Every other is
-refused by name, and so is a setting of these that this file does not know.
+refused by name. loading.py compares logits with those of transformers.
 
 Shapes: B rows, T tokens, D width, H query heads, K key-value heads, W width of a head, V vocabulary.
 """
@@ -117,12 +117,12 @@ class Transformer(nn.Module):
         if positions is None:
             positions = torch.arange(ids.shape[1], device=ids.device)[None]
         x = self.model.embed_tokens(ids)  # [B, T, D]
-        turn = rotation(frequencies(self.shape, ids.device), positions, x.dtype)
+        angles = rotation(frequencies(self.shape, ids.device), positions, x.dtype)
         for layer in self.model.layers:
             if self.checkpointing and torch.is_grad_enabled():
-                x = checkpoint(layer, x, turn, attend or causal, use_reentrant=False)
+                x = checkpoint(layer, x, angles, attend or causal, use_reentrant=False)
             else:
-                x = layer(x, turn, attend or causal)
+                x = layer(x, angles, attend or causal)
         return self.model.norm(x)
 
 
@@ -137,7 +137,7 @@ class Backbone(nn.Module):
 
 
 class Layer(nn.Module):
-    """Attention and MLP: each reads the normalised stream and adds to it."""
+    """Attention and MLP: each reads the normalised stream x [B, T, D] and adds to it."""
 
     def __init__(self, shape: Architecture, index: int) -> None:
         super().__init__()
@@ -146,13 +146,13 @@ class Layer(nn.Module):
         self.input_layernorm = RMSNorm(shape.width, shape.norm_eps)
         self.post_attention_layernorm = RMSNorm(shape.width, shape.norm_eps)
 
-    def forward(self, x: Tensor, turn: tuple[Tensor, Tensor], attend: Attend) -> Tensor:
-        x = x + self.self_attn(self.input_layernorm(x), turn, attend)
+    def forward(self, x: Tensor, angles: tuple[Tensor, Tensor], attend: Attend) -> Tensor:
+        x = x + self.self_attn(self.input_layernorm(x), angles, attend)
         return x + self.mlp(self.post_attention_layernorm(x))
 
 
 class Attention(nn.Module):
-    """Grouped-query attention with rotary positions."""
+    """Grouped-query attention with rotary positions. angles: see `rotation`."""
 
     def __init__(self, shape: Architecture, index: int) -> None:
         super().__init__()
@@ -165,11 +165,11 @@ class Attention(nn.Module):
         self.q_norm = RMSNorm(shape.head_width, shape.norm_eps) if shape.qk_norm else nn.Identity()
         self.k_norm = RMSNorm(shape.head_width, shape.norm_eps) if shape.qk_norm else nn.Identity()
 
-    def forward(self, x: Tensor, turn: tuple[Tensor, Tensor], attend: Attend) -> Tensor:
+    def forward(self, x: Tensor, angles: tuple[Tensor, Tensor], attend: Attend) -> Tensor:
         heads = (*x.shape[:2], -1, self.head_width)  # [B, T, H or K, W]
-        query = rotate(self.q_norm(self.q_proj(x).view(heads)).transpose(1, 2), turn)  # [B, H, T, W]
-        key = rotate(self.k_norm(self.k_proj(x).view(heads)).transpose(1, 2), turn)  # [B, K, T, W]
-        value = self.v_proj(x).view(heads).transpose(1, 2)
+        query = rotate(self.q_norm(self.q_proj(x).view(heads)).transpose(1, 2), angles)  # [B, H, T, W]
+        key = rotate(self.k_norm(self.k_proj(x).view(heads)).transpose(1, 2), angles)  # [B, K, T, W]
+        value = self.v_proj(x).view(heads).transpose(1, 2)  # [B, K, T, W]
         gathered = attend(self.index, query, key, value)  # [B, H, T, W]
         return self.o_proj(gathered.transpose(1, 2).flatten(2))
 
@@ -209,10 +209,17 @@ def causal(layer: int, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
 def masked(visible: Tensor) -> Attend:
     """Tokens look where `visible` [T, T] is True: row t holds what token t sees."""
 
-    def attend(layer: int, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
-        return F.scaled_dot_product_attention(query, key, value, attn_mask=visible, enable_gqa=True)
+    return lambda layer, query, key, value: under_mask(query, key, value, visible)
 
-    return attend
+
+def under_mask(query: Tensor, key: Tensor, value: Tensor, visible: Tensor) -> Tensor:
+    """What the queries [B, H, T, W] gather from keys and values [B, K, width, W] that they may see.
+
+    On a GPU each key-value head is repeated for its query heads: `enable_gqa` beside a mask is slow there.
+    """
+    if query.is_cuda:
+        key, value = (x.repeat_interleave(query.shape[1] // x.shape[1], 1) for x in (key, value))
+    return F.scaled_dot_product_attention(query, key, value, visible, enable_gqa=not query.is_cuda)
 
 
 # --------------------------------------------------------------------------------- rotary positions
@@ -243,8 +250,8 @@ def rotation(frequency: Tensor, positions: Tensor, dtype: torch.dtype) -> tuple[
     return angles.cos().to(dtype), angles.sin().to(dtype)
 
 
-def rotate(x: Tensor, turn: tuple[Tensor, Tensor]) -> Tensor:
+def rotate(x: Tensor, angles: tuple[Tensor, Tensor]) -> Tensor:
     """x [B, heads, T, W] with pairs (x_i, x_(i + W / 2)) turned by their angles."""
-    cosine, sine = turn
+    cosine, sine = angles
     left, right = x.chunk(2, dim=-1)
     return x * cosine + torch.cat([-right, left], dim=-1) * sine

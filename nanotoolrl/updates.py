@@ -3,7 +3,7 @@
 `policy_update` has four stages, each a function below it:
 1. `rows_to_train`: which rows each optimiser step trains on.
 2. `old_logprobs`: what their tokens were sampled with.
-3. `row_losses`, micro-batch by micro-batch: forward, loss, backward.
+3. `forward`, `token_losses` and the backward pass, micro-batch by micro-batch.
 4. `optimizer_step`: sum over processes, clip, step.
 
 Shapes: P prompts, G rollouts per prompt, B = P G rows in group order, R rows of a micro-batch, T tokens,
@@ -126,17 +126,17 @@ def policy_update(
     for update, (share, mine) in enumerate(zip(shares, trained, strict=True)):
         total = sum(trajectories[i].sampled_tokens for i in share) if by_token else len(share)
         loss_sum = 0.0
-        for batch in micro_batches(run, [trajectories[i] for i in mine]):
-            batch = [mine[k] for k in batch]
+        for places in micro_batches(run, [trajectories[i] for i in mine]):
+            batch = [mine[k] for k in places]
             rows = [trajectories[i] for i in batch]
             tokens, entropy = forward(run, rows, [old[i] for i in batch], advantages[batch], update == 0)
             losses, clipped = token_losses(run, tokens, entropy, objective)
             loss = (losses if by_token else row_means(losses, tokens)).sum() / total
             (loss * run.masters.scale).backward()
-            notes.take(tokens, clipped, entropy if update == 0 else None)
+            notes.take(tokens, clipped, entropy, first_update=update == 0)
             loss_sum += loss.item()
         if supervised and supervised.coefficient > 0:
-            notes.supervised(*ride_along(run, supervised, update))
+            notes.take_supervised(*ride_along(run, supervised, update))
         loss_sum = distributed.total(loss_sum)
         notes.losses.append(loss_sum)
         notes.norms.append(optimizer_step(run, loss_sum, run.optimizer, config.lr * warm_up(run)))
@@ -267,8 +267,9 @@ def warm_up(run: Run) -> float:
 def optimizer_step(run: Run, loss: float, optimizer: torch.optim.Optimizer, lr: float) -> float | None:
     """Sum the gradients of all processes, clip and step; returns their norm.
 
-    If the loss or a gradient is not finite nothing is stepped and None is returned. Such updates are counted,
-    and too many in a row end the run. An overflow that a smaller scale of the loss can cure does not count.
+    If the loss or a gradient is not finite nothing is stepped and None is returned. All such updates are
+    counted in `skipped_updates`. Too many in a row end the run, whatever follows within the step; among those
+    an overflow that a smaller scale of the loss can cure does not count.
     """
     distributed.sum_gradients(run.masters.tensors)
     norm = torch.nn.utils.clip_grad_norm_(run.masters.tensors, run.config.grad_clip).item()
@@ -309,13 +310,14 @@ class Notes:
     sft_tokens: int = 0
 
     @torch.no_grad()
-    def take(self, tokens: Tokens, clipped: Tensor, entropy: Tensor | None) -> None:
-        """Note a micro-batch after its backward pass. entropy: [N] in a step's first update, else None."""
-        lengths, own = [len(row.tokens) for row in tokens.rows], tokens.of("policy")  # [N]
+    def take(self, tokens: Tokens, clipped: Tensor, entropy: Tensor | None, first_update: bool) -> None:
+        """Note a micro-batch after its backward pass. clipped, entropy: [N]."""
+        lengths = [len(row.tokens) for row in tokens.rows]
+        own = tokens.of("policy")  # [N]
         self.tokens += sum(lengths)
         self.forward_tokens += sum(lengths) - tokens.shared * (len(lengths) - 1)
         self.clipped += clipped[own].tolist()
-        if entropy is not None:
+        if first_update and entropy is not None:
             self.entropies += entropy[~tokens.of("oracle")].tolist()
             self.gaps += (tokens.logprobs - tokens.old).abs()[own].tolist()
         started = time.perf_counter()
@@ -323,7 +325,7 @@ class Notes:
         self.gradients = found if self.gradients is None else self.gradients + found
         self.probe_seconds += time.perf_counter() - started
 
-    def supervised(self, loss: float, examples: list[Trajectory]) -> None:
+    def take_supervised(self, loss: float, examples: list[Trajectory]) -> None:
         """Note an SFT loss that rode along."""
         if examples:
             self.sft_losses.append(loss)

@@ -133,7 +133,7 @@ def test_busy_runs_what_it_says(monkeypatch):
 def test_messages_of(policy):
     rows = Sampler(policy, max_new_tokens=8).rollout(ragged_episodes())
     for row in rows:
-        spoken = row.spoken()
+        spoken = row.spoken_ids()
         assert len(spoken) == len(row.states) and sum(spoken, []) == sampled(row)
 
 

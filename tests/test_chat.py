@@ -370,7 +370,7 @@ def test_what_a_model_saw_is_a_prefix_of_what_it_sees_next(name, format):
     row = sampler.rollout([Episode(task, format, max_messages=6)])[0]
     episode = Episode(task, format, max_messages=6)
     seen = chat.prompt_ids(*episode.prompt(), format)
-    for ids in row.spoken():
+    for ids in row.spoken_ids():
         assert row.tokens[: len(seen)] == seen and chat.decode(seen).endswith(chat.opening)
         stopped = ids[-1] in chat.stop_ids
         answer = episode.step(chat.decode(ids[:-1] if stopped else ids), overlong=not stopped)

@@ -4,8 +4,8 @@ import pytest
 from helpers.runs import run
 
 import train
-from nanotoolrl.commandline import PRESETS, parse
-from nanotoolrl.config import SETTINGS
+from nanotoolrl.commandline import PRESETS, parse, resolve
+from nanotoolrl.config import SETTINGS, Refused
 from nanotoolrl.signals import SCHEMES
 
 
@@ -77,3 +77,25 @@ def test_presets_of_real_models_are_the_papers(name):
     assert config.checkpointing and config.model.startswith("Qwen/Qwen")
     others = parse(["--preset", name, "--tasks", "train", "--context", "4096"])[0]
     assert (others.tasks, others.eval_tasks, others.context) == ("train", "test", 4096)
+
+
+def test_another_setting_bounds_only_what_the_scheme_has():
+    assert parse(["--scheme", "grpo", "--group", "4", "--hint-count", "5"])[0].hint_count == 5
+    assert parse(["--scheme", "hint", "--group", "4", "--oracle-count", "4"])[0].oracle_count == 4
+    with pytest.raises(SystemExit):
+        parse(["--scheme", "ops", "--group", "4", "--oracle-count", "4"])
+
+
+def test_an_empty_schedule_is_none():
+    assert parse(["--scheme", "grpo", "--schedule", ""])[0] == parse(["--scheme", "grpo"])[0]
+
+
+def test_flags_go_before_what_is_stored_before_the_scheme_before_the_preset():
+    stored = vars(resolve({"scheme": "llds", "prompts": 7, "updates": 3}))
+    assert resolve({"scheme": "llds"}).updates == 4 != resolve({"scheme": "grpo"}).updates
+    assert resolve({"scheme": "llds", "preset": "paper"}).updates == 4, "the scheme's before the preset's"
+    assert resolve({"scheme": "grpo", "preset": "paper"}).updates == PRESETS["paper"]["updates"]
+    assert resolve({}, stored).prompts == 7 and resolve({}, stored).updates == 3
+    assert resolve({"updates": 2}, stored).updates == 2
+    with pytest.raises(Refused, match="--scheme must be one of"):
+        resolve({"scheme": "nope"})

@@ -154,8 +154,10 @@ def cheap(program: str, arguments: list[str]) -> bool:
     return "--export" in arguments and not any(word.startswith("bfcl:") for word in arguments)
 
 
-# What a page shows of a command's output: from the first message of a user on, whole.
-SHOWN = dict(re.findall(r"in `(python [^`]+)`:\n\n```text\n.*?(^ +user \| .*?)```", README, re.M | re.S))
+# What a page shows of the output of a command: from the first message of a user on, whole.
+SHOWN = dict(
+    re.findall(r"in `(python [^`]+)`:\n\n```text\n(?:.*?\n)??( +user \| .*?)```", README, re.M | re.S)
+)
 CHEAP = [command for command, (program, arguments) in COMMANDS.items() if cheap(program, arguments)]
 
 
@@ -276,6 +278,13 @@ def summary_row(name: str, columns: dict[str, Scores]) -> str:
     return f"| {name} | {' | '.join(map(with_interval, columns.values()))} |"
 
 
+def moves(columns: dict[str, Scores]) -> str:
+    """How far success has moved in each of the runs, in points."""
+    before, *after = (100 * scores.success for scores in columns.values())
+    first, *rest = (f"{end - before:+.1f}" for end in after)
+    return f"{', '.join([first, *rest[:-1]])} and {rest[-1]}"
+
+
 def test_the_claims_are_counted_in_the_committed_results():
     """README's first table: how many of the five seeds show what."""
     with (RESULTS / "collapse.csv").open() as file:
@@ -312,7 +321,7 @@ def test_the_transcripts_are_the_committed_ones():
     """Before: a test runs the command. After: what it printed of the run that the page names."""
     for name in ("before", "seed3"):
         text = (RESULTS / "collapse" / f"transcript-{name}.txt").read_text(encoding="utf-8")
-        assert f"```text\n{text}```" in README
+        assert f"```text\n{text[text.index('     user |') :]}```" in README
 
 
 def test_the_results_table_is_made_from_the_committed_results():
@@ -322,6 +331,7 @@ def test_the_results_table_is_made_from_the_committed_results():
     columns |= {f"after, seed {seed}": Scores(**result["after"]) for seed, result in results.items()}
     assert table(columns) in START
     assert summary_row("greedy", columns) in README
+    assert f"greedy success by {moves(columns)}" in README and f"greedy success by {moves(columns)}" in START
     assert all(result["before"]["rewards"] == first["before"]["rewards"] for result in results.values())
     assert stored_scores(RESULTS / "base" / "greedy.json")["hermes"].states == first["before"]["states"]
 
@@ -333,6 +343,7 @@ def test_the_sampled_table_is_made_from_the_committed_results():
     columns |= {f"after, seed {seed}": Scores(**end["scores"]["hermes"]) for seed, end in ends.items()}
     assert table(columns) in START
     assert summary_row("sampled", columns) in README
+    assert f"sampled success by {moves(columns)} points" in README
     same = {"tasks", "count", "temperature", "hint", "seed", "context", "max_messages"}
     assert all(end["arguments"][name] == start["arguments"][name] for end in ends.values() for name in same)
 

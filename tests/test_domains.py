@@ -18,7 +18,9 @@ from nanotoolrl.world.goals import DOMAINS, Goal, all_goals, register
 
 ROOT = Path(__file__).resolve().parent.parent
 GARDEN = ROOT / "tests" / "data" / "garden.py"
-TOOLS = [tool for cls in API_CLASSES.values() for tool in method_names(cls)]
+# The tables below are about the domains whose tasks are committed; one that somebody adds needs no row.
+COMMITTED = [name for name, cls in API_CLASSES.items() if cls.__module__.rpartition(".")[2] in ORDER]
+TOOLS = [tool for name in COMMITTED for tool in method_names(API_CLASSES[name])]
 
 
 def filled(name: str) -> API:
@@ -29,7 +31,7 @@ def filled(name: str) -> API:
 # ----------------------------------------------------------------------------------------------- state
 
 
-@pytest.mark.parametrize("name", API_CLASSES)
+@pytest.mark.parametrize("name", DOMAINS)
 def test_state_is_json_comparable_and_copyable(name):
     """The reward compares worlds with ==, tasks store them as JSON, and episodes get deep copies."""
     api = filled(name)
@@ -45,7 +47,7 @@ def test_state_is_json_comparable_and_copyable(name):
     assert api == filled(name)
 
 
-@pytest.mark.parametrize("name", API_CLASSES)
+@pytest.mark.parametrize("name", DOMAINS)
 def test_instances_share_no_state(name):
     """A mutable default that is shared would leak one rollout into the next."""
     first, second = API_CLASSES[name](), API_CLASSES[name]()
@@ -101,7 +103,7 @@ def test_a_new_record_gets_the_next_id():
     assert [t["id"] for t in api.find_tickets()] == [40, 41]
 
 
-@pytest.mark.parametrize("name", API_CLASSES)
+@pytest.mark.parametrize("name", COMMITTED)
 def test_answers_do_not_alias_the_state(name):
     """What a reading tool hands out must be a copy: whoever changes an answer must not change the world."""
     api = filled(name)
@@ -334,7 +336,7 @@ def test_a_long_list_is_cut():
 
 def test_every_tool_is_used_by_a_goal():
     used = {tool for goal in all_goals() for tool in goal.tools()}
-    tools = {tool for cls in API_CLASSES.values() for tool in vars(cls) if owner_of(tool)}
+    tools = {tool for name in DOMAINS for tool in vars(API_CLASSES[name]) if owner_of(tool)}
     assert used == tools
 
 

@@ -12,9 +12,10 @@ from helpers.runs import ROOT, TINY, rows, run
 
 import train
 from nanotoolrl.chat import control_tokens
+from nanotoolrl.commandline import stored_config
 from nanotoolrl.loading import NANO, load
 from nanotoolrl.look import evaluate
-from nanotoolrl.look.rundir import checksum
+from nanotoolrl.look.rundir import checksum, digest
 
 
 def test_metrics_have_the_columns_of_the_contract(four):
@@ -172,3 +173,53 @@ def test_what_is_written_is_on_the_disk_before_it_takes_its_place(tmp_path, monk
         at = seen.index(f"{new} > {old}")
         assert new in seen[:at] and str(out) in seen[at:]
     assert f"{out}/model.tmp/model.safetensors" in seen
+
+
+def copy_of(source, target):
+    shutil.copytree(source, target)
+    return target
+
+
+def test_a_scheme_that_was_added_since_is_no_obstacle(four, tmp_path, capsys):
+    """A run goes on with the settings and columns that it began with; its own must be there."""
+    old = copy_of(four, tmp_path / "old")
+    settings = json.loads((old / "config.json").read_text())
+    del settings["void_weight"]
+    (old / "config.json").write_text(json.dumps(settings))
+    table = [line.split(",") for line in (old / "metrics.csv").read_text().splitlines()]
+    place = table[0].index("dropped_rows")
+    lines = [",".join(cells[:place] + cells[place + 1 :]) for cells in table]
+    (old / "metrics.csv").write_text("\n".join(lines) + "\n")
+    saved = torch.load(old / "checkpoint.pt", weights_only=True)["saved"]
+    saved["settings"] = digest(stored_config(old / "config.json"), settings)
+    torch.save({"saved": saved, "checksum": checksum(saved)}, old / "checkpoint.pt")
+    assert train.main(["--resume", "--out", str(old), "--steps", "5"]) == 0
+    assert "void_weight" not in json.loads((old / "config.json").read_text())
+    assert "dropped_rows" not in rows(old)[0] and len(rows(old)) == 5
+    settings.pop("hint_count")
+    (old / "config.json").write_text(json.dumps(settings))
+    assert train.main(["--resume", "--out", str(old)]) == 2
+    assert "it lacks hint_count" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("name, value", [("scheme", "foo"), ("schedule", "foo"), ("preset", "foo")])
+def test_a_run_of_a_scheme_that_is_not_there_is_refused(four, tmp_path, capsys, name, value):
+    old = copy_of(four, tmp_path / "old")
+    settings = json.loads((old / "config.json").read_text())
+    (old / "config.json").write_text(json.dumps(settings | {name: value}))
+    (old / "checkpoint.pt").unlink()
+    (old / "metrics.csv").write_text((old / "metrics.csv").read_text().splitlines()[0] + "\n")
+    assert train.main(["--resume", "--out", str(old)]) == 2
+    assert f"{value}" in capsys.readouterr().err
+
+
+def test_a_header_that_is_not_whole_is_refused(four, tmp_path, capsys):
+    old = copy_of(four, tmp_path / "old")
+    saved = torch.load(old / "checkpoint.pt", weights_only=True)["saved"] | {"step": 0}
+    torch.save({"saved": saved, "checksum": checksum(saved)}, old / "checkpoint.pt")
+    header = (old / "metrics.csv").read_text().splitlines()[0]
+    for text in (header, header.replace("step,reward", "reward,step") + "\n", header + ",seconds\n"):
+        (old / "metrics.csv").write_text(text)
+        assert train.main(["--resume", "--out", str(old)]) == 2
+        assert "line 1: expected the columns" in capsys.readouterr().err
+        assert (old / "metrics.csv").read_text() == text

@@ -24,8 +24,9 @@ from helpers.updates import (
 )
 
 from nanotoolrl import schemes, updates
-from nanotoolrl.config import SETTINGS
+from nanotoolrl.config import SETTINGS, setting
 from nanotoolrl.env import Call, Turn
+from nanotoolrl.look.metrics import metrics
 from nanotoolrl.run import (
     Run,
 )
@@ -278,3 +279,18 @@ def test_a_scheme_says_what_it_is_and_fits_on_a_screen(name):
     assert set(one.defaults) <= set(SETTINGS) and not set(one.settings) & set(one.uses)
     code = inspect.getsource(one.step).split('"""')[-1].strip().splitlines()
     assert len(code) <= 30
+
+
+def test_a_name_means_one_scheme_one_setting_and_one_metric():
+    before = dict(SCHEMES), dict(SETTINGS)
+    with pytest.raises(TypeError, match="another scheme called grpo"):
+        schemes.scheme(about="a", source="b")(schemes.grpo)
+    with pytest.raises(TypeError, match="another setting called lr"):
+        schemes.scheme(about="a", source="b", name="new", settings={"lr": setting(1.0, "x")})(schemes.grpo)
+    with pytest.raises(TypeError, match="unexpected keyword"):
+        schemes.scheme(about="a", source="b", colour="red")(schemes.psr)
+    assert (dict(SCHEMES), dict(SETTINGS)) == before
+    for metric in ("loss", "dropped_rows"):
+        one = replace(SCHEMES["grpo"], metrics={metric: ("share", "something else")})
+        with pytest.raises(TypeError, match=f"declares the metric {metric}, which means"):
+            metrics(SCHEMES | {"grpo": one})

@@ -43,8 +43,8 @@ def plan(model: Transformer, config: Config, needed: Collection[str] = ()) -> di
     layer = 2 * norm * D + 2 * attended + cached + 4 * shape.mlp_width
     if shape.qk_norm:
         layer += (norm - 1) * (attended + cached / 2)
-    if config.share_prompt:  # a dense mask
-        layer += T
+    if config.share_prompt:  # a dense mask, and on a GPU keys and values of every head
+        layer += T + 2 * attended * head.is_cuda
     kept = shape.layers * layer
     if config.checkpointing:
         kept = shape.layers * D + layer

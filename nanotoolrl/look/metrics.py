@@ -236,7 +236,7 @@ def probe_step(run: Run, step: Step, probes: ProbeSet) -> tuple[dict[str, Any], 
     """(columns of metrics.csv, line of probes.jsonl) of a step: what it did at the control tokens.
 
     Its rollouts and its update are looked at in every step. What the policy does there now is measured every
-    `probe_every` steps.
+    `probe_every` steps, and kept in `run.state.probe`: a scheme may act on it.
     """
     columns: dict[str, Any] = {}
     details: dict[str, Any] = {"step": run.step}

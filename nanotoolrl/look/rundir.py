@@ -12,7 +12,7 @@ import platform
 import shutil
 import subprocess
 import zlib
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import TextIO
 from zipfile import BadZipFile
@@ -22,7 +22,7 @@ import transformers
 from safetensors import SafetensorError
 
 from nanotoolrl.commandline import stored_config
-from nanotoolrl.config import Config, Refused
+from nanotoolrl.config import SETTINGS, Config, Refused
 from nanotoolrl.files import finite, replacing, sync, write_atomically
 from nanotoolrl.gpu import distributed
 from nanotoolrl.look.evaluate import Scores
@@ -59,6 +59,7 @@ class RunDirectory:
         self.owner = self.path / "run.lock"
         self.lock: TextIO | None = None
         self.columns = list(metrics())  # of metrics.csv
+        self.names = list(SETTINGS)  # of the settings in config.json
 
     def take(self) -> None:
         """Own the directory until `release` or the end of the process. Refuses, with the owner's number, one
@@ -120,7 +121,8 @@ class RunDirectory:
         """Resolved settings with versions and git revision. Only its owner may read what names a judge."""
         versions = {"python": platform.python_version(), "torch": torch.__version__}
         versions |= {"transformers": transformers.__version__, "git": git_revision()}
-        content = json.dumps(vars(config) | {"versions": versions}, indent=1)
+        settings = {name: getattr(config, name) for name in self.names}
+        content = json.dumps(settings | {"versions": versions}, indent=1)
         write_atomically(self.config, content, 0o600 if config.judge else 0o666)
 
     # ----------------------------------------------------------------------------------------------- going on
@@ -132,6 +134,8 @@ class RunDirectory:
         whole, logs that lack a step.
         """
         old = stored_config(self.config)
+        written = json.loads(self.config.read_text(encoding="utf-8"))
+        self.names = [name for name in SETTINGS if name in written]  # schemes that came later have others
         distributed.from_first(self.take)
         for name in sorted(given - {*CHANGEABLE, "preset"}):
             if getattr(config, name) != getattr(old, name):
@@ -150,7 +154,7 @@ class RunDirectory:
                 )
             return resumed, None
         saved = self.read_checkpoint()
-        if saved["settings"] != digest(old):
+        if saved["settings"] != digest(old, self.names):
             raise Refused(f"{self.checkpoint} was made with other settings than those in {self.config}")
         self.kept_lines(old.scheme, saved["step"])
         return resumed, saved
@@ -171,7 +175,8 @@ class RunDirectory:
         lines = whole_lines(self.metrics)
         self.columns = lines[0].removesuffix("\n").split(",") if lines else []
         unique = len(set(self.columns)) == len(self.columns)
-        if not (unique and columns_of(scheme) <= set(self.columns) <= metrics().keys()):
+        whole = lines[:1] and lines[0].startswith("step,") and lines[0].endswith("\n")
+        if not (whole and unique and columns_of(scheme) <= set(self.columns) <= metrics().keys()):
             raise Refused(f"{self.metrics}, line 1: expected the columns {','.join(metrics())[:40]}...")
         kept = _up_to(self.metrics, lines[1:], step, self._step_of_row, range(1, step + 1), 2)
         found = {self.metrics: [lines[0], *kept]}
@@ -239,7 +244,7 @@ class RunDirectory:
             "state": vars(run.state),
             "torch_rng": torch.get_rng_state(),
             "before": dataclasses.asdict(before) if before else None,
-            "settings": digest(run.config),
+            "settings": digest(run.config, self.names),
         }
         for path in (self.metrics, self.probes, self.rollouts):
             sync(path)
@@ -304,9 +309,10 @@ class RunDirectory:
                 file.write(json.dumps(finite(entry), allow_nan=False) + "\n")
 
 
-def digest(config: Config) -> str:
-    """A short name of the settings, but for those that may change when a run goes on."""
-    fixed = {name: value for name, value in vars(config).items() if name not in CHANGEABLE}
+def digest(config: Config, names: Iterable[str]) -> str:
+    """A short name of these settings, but for those that may change when a run goes on."""
+    kept = set(names) - set(CHANGEABLE)
+    fixed = {name: value for name, value in vars(config).items() if name in kept}
     return hashlib.sha256(json.dumps(fixed, sort_keys=True).encode()).hexdigest()
 
 

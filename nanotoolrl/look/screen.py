@@ -1,5 +1,6 @@
 """What the terminal says of a step: the progress bar, its alarm, a conversation."""
 
+import signal
 import sys
 from typing import Any
 
@@ -11,12 +12,16 @@ from nanotoolrl.model import Policy
 from nanotoolrl.run import Run, Step
 from nanotoolrl.trajectory import Trajectory
 
+STUCK, SPOILED = 1, 3  # why a run ends early, both with exit code 1; 128 + n: signal n
 STATE_JUMP = 0.2  # a share of an unhealthy message state this far above the first step's raises the alarm
 SPURIOUS_JUMP = 10  # so does this growth of a control token's spurious probability
 
 
 def tell(run: Run, row: dict[str, Any], details: dict[str, Any], step: Step, bar: tqdm) -> None:
-    """Count a step on the progress bar, and print a conversation every `show_every` steps."""
+    """Count a step on the progress bar, and print a conversation every `show_every` steps.
+
+    The message states of the first step are kept in the run's state: alarms compare with them.
+    """
     shares = {name: share for name, share in row.items() if name.startswith("state_")}
     run.state.first = run.state.first or shares
     said = said_of(row) + alarm(row, run.state.first, details.get("tokens", {}))
@@ -60,3 +65,14 @@ def shown(policy: Policy, trajectory: Trajectory, step: int) -> str:
     head = f"--- step {step}, task {trajectory.task_id}, reward {trajectory.reward:.0f}; turns: {verdicts}"
     body = readable(policy.chat.decode(trajectory.tokens), color=sys.stdout.isatty())
     return f"{head}\n{body}\n---"
+
+
+def why_ended(code: int, step: int, broken: str) -> str:
+    """Why a run ended early after a step, and what can be done. broken: what is not finite, or ""."""
+    if code > 128:
+        name = signal.Signals(code - 128).name
+        return f"{'Ctrl-C' if name == 'SIGINT' else name}. Go on with --resume."
+    what = f"after step {step} the {broken} are not finite."
+    if code == STUCK:
+        what = "three updates in a row had a loss or gradient that is not finite."
+    return f"{what} Start anew with a lower --lr; this run would end in the same way again."
