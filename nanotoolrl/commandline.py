@@ -140,6 +140,8 @@ def stored_config(path: Path) -> Config:
     """
     try:
         stored = json.loads(path.read_text(encoding="utf-8"))
+        if not isinstance(stored, dict):
+            raise ValueError("it holds no settings")
         scheme = known("scheme", stored.get("scheme"), SCHEMES)
         lacking = [name for name in settings_of(scheme) if name not in stored]
         if lacking:
