@@ -39,12 +39,11 @@ from nanotoolrl.files import finite, write_atomically
 from nanotoolrl.gpu import distributed
 from nanotoolrl.gpu.memory import available, describe, plan
 from nanotoolrl.judge import Judge
-from nanotoolrl.loading import DTYPES, ModelError, load
+from nanotoolrl.loading import DTYPES, ModelError, finite_logits, finite_weights, load
 from nanotoolrl.look.evaluate import Scores, evaluate, named, obstacle, rules, say_unsolvable, table
 from nanotoolrl.look.metrics import measures, probe_step
 from nanotoolrl.look.rundir import RunDirectory
 from nanotoolrl.look.screen import SPOILED, STUCK, tell, why_ended
-from nanotoolrl.model import finite_logits, finite_weights
 from nanotoolrl.probes import ProbeSet
 from nanotoolrl.run import Run, Step
 from nanotoolrl.signals import SCHEMES

@@ -4,11 +4,10 @@ Shapes: B rows, T tokens, H query heads, K key-value heads, W width of a head.
 """
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
+from nanotoolrl.attention import Attend, decode_attention, under_mask
 from nanotoolrl.model import Policy
-from nanotoolrl.transformer import Attend, under_mask
 
 CAPACITY_STEP = 128  # the cache grows by so many positions
 
@@ -86,15 +85,3 @@ class Cache:
         """Put `key` and `value` [B, K, T, W] at `positions` [B, T] of `slots` [B]."""
         for store, new in zip(self.layers[layer], (key, value), strict=True):
             store[slots[:, None], :, positions] = new.transpose(1, 2)
-
-
-def decode_attention(query: Tensor, keys: Tensor, values: Tensor, slots: Tensor, lengths: Tensor) -> Tensor:
-    """What queries [B, H, W] gather from the first `lengths` [B] positions of `slots` [B] of a layer's keys
-    and values [slots, K, capacity, W]: what the kernel of this name does (gpu/kernels.py), row by row."""
-    (B, H, W), K = query.shape, keys.shape[1]
-    query = query.reshape(B, K, -1, W)  # query heads that share keys are queries of one head
-    out = torch.empty_like(query)
-    for i, (slot, length) in enumerate(zip(slots.tolist(), lengths.tolist(), strict=True)):
-        k, v = keys[slot, :, :length], values[slot, :, :length]
-        out[i] = F.scaled_dot_product_attention(query[i][None], k[None], v[None])[0]
-    return out.view(B, H, W)

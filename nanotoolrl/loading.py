@@ -16,7 +16,7 @@ from transformers.utils import logging as transformers_logging
 
 from nanotoolrl.chat import Chat
 from nanotoolrl.logprob import check_backend
-from nanotoolrl.model import Policy, finite_weights, some_ids
+from nanotoolrl.model import Policy
 
 BUILT_IN = "nano"  # the name `load` knows it by
 DTYPES = {"auto": None, "fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}  # by name
@@ -92,6 +92,22 @@ def load_chat(name_or_dir: str | os.PathLike) -> Chat:
     """The `Chat` of a model, without its weights. Raises ModelError like `load`."""
     with _checkpoint(name_or_dir) as name:
         return Chat(AutoTokenizer.from_pretrained(name, trust_remote_code=False))
+
+
+def finite_weights(model: torch.nn.Module) -> bool:
+    """Whether no weight is NaN or infinite."""
+    return bool(torch.stack([weight.isfinite().all() for weight in model.parameters()]).all())
+
+
+@torch.no_grad()
+def finite_logits(policy: Policy) -> bool:
+    """Whether the model says anything: weights may be finite and too large to be multiplied."""
+    return bool(policy.logits(policy.model(some_ids(policy))[0]).isfinite().all())
+
+
+def some_ids(policy: Policy) -> torch.Tensor:
+    """Any ids [1, 8], to see what a model makes of them."""
+    return torch.arange(8, device=policy.device)[None]
 
 
 @contextmanager

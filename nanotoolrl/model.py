@@ -12,9 +12,10 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.utils import logging as transformers_logging
 
+from nanotoolrl.attention import masked
 from nanotoolrl.chat import Chat
 from nanotoolrl.logprob import check_backend, token_logprob
-from nanotoolrl.transformer import Architecture, Transformer, masked
+from nanotoolrl.transformer import Architecture, Transformer
 
 
 class Policy:
@@ -155,19 +156,3 @@ def by_length(lengths: Sequence[int], budget: int) -> Iterator[list[int]]:
             end += 1
         yield order[start:end]
         start = end
-
-
-def finite_weights(model: torch.nn.Module) -> bool:
-    """Whether no weight is NaN or infinite."""
-    return bool(torch.stack([weight.isfinite().all() for weight in model.parameters()]).all())
-
-
-@torch.no_grad()
-def finite_logits(policy: Policy) -> bool:
-    """Whether the model says anything: weights may be finite and too large to be multiplied."""
-    return bool(policy.logits(policy.model(some_ids(policy))[0]).isfinite().all())
-
-
-def some_ids(policy: Policy) -> Tensor:
-    """Any ids [1, 8], to see what a model makes of them."""
-    return torch.arange(8, device=policy.device)[None]

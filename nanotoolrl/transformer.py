@@ -13,7 +13,6 @@ Shapes: B rows, T tokens, D width, H query heads, K key-value heads, W width of 
 """
 
 import math
-from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -22,11 +21,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+from nanotoolrl.attention import Attend, causal
+
 FAMILIES = ("llama", "mistral", "qwen2", "qwen3")  # `model_type` of a config
 ROPE_TYPES = ("default", "linear", "llama3")
-
-# (layer, query [B, H, T, W], key [B, K, T, W], value [B, K, T, W]) -> what the queries gathered [B, H, T, W].
-Attend = Callable[[int, Tensor, Tensor, Tensor], Tensor]
 
 
 @dataclass(frozen=True)
@@ -198,28 +196,6 @@ class RMSNorm(nn.Module):
         exact = x.float()
         exact = exact * torch.rsqrt(exact.pow(2).mean(-1, keepdim=True) + self.eps)
         return self.weight * exact.to(x.dtype)
-
-
-# ---------------------------------------------------------------------------------- who looks at what
-def causal(layer: int, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
-    """Every token looks at itself and all before it."""
-    return F.scaled_dot_product_attention(query, key, value, is_causal=True, enable_gqa=True)
-
-
-def masked(visible: Tensor) -> Attend:
-    """Tokens look where `visible` [T, T] is True: row t holds what token t sees."""
-
-    return lambda layer, query, key, value: under_mask(query, key, value, visible)
-
-
-def under_mask(query: Tensor, key: Tensor, value: Tensor, visible: Tensor) -> Tensor:
-    """What the queries [B, H, T, W] gather from keys and values [B, K, width, W] that they may see.
-
-    On a GPU each key-value head is repeated for its query heads: `enable_gqa` beside a mask is slow there.
-    """
-    if query.is_cuda:
-        key, value = (x.repeat_interleave(query.shape[1] // x.shape[1], 1) for x in (key, value))
-    return F.scaled_dot_product_attention(query, key, value, visible, enable_gqa=not query.is_cuda)
 
 
 # --------------------------------------------------------------------------------- rotary positions

@@ -12,10 +12,10 @@ import torch
 from helpers.models import whole_logits
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from nanotoolrl.attention import causal
 from nanotoolrl.calls import FORMATS, message_state, render_calls
 from nanotoolrl.env import Episode
 from nanotoolrl.loading import NANO
-from nanotoolrl.transformer import causal
 from nanotoolrl.world.tasks import SPLITS, load_tasks
 
 spec = importlib.util.spec_from_file_location("make_base", NANO.parent / "make_base.py")

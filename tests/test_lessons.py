@@ -2,14 +2,13 @@
 
 import contextlib
 import io
+import json
 import re
+import subprocess
 import sys
 from pathlib import Path
 
 import pytest
-
-import train
-from nanotoolrl.commandline import resolve
 
 ROOT = Path(__file__).resolve().parent.parent
 PAIR = re.compile(r"^```python\n(.*?)^```\n\n```text\n(.*?)^```", re.MULTILINE | re.DOTALL)
@@ -39,28 +38,11 @@ def test_the_reading_path_is_short():
 def test_a_step_visits_each_file_once_on_its_way_down(tmp_path):
     """From `train` through `hint` to the weights: whatever is called, no file of the core stands twice in the
     chain of callers, and the files that the chains name are the reading path and what stands beside it."""
-    core = {str(path): path.name for path in [ROOT / "train.py", *(ROOT / "nanotoolrl").glob("*.py")]}
-    again, chains = set(), set()
-
-    def note(frame, event, argument):
-        if event != "call" or frame.f_code.co_filename not in core:
-            return
-        chain = []
-        while frame:
-            name = core.get(frame.f_code.co_filename)
-            if name and chain[-1:] != [name]:
-                chain.append(name)
-            frame = frame.f_back
-        (again if len(set(chain)) < len(chain) else chains).add(tuple(reversed(chain)))
-
-    tiny = {"steps": 1, "prompts": 2, "group": 2, "probe_tasks": 2, "max_messages": 4, "eval_count": 0}
-    config = resolve({"preset": "smoke", "scheme": "hint", "threads": 1, "out": str(tmp_path / "run")} | tiny)
-    sys.setprofile(note)
-    try:
-        assert train.train(config, False, set()) == 0
-    finally:
-        sys.setprofile(None)
-    assert not again
+    command = [sys.executable, Path(__file__).parent / "helpers" / "walk.py", tmp_path / "run"]
+    walk = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=300)
+    assert walk.returncode == 0, walk.stderr
+    chains = [tuple(chain) for chain in json.loads((tmp_path / "run" / "walk.json").read_text())]
+    assert not [chain for chain in chains if len(set(chain)) < len(chain)]
     names = [Path(name).name for name in reading_path()]
     assert set(names) <= {name for chain in chains for name in chain}
     down = ("train.py", "schemes.py", "run.py", "sampler.py", "decode.py", "transformer.py", "cache.py")

@@ -17,7 +17,8 @@ from transformers import (
 )
 
 import nanotoolrl
-from nanotoolrl.transformer import Architecture, Transformer, causal, masked
+from nanotoolrl.attention import causal, masked
+from nanotoolrl.transformer import Architecture, Transformer
 
 ROPE = {"rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0}
 LLAMA3 = {"rope_parameters": ROPE | {"original_max_position_embeddings": 64, "rope_theta": 5000.0}}

@@ -25,9 +25,10 @@ from nanotoolrl.commandline import stored_config
 from nanotoolrl.config import SETTINGS, Config, Refused
 from nanotoolrl.files import finite, replacing, sync, write_atomically
 from nanotoolrl.gpu import distributed
+from nanotoolrl.loading import finite_weights
 from nanotoolrl.look.evaluate import Scores
 from nanotoolrl.look.metrics import NOT_COLUMNS, columns_of, metrics
-from nanotoolrl.model import Policy, finite_weights
+from nanotoolrl.model import Policy
 from nanotoolrl.run import Run, State, Step
 
 CHANGEABLE = ("steps", "out")  # settings that may differ when a run goes on
