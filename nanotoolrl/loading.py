@@ -11,8 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
-from transformers.utils import logging as transformers_logging
+import transformers
 
 from nanotoolrl.chat import Chat
 from nanotoolrl.logprob import check_backend
@@ -58,9 +57,9 @@ def load(
         )
         dtype = half if device.startswith("cuda") else torch.float32
     with _checkpoint(name_or_dir) as name:
-        tokenizer = AutoTokenizer.from_pretrained(name, trust_remote_code=False)
+        tokenizer = transformers.AutoTokenizer.from_pretrained(name, trust_remote_code=False)
         how: dict[str, Any] = {"dtype": dtype, "attn_implementation": "sdpa", "trust_remote_code": False}
-        loaded: Any = AutoModelForCausalLM.from_pretrained(name, output_loading_info=True, **how)
+        loaded: Any = transformers.AutoModelForCausalLM.from_pretrained(name, output_loading_info=True, **how)
         foreign, info = loaded
         if info["missing_keys"]:
             raise ValueError(f"weights are missing: {', '.join(sorted(info['missing_keys'])[:3])}")
@@ -72,7 +71,7 @@ def load(
 
 
 @torch.no_grad()
-def _refuse_what_is_different(policy: Policy, foreign: PreTrainedModel) -> None:
+def _refuse_what_is_different(policy: Policy, foreign: "transformers.PreTrainedModel") -> None:
     """ValueError for a model whose logits are not finite, or not those that transformers makes of it."""
     rows = len(policy.model.lm_head.weight)
     if rows < policy.known_ids:
@@ -91,7 +90,7 @@ def _refuse_what_is_different(policy: Policy, foreign: PreTrainedModel) -> None:
 def load_chat(name_or_dir: str | os.PathLike) -> Chat:
     """The `Chat` of a model, without its weights. Raises ModelError like `load`."""
     with _checkpoint(name_or_dir) as name:
-        return Chat(AutoTokenizer.from_pretrained(name, trust_remote_code=False))
+        return Chat(transformers.AutoTokenizer.from_pretrained(name, trust_remote_code=False))
 
 
 def finite_weights(model: torch.nn.Module) -> bool:
@@ -126,9 +125,9 @@ def _checkpoint(name_or_dir: str | os.PathLike) -> Iterator[str]:
         raise ModelError(
             f"no model in {name}: expected a directory with config.json, weights and tokenizer files"
         )
-    level = transformers_logging.get_verbosity()
-    transformers_logging.set_verbosity(logging.ERROR)
-    transformers_logging.disable_progress_bar()
+    level = transformers.utils.logging.get_verbosity()
+    transformers.utils.logging.set_verbosity(logging.ERROR)
+    transformers.utils.logging.disable_progress_bar()
     try:
         yield name
     except Exception as error:  # files that others wrote: transformers may raise anything
@@ -138,7 +137,7 @@ def _checkpoint(name_or_dir: str | os.PathLike) -> Iterator[str]:
         said = f"cannot load {name}: expected {where}. {type(error).__name__}: {error}"
         raise ModelError("\n".join(filter(None, [said, _advice(error)]))) from None
     finally:
-        transformers_logging.set_verbosity(level)
+        transformers.utils.logging.set_verbosity(level)
 
 
 def _advice(error: BaseException | None) -> str:

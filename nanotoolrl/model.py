@@ -6,11 +6,11 @@ The model itself is in transformer.py, and loading.py makes a policy of what is 
 import logging
 import os
 from collections.abc import Iterator, Sequence
+from typing import Any
 
 import torch
+import transformers
 from torch import Tensor
-from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerBase
-from transformers.utils import logging as transformers_logging
 
 from nanotoolrl.attention import masked
 from nanotoolrl.chat import Chat
@@ -26,7 +26,7 @@ class Policy:
     """
 
     def __init__(
-        self, foreign: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, backend: str = "auto"
+        self, foreign: "transformers.PreTrainedModel", tokenizer: Any, backend: str = "auto"
     ) -> None:
         check_backend(backend)
         self.backend = backend
@@ -123,17 +123,17 @@ class Policy:
 
     def save(self, directory: str | os.PathLike) -> None:
         """Write a standard checkpoint directory (config, safetensors weights, tokenizer, chat template)."""
-        level = transformers_logging.get_verbosity()
-        transformers_logging.set_verbosity(logging.ERROR)
-        transformers_logging.disable_progress_bar()
+        level = transformers.utils.logging.get_verbosity()
+        transformers.utils.logging.set_verbosity(logging.ERROR)
+        transformers.utils.logging.disable_progress_bar()
         with torch.device("meta"):
-            foreign = AutoModelForCausalLM.from_config(self.config, dtype=self.dtype)
+            foreign = transformers.AutoModelForCausalLM.from_config(self.config, dtype=self.dtype)
         foreign.load_state_dict(self.model.state_dict(), assign=True)
         foreign.tie_weights()
         foreign.generation_config = self.generation_config
         foreign.save_pretrained(directory)
         self.tokenizer.save_pretrained(directory)
-        transformers_logging.set_verbosity(level)
+        transformers.utils.logging.set_verbosity(level)
 
 
 def pad(rows: Sequence[tuple[Sequence[int], Sequence[bool]]], device: torch.device) -> tuple[Tensor, Tensor]:

@@ -95,7 +95,7 @@ def test_the_hubs_errors_say_what_to_do(kind, advice, monkeypatch):
     def refuse(*_, **__):
         raise OSError("some files are missing") from kind.__new__(kind)
 
-    monkeypatch.setattr("nanotoolrl.loading.AutoTokenizer.from_pretrained", refuse)
+    monkeypatch.setattr("transformers.AutoTokenizer.from_pretrained", refuse)
     with pytest.raises(ModelError, match="cannot load meta-llama/Llama-3.2-1B-Instruct") as error:
         load("meta-llama/Llama-3.2-1B-Instruct")
     assert advice in str(error.value)
