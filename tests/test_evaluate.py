@@ -279,11 +279,11 @@ def test_hint_names_every_call_and_no_tag_of_the_task():
 def test_evaluation_is_under_the_limits_of_training(tmp_path, capsys):
     """A run that cut messages at 24 tokens is scored as it scored itself, by evaluate and by the doctor."""
     out, stored = tmp_path / "run", tmp_path / "scores.json"
-    held = str(runs.some_tasks("test", 16))
-    flags = f"--preset smoke --steps 1 --scheme grpo --max-new-tokens 24 --tasks {runs.FEW} --eval-count 16"
-    assert train.main([*flags.split(), "--eval-tasks", held, "--out", str(out)]) == 0
+    held = str(runs.some_tasks("test", 4))
+    flags = f"{runs.TINY} --scheme grpo --max-new-tokens 24 --eval-count 4 --eval-tasks {held}"
+    assert train.main([*flags.split(), "--steps", "1", "--out", str(out)]) == 0
     assert "cannot be solved: task test-" in capsys.readouterr().err
-    shown = ["--doctor", "--tasks", held, "--count", "16", "--model", str(out), "--json", str(stored)]
+    shown = ["--doctor", "--tasks", held, "--count", "4", "--model", str(out), "--json", str(stored)]
     assert evaluating.main(shown) == 0
     assert "cannot be solved: task test-" in capsys.readouterr().err
     after = json.loads((out / "result.json").read_text())["after"]
@@ -293,7 +293,7 @@ def test_evaluation_is_under_the_limits_of_training(tmp_path, capsys):
         "--tasks",
         held,
         "--count",
-        "16",
+        "4",
         "--format",
         "hermes",
         "--model",

@@ -66,7 +66,7 @@ def test_a_whole_run_warns_of_nothing(tmp_path):
     they say at their import they say once."""
     run = tmp_path / "run"
     lines = [
-        f"train.py --preset smoke --steps 1 --eval-count 4 --out {run}",
+        f"train.py --preset smoke --steps 1 --prompts 2 --group 2 --eval-count 2 --out {run}",
         f"train.py --resume --steps 2 --out {run}",
         f"sample.py --model {run}",
         f"-m nanotoolrl.evaluate --count 4 --model {run}",
