@@ -52,7 +52,7 @@ class ReplaySampler(Sampler):
         for i, row in enumerate(rows):
             mask = torch.tensor(row.loss_mask)
             table[i, : len(mask)][mask] = torch.tensor(row.tokens)[mask]
-        self.decoder = ReplayDecoder(policy, table, self.decoder.seed, self.decoder.fast)
+        self.decoder = ReplayDecoder(policy, table, self.decoder.seed, self.decoder.graphs is not None)
 
 
 class ReplayProcessor:

@@ -421,13 +421,13 @@ def decode_row(policy: Policy, B: int, length: int, repeats: int, steps: int = 6
     # Its name changed in transformers 5.24.
     name = "cache" if "cache" in inspect.signature(model.forward).parameters else "past_key_values"
     for part in torch.arange(B).split(16):
-        decoder.feed(part.tolist(), [0] * len(part), ids[part, : length - 1].tolist())
+        decoder.extend([Feed(slot) for slot in part.tolist()], ids[part, : length - 1].tolist())
     model.model(ids[:, : length - 1].to(device), **{name: theirs})
     logprobs: dict[str, list] = {}
 
     def ours() -> None:
         logprobs[OURS] = []
-        for t in range(length, length + steps, decoder.window):
+        for t in range(length, length + steps, (decoder.graphs.window if decoder.graphs else 1)):
             rows = [Feed(i, int(ids[i, t - 1]), t - 1, length + steps - t, i, t) for i in range(B)]
             logprobs[OURS] += decoder.decode(rows, 1.0)[1]
 

@@ -3,7 +3,8 @@
 Shapes: B rows, T tokens, H query heads, K key-value heads, W width of a head. Each of those serves H / K.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -34,13 +35,16 @@ def under_mask(query: Tensor, key: Tensor, value: Tensor, visible: Tensor) -> Te
     return F.scaled_dot_product_attention(query, key, value, visible, enable_gqa=not query.is_cuda)
 
 
-def decode_attention(query: Tensor, keys: Tensor, values: Tensor, slots: Tensor, lengths: Tensor) -> Tensor:
-    """What queries [B, H, W] gather from the first `lengths` [B] positions of `slots` [B] of a layer's keys
-    and values [slots, K, capacity, W]: what the kernel of this name does (gpu/kernels.py), row by row."""
-    (B, H, W), K = query.shape, keys.shape[1]
-    query = query.reshape(B, K, -1, W)  # query heads that share keys are queries of one head
-    out = torch.empty_like(query)
-    for i, (slot, length) in enumerate(zip(slots.tolist(), lengths.tolist(), strict=True)):
-        k, v = keys[slot, :, :length], values[slot, :, :length]
-        out[i] = F.scaled_dot_product_attention(query[i][None], k[None], v[None])[0]
-    return out.view(B, H, W)
+class Rows(NamedTuple):
+    """Where B rows stand, each [B]."""
+
+    slots: Tensor
+    lengths: Tensor  # tokens of their own in their slots
+    prompts: Tensor  # where their prompts are stored
+    prompt_lengths: Tensor
+
+    @classmethod
+    def of(cls, feeds: Sequence[Any]) -> "Rows":
+        """Those of rows that are about to be fed (`decode.Feed`)."""
+        found = torch.tensor([(row.slot, row.length, row.prompt, row.prompt_length) for row in feeds])
+        return cls(*found.T)

@@ -1,87 +1,125 @@
 """The KV cache, and how the transformer's layers reach it.
 
-Shapes: B rows, T tokens, H query heads, K key-value heads, W width of a head.
+A prompt is stored once, however many rows share it. What follows it in a row is in the row's slot. A position
+counts from the start of the prompt: the next token of a row stands at its prompt's length plus its own.
+
+Shapes: B rows, T tokens, K key-value heads, W width of a head.
 """
+
+from collections.abc import Mapping
+from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from nanotoolrl.attention import Attend, decode_attention, under_mask
+from nanotoolrl.attention import Attend, Rows, causal, under_mask
 from nanotoolrl.model import Policy
+from nanotoolrl.together import Together
 
-CAPACITY_STEP = 128  # the cache grows by so many positions
+CAPACITY_STEP = 128  # a store grows by so many positions
 
 
-class Cache:
-    """Keys and values of all rows in preallocated memory, [slots, K, capacity, W] per layer.
+class Store:
+    """Keys and values in preallocated memory, [2, places, K, capacity, W] per layer."""
 
-    Memory is kept from one rollout to the next: what stands behind a row's end is never read.
-    """
-
-    def __init__(self, policy: Policy, fast: bool = False) -> None:
+    def __init__(self, policy: Policy) -> None:
         shape = policy.model.shape
         nothing = torch.zeros(
-            0, shape.kv_heads, 0, shape.head_width, dtype=policy.dtype, device=policy.device
+            2, 0, shape.kv_heads, 0, shape.head_width, dtype=policy.dtype, device=policy.device
         )
-        self.layers = [[nothing, nothing] for _ in range(shape.layers)]  # keys, values
+        self.kv_heads, self.layers = shape.kv_heads, [nothing] * shape.layers
         self.size = self.capacity = 0
-        self.attention = decode_attention
-        if fast:
-            from nanotoolrl.gpu import kernels  # needs Triton
-
-            self.attention = kernels.decode_attention
 
     def grow(self, size: int, capacity: int) -> None:
-        """Make room for `size` rows of `capacity` positions, rounded up."""
+        """Make room for `size` places of `capacity` positions, rounded up."""
         if size <= self.size and capacity <= self.capacity:
             return
         self.size = max(size, self.size)
         self.capacity = max(self.capacity, -(-capacity // CAPACITY_STEP) * CAPACITY_STEP)
-        for layer in self.layers:
-            for k, old in enumerate(layer):  # one by one: twice as much at a time is not there
-                layer[k] = self._grown(old)
+        for layer, old in enumerate(self.layers):  # one by one: twice as much at a time is not there
+            new = old.new_zeros(2, self.size, old.shape[2], self.capacity, old.shape[4])
+            new[:, : old.shape[1], :, : old.shape[3]] = old
+            self.layers[layer] = new
 
-    def _grown(self, old: Tensor) -> Tensor:
-        new = old.new_zeros(self.size, old.shape[1], self.capacity, old.shape[3])
-        new[: old.shape[0], :, : old.shape[2]] = old
-        return new
+    def clear(self, first: int = 0, end: int | None = None) -> None:
+        """Fill places with zeros."""
+        for store in self.layers:
+            store[:, first:end] = 0
 
-    def copy_row(self, source: int, targets: list[int], width: int) -> None:
-        """Give `targets` the first `width` positions of row `source`."""
-        for layer in self.layers:
-            for store in layer:
-                store[targets, :, :width] = store[source, :, :width].clone()
+    def move(self, moves: Mapping[int, int]) -> None:
+        """Copy places, by the new place of each; none is both."""
+        for store in self.layers if moves else ():
+            store[:, list(moves.values())] = store[:, list(moves)]
 
-    # ---- how the transformer's layers reach it
-    def extending(self, slots: Tensor, positions: Tensor, behind: Tensor) -> Attend:
-        """The rows in `slots` [B] get new tokens at `positions` [B, T], which look at all up to themselves.
+    def spots(self, places: Tensor, positions: Tensor) -> Tensor:
+        """Where `write` puts the tokens at `positions` [B, T] of `places` [B], as rows of W numbers."""
+        K = self.kv_heads
+        heads = torch.arange(2 * K, device=places.device).view(2, 1, K, 1)
+        stored = (heads // K * self.size + places.view(1, -1, 1, 1)) * K + heads % K  # [2, B, K, 1]
+        return (stored * self.capacity + positions[:, None]).flatten()
 
-        Where `behind` [B, width] is True a row has ended. What an earlier row left there is read as zeros.
+    def write(self, layer: int, spots: Tensor, key: Tensor, value: Tensor) -> None:
+        """Put `key` and `value` [B, K, T, W] at their spots."""
+        W = key.shape[-1]
+        self.layers[layer].view(-1, W).index_copy_(0, spots, torch.stack([key, value]).view(-1, W))
+
+
+class Cache:
+    """The prompts of a rollout, and what its rows have of their own.
+
+    Behind a row's end its slot holds zeros, or what is overwritten before it is read: a rollout that was
+    spoiled by NaN leaves nothing behind.
+    """
+
+    def __init__(self, policy: Policy, fast: bool = False) -> None:
+        self.prompts, self.own = Store(policy), Store(policy)
+        self.gathering: Any = partial(Together, self.own.kv_heads, policy.dtype)
+        if fast:
+            from nanotoolrl.gpu import kernels  # needs Triton
+
+            self.gathering = partial(partial, kernels.decode_attention)
+
+    def prompting(self, places: Tensor, positions: Tensor) -> Attend:
+        """Prompts are read, right-padded: tokens at `positions` [B, T], stored in `places` [B]."""
+        spots = self.prompts.spots(places, positions)
+
+        def attend(layer: int, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+            self.prompts.write(layer, spots, key, value)
+            return causal(layer, query, key, value)
+
+        return attend
+
+    def extending(self, rows: Rows, positions: Tensor) -> Attend:
+        """Rows get new tokens at `positions` [B, T] of their slots, which look at all up to themselves.
+
+        A row is read to its own end, by itself.
         """
-        columns = torch.arange(behind.shape[1], device=behind.device)
-        visible = columns <= positions[:, None, :, None]  # [B, 1, T, width]
+        spots = self.own.spots(rows.slots, positions)
+        ends = positions.amax(1) + 1
+        reads = list(zip(*(x.tolist() for x in (rows.prompts, rows.prompt_lengths, rows.slots, ends))))
+        masks = []  # [T, P + end] of each row
+        for (_, P, _, end), places in zip(reads, positions, strict=True):
+            columns = torch.arange(P + end, device=places.device)
+            masks.append(columns <= P + places[:, None])
 
         def attend(layer: int, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
-            self._write(layer, slots, positions, key, value)
-            keys, values = (
-                store[slots, :, : behind.shape[1]].masked_fill_(behind[:, None, :, None], 0)
-                for store in self.layers[layer]
-            )  # copies [B, K, width, W]
-            return under_mask(query, keys, values, visible)
+            self.own.write(layer, spots, key, value)
+            prompts, own, found = self.prompts.layers[layer], self.own.layers[layer], []
+            for i, (prompt, P, slot, end) in enumerate(reads):
+                keys, values = torch.cat([prompts[:, prompt, :, :P], own[:, slot, :, :end]], 2)[:, None]
+                found.append(under_mask(query[i : i + 1], keys, values, masks[i]))
+            return torch.cat(found)
 
         return attend
 
-    def stepping(self, slots: Tensor, lengths: Tensor) -> Attend:
-        """The rows in `slots` [B], of `lengths` [B], get a token each, which looks at its whole row."""
+    def stepping(self, rows: Rows) -> Attend:
+        """Rows get a token each, which looks at its whole row."""
+        spots = self.own.spots(rows.slots, rows.lengths[:, None])
+        gather = self.gathering(rows._replace(lengths=rows.lengths + 1))
 
         def attend(layer: int, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
-            self._write(layer, slots, lengths[:, None], key, value)
-            keys, values = self.layers[layer]
-            return self.attention(query[:, :, 0], keys, values, slots, lengths + 1)[:, :, None]
+            self.own.write(layer, spots, key, value)
+            return gather(query[:, :, 0], self.prompts.layers[layer], self.own.layers[layer])[:, :, None]
 
         return attend
-
-    def _write(self, layer: int, slots: Tensor, positions: Tensor, key: Tensor, value: Tensor) -> None:
-        """Put `key` and `value` [B, K, T, W] at `positions` [B, T] of `slots` [B]."""
-        for store, new in zip(self.layers[layer], (key, value), strict=True):
-            store[slots[:, None], :, positions] = new.transpose(1, 2)

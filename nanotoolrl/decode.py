@@ -1,9 +1,6 @@
-"""The device's side of sampling: decode steps for all rows at once, the choice of a token, its noise.
+"""The device's side of sampling: prompts, decode steps for all rows at once, the choice of a token.
 
-A row keeps its slot in the cache (cache.py); a step feeds the live rows. On a CPU every token is read back
-at once. On a GPU (`fast`) a step is one CUDA graph per batch size, from the
-embedding to the sampled token and whether it stops, and tokens are read back every `WINDOW` steps. The
-optimiser updates weights in place, so graphs outlive training steps.
+On a GPU (`fast`) gpu/graphs.py makes several steps between two looks at what was sampled.
 """
 
 from collections.abc import Sequence
@@ -12,12 +9,11 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from nanotoolrl.cache import Cache
+from nanotoolrl.attention import Rows
+from nanotoolrl.cache import Cache, Store
 from nanotoolrl.logprob import HAS_TRITON
 from nanotoolrl.model import Policy
-
-WINDOW = 8  # decode steps between two looks at what was sampled, on a GPU
-BUCKETS = (1, 2, 4, 8, 16, 32, 48, 64, 96, 128, 192, 256)  # batch sizes of CUDA graphs; then multiples of 128
+from nanotoolrl.noise import uniform
 
 
 class Feed(NamedTuple):
@@ -25,52 +21,65 @@ class Feed(NamedTuple):
 
     slot: int = 0  # in the cache
     token: int = 0  # to feed
-    length: int = 0  # how many are cached before it
+    length: int = 0  # how many tokens its slot holds
     left: int = 0  # most tokens to sample
     stream: int = 0  # of its noise
     place: int = 0  # in that stream
+    prompt: int = 0  # where its prompt is stored
+    prompt_length: int = 0
 
 
 class Decoder:
     """Feeds tokens to a policy and samples what follows. `seed` is of the noise; `fast`: the GPU's way."""
 
     def __init__(self, policy: Policy, seed: int, fast: bool) -> None:
-        self.policy, self.seed, self.fast = policy, seed, fast
+        self.policy, self.seed = policy, seed
         self.context = 0
-        self.window = WINDOW if fast else 1
-        self.stop_ids = torch.tensor(policy.chat.stop_ids, device=policy.device)
-        self.cache = Cache(policy, fast)
-        self.loops: dict[tuple, _Loop] = {}
-        self.pool = torch.cuda.graph_pool_handle() if policy.device.type == "cuda" else None
+        self.cache, self.graphs = Cache(policy, fast), None
+        if fast:
+            from nanotoolrl.gpu.graphs import Graphs
+
+            self.graphs = Graphs(self.step, policy, self.cache.own)
 
     def open(self, slots: int, context: int) -> None:
         """Start a rollout of at most `slots` rows and `context` positions."""
         self.context = context
-        if self.fast:
-            self.reserve(slots + 1, 0)  # the last one is scratch
+        self.cache.prompts.clear()
+        self.cache.own.clear()
+        self.reserve(self.cache.prompts, slots if self.graphs else 1, 1)
+        if self.graphs:
+            self.reserve(self.cache.own, slots + 1, 1)  # the last one is scratch
 
-    def reserve(self, slots: int, capacity: int) -> None:
-        """Make room for that many rows and positions; on a GPU for twice as many positions as before, because
-        graphs hold the addresses of the cache and must be recorded again."""
-        if self.fast and (slots > self.cache.size or capacity > self.cache.capacity):
-            self.loops.clear()
-            capacity = max(capacity, min(self.context, 2 * self.cache.capacity))
-        self.cache.grow(slots, capacity)
+    def reserve(self, store: Store, size: int, capacity: int) -> None:
+        """Make room for that many places and positions; on a GPU for twice as many positions as before,
+        because graphs hold the addresses of the cache and must be recorded again."""
+        if self.graphs and (size > store.size or capacity > store.capacity):
+            self.graphs.forget()
+            capacity = max(capacity, min(self.context, 2 * store.capacity))
+        store.grow(size, capacity)
 
-    def feed(self, rows: Sequence[int], cached: Sequence[int], pending: Sequence[Sequence[int]]) -> Tensor:
-        """Append the pending ids to the given rows, which hold `cached` ids; returns the hidden states
-        [rows, D] after the last of them."""
-        device = self.policy.device
-        counts, begins = torch.tensor([len(ids) for ids in pending]), torch.tensor(cached)
-        widest, ends = int(counts.max()), begins + counts
+    def read(self, places: Sequence[int], prompts: Sequence[Sequence[int]]) -> Tensor:
+        """Store prompts; returns the hidden states [prompts, D] after the last token of each."""
+        device, widest = self.policy.device, max(map(len, prompts))
+        ids = torch.tensor([[*prompt, *[0] * (widest - len(prompt))] for prompt in prompts], device=device)
+        positions = torch.arange(widest, device=device).expand(len(prompts), -1)
+        self.reserve(self.cache.prompts, max(places) + 1, widest)
+        attend = self.cache.prompting(torch.tensor(places, device=device), positions)
+        ends = torch.tensor([len(prompt) - 1 for prompt in prompts], device=device)
+        return self.policy.model(ids, positions, attend)[torch.arange(len(prompts), device=device), ends]
+
+    def extend(self, rows: Sequence[Feed], pending: Sequence[Sequence[int]]) -> Tensor:
+        """Append the pending ids to rows; returns the hidden states [rows, D] after the last of them."""
+        device, stand = self.policy.device, Rows.of(rows)
+        counts = torch.tensor([len(ids) for ids in pending])
+        widest, ends = int(counts.max()), stand.lengths + counts
         # Padding is the row's last token once more, in its own place: it writes what stands there already.
         ids = torch.tensor([[*new, *[new[-1]] * (widest - len(new))] for new in pending])  # [rows, T]
-        positions = torch.minimum(begins[:, None] + torch.arange(widest), ends[:, None] - 1)  # [rows, T]
-        behind = torch.arange(int(ends.max())) >= ends[:, None]  # [rows, width]
-        self.reserve(max(rows) + 1, behind.shape[1])
-        slots, positions, behind = torch.tensor(rows, device=device), positions.to(device), behind.to(device)
-        attend = self.cache.extending(slots, positions, behind)
-        hidden = self.policy.model(ids.to(device), positions, attend)  # [rows, T, D]
+        positions = torch.minimum(stand.lengths[:, None] + torch.arange(widest), ends[:, None] - 1)
+        self.reserve(self.cache.own, int(stand.slots.max()) + 1, int(ends.max()))
+        stand, positions = Rows(*(x.to(device) for x in stand)), positions.to(device)
+        attend = self.cache.extending(stand, positions)
+        hidden = self.policy.model(ids.to(device), positions + stand.prompt_lengths[:, None], attend)
         return hidden[torch.arange(len(rows), device=device), (counts - 1).to(device)]
 
     def choose(
@@ -101,106 +110,23 @@ class Decoder:
         return ids, logprobs.gather(1, ids[:, None])[:, 0]
 
     def decode(self, rows: Sequence[Feed], temperature: float) -> tuple[list[list[int]], list[list[float]]]:
-        """(ids, log-probs), each [steps][rows], of up to `window` decode steps.
+        """(ids, log-probs), each [steps][rows], of one decode step; on a GPU of up to `WINDOW`.
 
         The slots of the rows rise. What is sampled past a row's stop token, or its most tokens, means
         nothing.
         """
-        steps = min(self.window, max(row.left for row in rows))
-        batch = len(rows)
-        self.reserve(0, max(row.length + min(steps, row.left) for row in rows))
-        if self.fast:
-            batch = next((size for size in BUCKETS if size >= batch), -(-batch // 128) * 128)
-            idle = Feed(slot=self.cache.size - 1)  # in the scratch slot
-            rows = [*rows, *[idle] * (batch - len(rows))]
-        loop = self.loops.get((batch, temperature)) or _Loop(self, batch, temperature)
-        if self.fast:
-            self.loops[batch, temperature] = loop
-        return loop.run(rows, steps)
+        steps = min(self.graphs.window, max(row.left for row in rows)) if self.graphs else 1
+        longest = max(row.length + min(steps, row.left) for row in rows)
+        self.reserve(self.cache.own, max(row.slot for row in rows) + 1, longest)
+        if self.graphs:
+            return self.graphs.run(rows, steps, temperature)
+        state = torch.tensor(rows, device=self.policy.device).T  # [8, B]: a row for each field of `Feed`
+        ids, logprobs = self.step(state, temperature)
+        return [ids.tolist()], [logprobs.tolist()]
 
-    def forward(self, token: Tensor, length: Tensor, slot: Tensor) -> Tensor:
-        """Hidden states [B, D] of one token [B] per row, which stands at position `length` [B]."""
-        return self.policy.model(token[:, None], length[:, None], self.cache.stepping(slot, length))[:, 0]
-
-
-class _Loop:
-    """Decode steps of a fixed batch size over state that stays on the device."""
-
-    def __init__(self, decoder: Decoder, batch: int, temperature: float) -> None:
-        self.decoder = decoder
-        self.temperature = temperature
-        device, window = decoder.policy.device, decoder.window
-        idle = torch.tensor([Feed(slot=decoder.cache.size - 1)] * batch)
-        self.state = idle.T.contiguous().to(device)  # [6, batch]: a row for each field of `Feed`
-        self.ids = torch.zeros(window, batch, dtype=torch.long, device=device)
-        self.logprobs = torch.zeros(window, batch, device=device)
-        self.at = torch.zeros(1, dtype=torch.long, device=device)
-        self.graph: torch.cuda.CUDAGraph | None = None
-
-    def run(self, rows: Sequence[Feed], steps: int) -> tuple[list[list[int]], list[list[float]]]:
-        """See `Decoder.decode`."""
-        if self.graph is None and self.state.is_cuda:
-            self._capture()
-        self.state.copy_(torch.tensor(rows).T)
-        self.at.zero_()
-        for _ in range(steps):
-            self.graph.replay() if self.graph else self.step()
-        return self.ids[:steps].tolist(), self.logprobs[:steps].tolist()
-
-    def step(self) -> None:
-        """Feed each row's token, sample the next one, note it, and find out who stopped.
-
-        A row that did stays at its length and goes on writing there; whoever continues it writes that
-        position anew. The state changes in place: a graph holds its addresses.
-        """
-        slot, token, length, left, stream, place = self.state
-        hidden = self.decoder.forward(token, length, slot)
-        ids, logprobs = self.decoder.choose(hidden, stream, place, self.temperature)
-        self.ids.index_copy_(0, self.at, ids[None])
-        self.logprobs.index_copy_(0, self.at, logprobs[None])
-        self.at += 1
-        going = left > 0
-        token.copy_(ids)
-        length += going
-        place += going
-        left -= going.long()
-        left *= (ids[:, None] != self.decoder.stop_ids).all(1)
-
-    def _capture(self) -> None:
-        """Record a step as a CUDA graph. While it is warmed up all rows idle in the scratch slot."""
-        stream = torch.cuda.Stream()
-        stream.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(stream):
-            for _ in range(2):
-                self.step()
-                self.at.zero_()
-        torch.cuda.current_stream().wait_stream(stream)
-        graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph, pool=self.decoder.pool):  # one runs at a time
-            self.step()
-        self.graph = graph
-
-
-# ------------------------------------------------------------------------------------------------------ noise
-def uniform(seed: int, streams: Tensor, places: Tensor) -> Tensor:
-    """Random numbers in [0, 1), fp64, one per (seed, stream, place): a counter-based generator (splitmix64),
-    so that a sequence's noise depends on nothing but its own key. int64 arithmetic wraps, as it should."""
-    step, first, second = (_signed(x) for x in (0x9E3779B97F4A7C15, 0xBF58476D1CE4E5B9, 0x94D049BB133111EB))
-
-    def shifted(x: Tensor, bits: int) -> Tensor:
-        return (x >> bits) & ((1 << (64 - bits)) - 1)  # zeros come in from the left
-
-    def mix(x: Tensor) -> Tensor:
-        x = (x ^ shifted(x, 30)) * first
-        x = (x ^ shifted(x, 27)) * second
-        return x ^ shifted(x, 31)
-
-    key = mix(torch.full_like(streams, _signed(seed)) * step + step)
-    key = mix((key ^ streams) * step + step)
-    key = mix((key ^ places) * step + step)
-    return shifted(key, 11).double() / 2.0**53
-
-
-def _signed(x: int) -> int:
-    """The int64 with the same bits as x modulo 2^64."""
-    return (x + 2**63) % 2**64 - 2**63
+    def step(self, state: Tensor, temperature: float) -> tuple[Tensor, Tensor]:
+        """(ids [B], log-probs [B]) that are sampled when rows are fed as their columns of `state` say."""
+        slot, token, length, _, stream, place, prompt, prompt_length = state
+        attend = self.cache.stepping(Rows(slot, length, prompt, prompt_length))
+        hidden = self.policy.model(token[:, None], (prompt_length + length)[:, None], attend)[:, 0]  # [B, D]
+        return self.choose(hidden, stream, place, temperature)

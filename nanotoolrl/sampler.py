@@ -2,28 +2,33 @@
 
 Each row of the batch is one episode. Rows are never left-padded (position = length) and do not wait for the
 end of each other's turns. Only tokens that are not in the cache yet pass through the model: one new token per
-row in a decode step, the ids of an observation after a tool call, the prompt once per group. What a row
-samples depends on its own noise stream and its own tokens alone.
+row in a decode step, the ids of an observation after a tool call, a prompt once for all rows that share it.
+What a row samples depends on its own noise stream and its own tokens alone.
 
 The forward passes and the choice of tokens are in decode.py. Here is the loop around them, in four stages:
-`_admit` gives free slots to waiting episodes, `_prefill` feeds rows with several ids pending and `_decode`
-those with one, `_answer` hands a finished message to its episode. An example of four episodes on three slots,
-two of them of one task (* is a stop token):
+`_admit` gives slots to waiting episodes, `_prefill` reads prompts and feeds rows with several ids pending,
+`_decode` feeds those with one, `_answer` hands a finished message to its episode. Live rows have the first
+slots: where one is over, the last takes its place. An example of four episodes on three slots, two of them of
+one task (* is a stop token):
 
-    stage      slot 0              slot 1              slot 2             waiting
-    admit      episode 0, task A   episode 1, task A   episode 2, task B  episode 3
-    prefill    prompt A -> token   copy of 0 -> token  prompt B -> token
-    decode     token               token               token
-    decode     token *             token               token *
-    answer     8 ids pending       -                   the episode is over
-    admit      8 ids pending       -                   episode 3, task C
-    prefill    8 ids -> token      -                   prompt C -> token
+    stage      slot 0              slot 1              slot 2                 waiting
+    admit      episode 0, task A   episode 1, task A   episode 2, task B      episode 3
+    prefill    prompt A -> token   prompt A -> token   prompt B -> token
     decode     token               token *             token
+    answer     -                   the episode is over -
+    leave      episode 0           episode 2           -
+    admit      episode 0           episode 2           episode 3, task C
+    prefill    -                   -                   prompt C -> token
+    decode     token *             token               token
+    answer     8 ids pending       -                   -
+    prefill    8 ids -> token      -                   -
 """
 
+import itertools
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
@@ -41,6 +46,18 @@ LEAST_TEMPERATURE = 0.01  # logits over less leave the range of fp32; 0 is greed
 SLOTS = 128  # episodes sampled at a time
 WAITING_SHARE = 0.2  # of live rows before a prefill is made, and of free slots before rows come in
 
+Item = TypeVar("Item")
+
+
+@dataclass
+class Prompt:
+    """A prompt that live rows share."""
+
+    ids: list[int]
+    place: int  # in the cache
+    end: Tensor | None = None  # the hidden state [D] after it, once it is read
+    rows: int = 0  # that share it
+
 
 @dataclass
 class Row:
@@ -48,11 +65,23 @@ class Row:
 
     episode: Episode
     trajectory: Trajectory
-    context: list[int]  # the ids the model sees: the trajectory under its sampled prompt
-    pending: list[int]  # the last of them, not yet in the cache
+    seen: list[int]  # the prompt that the model sees
     stream: int  # of its noise
-    cached: int = 0  # how many of them are in the cache
+    prompt: Prompt = field(init=False)  # from its admission on, as is its slot
+    slot: int = field(init=False)
+    pending: list[int] = field(default_factory=list)  # ids not yet in the cache
+    cached: int = 0  # how many ids after the prompt are in its slot
     message: list[int] = field(default_factory=list)  # being written
+
+    @property
+    def waits(self) -> bool:
+        """Whether it is not for the next decode step."""
+        return self.prompt.end is None or len(self.pending) != 1
+
+    @property
+    def length(self) -> int:
+        """Tokens that the model sees of it."""
+        return len(self.seen) + self.cached + len(self.pending)
 
     @property
     def key(self) -> tuple[int, int]:
@@ -110,32 +139,56 @@ class Sampler:
         queue = [
             self._new_row(episodes[i], hints[i], (stream << 32) + i, force_prefix) for i in reversed(mine)
         ]
-        live: dict[int, Row] = {}  # by slot
+        live: list[Row] = []  # by slot
+        prompts: dict[tuple, Prompt] = {}  # of live rows, by their ids
         done: dict[int, Trajectory] = {}  # by noise stream
         self.decoder.open(min(self.slots, max(1, len(queue))), self.context)
         while queue or live:
-            self._admit(live, queue)
-            waiting = [slot for slot, row in sorted(live.items()) if len(row.pending) > 1]
+            self._admit(live, prompts, queue)
+            waiting = [row for row in live if row.waits]
             if len(waiting) == len(live) or len(waiting) >= WAITING_SHARE * len(live):
-                ended = self._prefill(live, waiting, temperature)
+                ended = self._prefill(waiting, temperature)
             else:
-                ended = self._decode(live, temperature)
-            for slot in ended:
-                row = live[slot]
+                ended = self._decode([row for row in live if not row.waits], temperature)
+            for row in ended:
                 self._answer(row, force_prefix)
                 if row.episode.done:
                     row.trajectory.end(row.episode)
                     done[row.stream] = row.trajectory
-                    del live[slot]
+            if over := [row for row in ended if row.episode.done]:
+                self._leave(live, prompts, over)
         return distributed.gathered([done[(stream << 32) + i] for i in mine])
 
-    # ---- admit
-    def _admit(self, live: dict[int, Row], queue: list[Row]) -> None:
+    # ---- admit and leave
+    def _admit(self, live: list[Row], prompts: dict[tuple, Prompt], queue: list[Row]) -> None:
         """Give free slots to waiting rows: all at the end, else some at a time, which share a prefill."""
         room = min(self.slots - len(live), len(queue))
-        if room and (not live or room >= WAITING_SHARE * self.slots or room == len(queue)):
-            free = (slot for slot in range(self.slots) if slot not in live)
-            live |= {next(free): queue.pop() for _ in range(room)}
+        if not room or (live and room < WAITING_SHARE * self.slots and room < len(queue)):
+            return
+        for _ in range(room):
+            row = queue.pop()
+            key = tuple(row.seen)
+            if key not in prompts:
+                taken = {prompt.place for prompt in prompts.values()}
+                free = next(place for place in itertools.count() if place not in taken)
+                prompts[key] = Prompt(row.seen, free)
+            row.prompt, row.slot = prompts[key], len(live)
+            row.prompt.rows += 1
+            live.append(row)
+
+    def _leave(self, live: list[Row], prompts: dict[tuple, Prompt], over: list[Row]) -> None:
+        """Free the slots of rows that are over, and the places of prompts that nobody shares any more."""
+        for row in sorted(over, key=lambda row: row.slot, reverse=True):
+            last = live.pop()
+            if last is not row:
+                live[row.slot] = last
+            row.prompt.rows -= 1
+            if not row.prompt.rows:
+                del prompts[tuple(row.seen)]
+        self.decoder.cache.own.move({row.slot: slot for slot, row in enumerate(live) if row.slot != slot})
+        self.decoder.cache.own.clear(len(live), len(live) + len(over))
+        for slot, row in enumerate(live):
+            row.slot = slot
 
     def _new_row(self, episode: Episode, hint: str, stream: int, force_prefix: bool) -> Row:
         messages, tools = episode.prompt()
@@ -148,7 +201,7 @@ class Sampler:
         trajectory = Trajectory.begin(episode, prompt)
         if hint:
             trajectory.source, trajectory.sampled_prompt = "hint", list(seen)
-        row = Row(episode, trajectory, list(seen), list(seen), stream)
+        row = Row(episode, trajectory, list(seen), stream)
         self._open_message(row, force_prefix)
         return row
 
@@ -158,84 +211,72 @@ class Sampler:
             return
         prefix = FORMATS[row.episode.format].prefix
         ids = self.chat.assistant_ids(prefix, row.episode.format)[:-1]
-        if len(row.context) + len(ids) < self.context:
+        if row.length + len(ids) < self.context:
             row.message = list(ids)
             self._give(row, ids)
 
     def _give(self, row: Row, ids: list[int]) -> None:
         row.trajectory.append(ids, sampled=False)
-        row.context = row.context + ids
         row.pending = row.pending + ids
 
     # ---- feed
-    def _prefill(self, live: dict[int, Row], waiting: list[int], temperature: float) -> list[int]:
-        """Feed the pending ids of the waiting rows and sample a token for each.
+    def _prefill(self, waiting: list[Row], temperature: float) -> list[Row]:
+        """Read the prompts of waiting rows, feed what they have pending, and sample a token for each.
 
-        Rows that start with the same ids are fed once, and the cache is copied. Returns the slots whose
-        message ended.
+        Returns the rows whose message ended.
         """
-        groups: dict[tuple, list[int]] = {}
-        for slot in waiting:
-            same = tuple(live[slot].pending) if live[slot].cached == 0 else (-1, slot)
-            groups.setdefault(same, []).append(slot)
-        leaders = {members[0]: members[1:] for members in groups.values()}
-        fed: list[int] = []
-        hidden: list[Tensor] = []  # [D] of each
-        for batch in self._prefill_batches(live, list(leaders)):
-            rows = [live[slot] for slot in batch]
-            states = self.decoder.feed(batch, [row.cached for row in rows], [row.pending for row in rows])
-            for leader, state in zip(batch, states, strict=True):
-                width, followers = live[leader].cached + len(live[leader].pending), leaders[leader]
-                if followers:
-                    self.decoder.reserve(max(live) + 1, width)
-                    self.decoder.cache.copy_row(leader, followers, width)
-                for slot in (leader, *followers):
-                    live[slot].cached, live[slot].pending = width, []
-                    fed.append(slot)
-                    hidden.append(state)
-        streams, places = torch.tensor([live[slot].key for slot in fed]).T.to(self.policy.device)  # [B]
-        ids, logprobs = self.decoder.choose(torch.stack(hidden), streams, places, temperature)  # [B]
-        sampled = zip(fed, ids.tolist(), logprobs.tolist(), strict=True)
-        return [slot for slot, token, logprob in sampled if self._take(live[slot], token, logprob)]
+        unread = {row.prompt.place: row.prompt for row in waiting if row.prompt.end is None}
+        for part in self._batches(list(unread.values()), lambda prompt: len(prompt.ids)):
+            found = self.decoder.read([prompt.place for prompt in part], [prompt.ids for prompt in part])
+            for prompt, end in zip(part, found, strict=True):
+                prompt.end = end
+        ends: dict[int, Any] = {row.slot: row.prompt.end for row in waiting}
+        for rows in self._batches([row for row in waiting if row.pending], lambda row: len(row.pending)):
+            found = self.decoder.extend([self._feed(row) for row in rows], [row.pending for row in rows])
+            for row, end in zip(rows, found, strict=True):
+                row.cached, row.pending = row.cached + len(row.pending), []
+                ends[row.slot] = end
+        hidden = torch.stack([ends[row.slot] for row in waiting])  # [B, D]
+        streams, places = torch.tensor([row.key for row in waiting]).T.to(self.policy.device)  # [B]
+        ids, logprobs = self.decoder.choose(hidden, streams, places, temperature)  # [B]
+        sampled = zip(waiting, ids.tolist(), logprobs.tolist(), strict=True)
+        return [row for row, token, logprob in sampled if self._take(row, token, logprob)]
 
-    def _prefill_batches(self, live: dict[int, Row], slots: list[int]) -> list[list[int]]:
-        """Slots in batches of similar length: at most PREFILL_TOKENS padded ids each, at least one row."""
-        batches: list[list[int]] = []
-        for slot in sorted(slots, key=lambda slot: len(live[slot].pending)):
-            width = len(live[slot].pending)
-            if batches and (len(batches[-1]) + 1) * width <= PREFILL_TOKENS:
-                batches[-1].append(slot)
+    @staticmethod
+    def _batches(items: list[Item], length: Callable[[Item], int]) -> list[list[Item]]:
+        """Items in batches of similar length: at most PREFILL_TOKENS padded ids each, at least one item."""
+        batches: list[list[Item]] = []
+        for item in sorted(items, key=length):
+            if batches and (len(batches[-1]) + 1) * length(item) <= PREFILL_TOKENS:
+                batches[-1].append(item)
             else:
-                batches.append([slot])
+                batches.append([item])
         return batches
 
-    def _decode(self, live: dict[int, Row], temperature: float) -> list[int]:
-        """Feed one token to every row that has exactly one pending, for as many steps as the decoder makes at
-        a time. Returns the slots whose message ended."""
-        ready = [slot for slot, row in sorted(live.items()) if len(row.pending) == 1]
-        feeds = []
-        for slot in ready:
-            row = live[slot]
-            feeds.append(Feed(slot, row.pending[0], row.cached, self._left(row), *row.key))
-        found = self.decoder.decode(feeds, temperature)  # ids and log-probs, each [steps][B]
+    def _decode(self, ready: list[Row], temperature: float) -> list[Row]:
+        """Feed the one pending token of each of these rows, for as many steps as the decoder makes at a time.
+        Returns the rows whose message ended."""
+        found = self.decoder.decode([self._feed(row) for row in ready], temperature)  # each [steps][B]
         ended = []
-        for column, slot in enumerate(ready):
-            row = live[slot]
+        for column, row in enumerate(ready):
             for ids, logprobs in zip(*found, strict=True):
                 row.cached, row.pending = row.cached + 1, []
                 if self._take(row, ids[column], logprobs[column]):
-                    ended.append(slot)
+                    ended.append(row)
                     break
         return ended
 
+    def _feed(self, row: Row) -> Feed:
+        at = row.slot, row.pending[0], row.cached, self._left(row)
+        return Feed(*at, *row.key, row.prompt.place, len(row.seen))
+
     def _left(self, row: Row) -> int:
         """How many more tokens the row may sample in its message."""
-        return min(self.max_new_tokens - len(row.message), self.context - len(row.context))
+        return min(self.max_new_tokens - len(row.message), self.context - row.length)
 
     def _take(self, row: Row, token: int, logprob: float) -> bool:
         """Append a sampled token; returns whether the message ended."""
         row.trajectory.append([token], sampled=True, logprobs=[logprob])
-        row.context.append(token)
         row.pending.append(token)
         row.message.append(token)
         return token in self.chat.stop_ids or self._left(row) <= 0
@@ -251,7 +292,7 @@ class Sampler:
         if answer is None:
             return
         ids = self.chat.extend_ids(answer, stop_id)
-        if len(row.context) + len(ids) + 1 >= self.context:
+        if row.length + len(ids) + 1 >= self.context:
             row.episode.abort("the context is full")
             return
         self._give(row, ids)

@@ -7,6 +7,7 @@ from helpers.rollouts import ragged_episodes, same_rows, small_task
 from nanotoolrl import cache, decode
 from nanotoolrl import sampler as sampler_module
 from nanotoolrl.env import Episode
+from nanotoolrl.gpu import graphs
 from nanotoolrl.sampler import Sampler
 
 
@@ -32,14 +33,15 @@ def test_memory_settings_change_nothing(tiny, usual, monkeypatch, limit, step):
 def test_a_graph_never_outlives_the_cache_it_was_recorded_on(tiny, monkeypatch):
     pytest.importorskip("triton", reason="Triton is for Linux only")
     recorded, runs = {}, []
-    run = decode._Loop.run
+    run = graphs.Loop.run
 
     def watched(loop, *arguments):
-        addresses = [store.data_ptr() for layer in loop.decoder.cache.layers for store in layer]
+        held = sampler.decoder.cache
+        addresses = [layer.data_ptr() for store in (held.prompts, held.own) for layer in store.layers]
         runs.append(recorded.setdefault(loop, addresses) == addresses)
         return run(loop, *arguments)
 
-    monkeypatch.setattr(decode._Loop, "run", watched)
+    monkeypatch.setattr(graphs.Loop, "run", watched)
     monkeypatch.setattr(sampler_module, "WAITING_SHARE", 0.01)
     monkeypatch.setattr(cache, "CAPACITY_STEP", 16)
     tasks = [small_task("a " * (40 * n) + str(n)) for n in range(6)]  # longer prompts beside longer rows
@@ -47,8 +49,8 @@ def test_a_graph_never_outlives_the_cache_it_was_recorded_on(tiny, monkeypatch):
     sampler.decoder = decode.Decoder(tiny, 0, fast=True)
     rows = sampler.rollout([Episode(task, max_messages=3) for task in tasks])
     assert len(recorded) > 2 and all(runs)
-    longest = max(len(row.tokens) for row in rows)
-    assert longest <= sampler.decoder.cache.capacity <= 2 * longest + cache.CAPACITY_STEP
+    longest = max(len(row.tokens) - row.prompt_length for row in rows)
+    assert longest <= sampler.decoder.cache.own.capacity <= 2 * longest + cache.CAPACITY_STEP
 
 
 def test_a_spoiled_rollout_leaves_nothing_behind(tiny):

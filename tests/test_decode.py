@@ -9,6 +9,7 @@ from helpers.rollouts import same_rows, sampled, small_task, uniform
 from nanotoolrl import decode
 from nanotoolrl import sampler as sampler_module
 from nanotoolrl.env import Episode
+from nanotoolrl.gpu import graphs
 from nanotoolrl.sampler import Sampler
 
 
@@ -24,7 +25,7 @@ def test_the_fast_way_changes_nothing(tiny, monkeypatch, slots, prefill, window)
     kernel, tokens read back every few steps; here in Triton's interpreter."""
     pytest.importorskip("triton", reason="Triton is for Linux only")
     monkeypatch.setattr(sampler_module, "WAITING_SHARE", prefill)
-    monkeypatch.setattr(decode, "WINDOW", window)
+    monkeypatch.setattr(graphs, "WINDOW", window)
 
     def episodes():
         return [Episode(small_task("a " * (5 * n) + str(n)), max_messages=3) for n in range(6)]
@@ -35,9 +36,9 @@ def test_the_fast_way_changes_nothing(tiny, monkeypatch, slots, prefill, window)
     rows = sampler.rollout(episodes())
     same_rows(rows, plain)
     assert len({len(row.tokens) for row in rows}) > 3, "the batch is not ragged"
-    loops = dict(sampler.decoder.loops)
+    loops = dict(sampler.decoder.graphs.loops)
     same_rows(sampler.rollout(episodes()[:2]), plain[:2])  # nothing is left of the rollout before
-    assert loops.items() <= sampler.decoder.loops.items()  # graphs are kept
+    assert loops.items() <= sampler.decoder.graphs.loops.items()  # graphs are kept
 
 
 # --------------------------------------------------------------------------------------------------- noise

@@ -8,9 +8,10 @@ from functools import partial
 import pytest
 import torch
 from helpers import logprobs
+from helpers.attentions import attention_case, attention_row_by_row
 from helpers.logprobs import case, gradients
 
-from nanotoolrl import logprob
+from nanotoolrl import attention, logprob
 from nanotoolrl.logprob import reference_logprob
 
 triton = pytest.importorskip("triton", reason="Triton is for Linux only")
@@ -175,20 +176,13 @@ def test_decode_attention(monkeypatch, dtype, atol, heads, kv_heads, dim, proces
     from nanotoolrl.gpu import kernels
 
     monkeypatch.setattr(kernels, "_processors", lambda device: processors)  # 1: one split, 64: several
-    generator = torch.Generator().manual_seed(0)
-    slots, lengths = torch.tensor([3, 0, 2]), torch.tensor([1, 300, 511])
-    query = torch.randn(3, heads, dim, generator=generator).to(dtype)
-    keys, values = torch.randn(2, 4, kv_heads, 512, dim, generator=generator).to(dtype)
-    keys[1] = values[1] = float("nan")
-    for slot, length in zip(slots, lengths):
-        keys[slot, :, length:] = values[slot, :, length:] = float("nan")
-    arguments = [x.to(DEVICE) for x in (query, keys, values, slots, lengths)]
-    out = kernels.decode_attention(*arguments)
+    rows = attention.Rows(*torch.tensor([[3, 0, 2], [1, 300, 511], [1, 1, 0], [260, 260, 0]]))
+    query, prompts, own = attention_case(rows, heads, kv_heads, dim, behind=float("nan"))
+    given = [x.to(DEVICE, dtype) for x in (query, prompts, own)]
+    out = kernels.decode_attention(attention.Rows(*(x.to(DEVICE) for x in rows)), *given)
     assert out.dtype == dtype
-    for row, (slot, length) in enumerate(zip(slots, lengths)):
-        k, v = (x[slot, :, :length].double().repeat_interleave(heads // kv_heads, 0) for x in (keys, values))
-        p = (k @ query[row].double()[:, :, None] * dim**-0.5).softmax(1)  # [heads, length, 1]
-        torch.testing.assert_close(out[row].double().cpu(), (p * v).sum(1), atol=atol, rtol=atol)
+    expected = attention_row_by_row(rows, *(x.to(dtype).double() for x in (query, prompts, own)))
+    torch.testing.assert_close(out.double().cpu(), expected, atol=atol, rtol=atol)
 
 
 @pytest.mark.gpu

@@ -12,6 +12,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from nanotoolrl.attention import Rows
+
 BITS = 1 / math.log(2)  # per nat
 WAVES = 4  # programs per processor that the forward pass asks for
 # Tiles of logits by element size: the fp32 accumulator and its exponentials must fit the registers.
@@ -254,21 +256,23 @@ def pick(
 @triton.jit
 def _attention_kernel(
     query,  # [B, kv_heads * GROUP, DIM]
-    keys,  # [slots, kv_heads, capacity, DIM]
+    keys,  # [places, kv_heads, capacity, DIM]
     values,
-    slots,  # [B]
+    places,  # [B]
     lengths,  # [B]
-    out,  # [B, heads, splits, DIM], fp32
-    statistics,  # [2, B, heads, splits]: maximum in bits, sum
+    out,  # [B, heads, parts, DIM], fp32
+    statistics,  # [2, B, heads, parts]: maximum in bits, sum
     scale,
     capacity,
+    first,  # of the parts that are made here
+    parts,
     GROUP: tl.constexpr,
     HEADS: tl.constexpr,
     DIM: tl.constexpr,
     PADDED: tl.constexpr,
     BLOCK_T: tl.constexpr,
 ):
-    """One row, one key-value head and the query heads that share it, one split of the row's own length."""
+    """One row, one key-value head and the query heads that share it, one split of the row's length there."""
     row, kv_head, split = tl.program_id(0), tl.program_id(1), tl.program_id(2)
     kv_heads, splits = tl.num_programs(1), tl.num_programs(2)
     length = tl.load(lengths + row).to(tl.int32)
@@ -278,17 +282,17 @@ def _attention_kernel(
     mine = (heads < GROUP)[:, None] & (dims < DIM)[None, :]
     head = (row * kv_heads + kv_head) * GROUP + heads
     q = tl.load(query + head[:, None] * DIM + dims[None, :], mine, 0.0)
-    store = (tl.load(slots + row) * kv_heads + kv_head) * capacity * DIM  # 64-bit, as slots are
+    store = (tl.load(places + row) * kv_heads + kv_head) * capacity * DIM  # 64-bit, as places are
     top = tl.full((HEADS,), float("-inf"), tl.float32)
     total = tl.zeros((HEADS,), tl.float32)
     acc = tl.zeros((HEADS, PADDED), tl.float32)
     for start in range(split * share, end, BLOCK_T):
-        places = start + tl.arange(0, BLOCK_T)
-        spot = store + places[:, None] * DIM + dims[None, :]
-        inside = (places < end)[:, None] & (dims < DIM)[None, :]
+        positions = start + tl.arange(0, BLOCK_T)
+        spot = store + positions[:, None] * DIM + dims[None, :]
+        inside = (positions < end)[:, None] & (dims < DIM)[None, :]
         k = tl.load(keys + spot, inside, 0.0)
         z = tl.dot(q, tl.trans(k), input_precision="ieee") * scale  # [HEADS, BLOCK_T]
-        z = tl.where((places < end)[None, :], z, float("-inf"))
+        z = tl.where((positions < end)[None, :], z, float("-inf"))
         new_top = tl.maximum(top, tl.max(z, 1))
         p = tl.exp2(z - new_top[:, None])
         shrink = tl.exp2(top - new_top)
@@ -296,10 +300,10 @@ def _attention_kernel(
         acc = acc * shrink[:, None] + tl.dot(p.to(v.dtype), v, input_precision="ieee")
         total = total * shrink + tl.sum(p, 1)
         top = new_top
-    place = head * splits + split
+    place = head * parts + first + split
     tl.store(out + place[:, None] * DIM + dims[None, :], acc, mine)
     tl.store(statistics + place, top, heads < GROUP)
-    plane = tl.num_programs(0) * kv_heads * GROUP * splits
+    plane = tl.num_programs(0) * kv_heads * GROUP * parts
     tl.store(statistics + plane + place, total, heads < GROUP)
 
 
@@ -325,33 +329,28 @@ def _merge_kernel(
     tl.store(out + head * DIM + dims, merged.to(out.dtype.element_ty), dims < DIM)
 
 
-def decode_attention(query: Tensor, keys: Tensor, values: Tensor, slots: Tensor, lengths: Tensor) -> Tensor:
-    """Attention [B, heads, head_dim] of one query [B, heads, head_dim] per row over the first `lengths` [B]
-    positions of its slot in keys and values [slots, kv_heads, capacity, head_dim].
+def decode_attention(rows: Rows, query: Tensor, prompts: Tensor, own: Tensor) -> Tensor:
+    """Attention [B, heads, head_dim] of one query [B, heads, head_dim] per row over its prompt and its own
+    tokens, whose keys and values are in prompts and own [2, places, kv_heads, capacity, head_dim].
 
-    Nothing behind a row's length is read. `slots` [B] int64; lengths are at least 1.
+    Nothing behind a length is read. A row has at least one token of its own.
     """
-    (B, heads, DIM), (kv_heads, capacity) = query.shape, keys.shape[1:3]
-    assert keys.is_contiguous() and values.is_contiguous() and slots.is_contiguous()
+    (B, heads, DIM), kv_heads = query.shape, own.shape[2]
+    assert prompts.is_contiguous() and own.is_contiguous()
     group, padded = heads // kv_heads, max(16, triton.next_power_of_2(DIM))
+    stores = ((prompts, rows.prompts, rows.prompt_lengths), (own, rows.slots, rows.lengths))
     # Enough programs for the GPU, each with at least a few blocks of a full row.
-    splits = max(1, min(capacity // 256, 2 * _processors(query.device) // (B * kv_heads)))
-    parts = torch.empty(B, heads, splits, DIM, dtype=torch.float32, device=query.device)
-    statistics = torch.empty(2, B, heads, splits, dtype=torch.float32, device=query.device)
+    most = 2 * _processors(query.device) // (B * kv_heads)
+    splits = [max(1, min(store.shape[3] // 256, most)) for store, *_ in stores]
+    found = torch.empty(B, heads, sum(splits), DIM, dtype=torch.float32, device=query.device)
+    statistics = torch.empty(2, B, heads, sum(splits), dtype=torch.float32, device=query.device)
     sizes = {"GROUP": group, "HEADS": max(16, triton.next_power_of_2(group)), "DIM": DIM, "PADDED": padded}
-    arguments = (
-        query.contiguous(),
-        keys,
-        values,
-        slots,
-        lengths,
-        parts,
-        statistics,
-        DIM**-0.5 * BITS,
-        capacity,
-    )
-    _attention_kernel[B, kv_heads, splits](*arguments, **sizes, BLOCK_T=64, num_warps=4)
-    out = torch.empty_like(query, memory_format=torch.contiguous_format)
-    sizes = {"DIM": DIM, "PADDED": padded, "SPLITS": triton.next_power_of_2(splits)}
-    _merge_kernel[(B * heads,)](parts, statistics, out, splits, **sizes, num_warps=1)
+    query = query.contiguous()
+    for (store, places, lengths), first, count in zip(stores, (0, splits[0]), splits):
+        where = (*store, places.contiguous(), lengths.contiguous(), found, statistics)
+        numbers = (DIM**-0.5 * BITS, store.shape[3], first, sum(splits))
+        _attention_kernel[B, kv_heads, count](query, *where, *numbers, **sizes, BLOCK_T=64, num_warps=4)
+    out = torch.empty_like(query)
+    sizes = {"DIM": DIM, "PADDED": padded, "SPLITS": triton.next_power_of_2(sum(splits))}
+    _merge_kernel[(B * heads,)](found, statistics, out, sum(splits), **sizes, num_warps=1)
     return out

@@ -5,7 +5,7 @@ import pytest
 import torch
 
 from helpers.models import whole_logits
-from nanotoolrl import decode
+from nanotoolrl import noise
 from nanotoolrl.env import Call, Episode, Task, Turn
 
 HINT = "Hint: move b from docs to work."
@@ -25,7 +25,7 @@ def small_task(name="small", turns=3):
 def uniform(seed, streams, places):
     """Numpy in, numpy out."""
     keys = (torch.from_numpy(np.asarray(x, np.uint64).view(np.int64)) for x in (streams, places))
-    return decode.uniform(seed, *keys).numpy()
+    return noise.uniform(seed, *keys).numpy()
 
 
 def ragged_episodes():

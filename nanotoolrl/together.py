@@ -1,0 +1,84 @@
+"""The decode step's attention on a CPU. gpu/kernels.py has that of a GPU, cache.py asks for one of them.
+
+Shapes: B rows, H query heads, K key-value heads, R = H / K, W width of a head, P and S tokens of the longest
+prompt and of the longest row after it.
+"""
+
+import math
+
+import torch
+from torch import Tensor
+
+from nanotoolrl.attention import Rows
+
+
+class Together:
+    """Attention of a decode step on a CPU, for all rows at once: a few large products in place of many small.
+
+    The queries of rows that share a prompt are put side by side, so that its keys and values are read once.
+    Rows' own tokens are read where they are, up to the longest; what lies behind a row's end is masked. An
+    example of three rows in slots 0 to 2, the first two of one prompt of P tokens, each with at most S more:
+
+        prompt   seats               scores of prompts   own scores     softmax over both
+        0        query 0, query 1    [2, K, 2, P]        [3, K, 1, S]   [3, K, 1, P + S]
+        1        query 2, empty
+
+    rows: where they stand, with the new token (`Rows`).
+    """
+
+    def __init__(self, kv_heads: int, dtype: torch.dtype, rows: Rows) -> None:
+        slots, lengths, prompts, prompt_lengths = rows
+        self.live, self.S, self.P = (int(x.max()) for x in (slots + 1, lengths, prompt_lengths))
+        self.slots = slots if self.live > len(slots) else None  # rows that wait have slots between these
+
+        def mask(lengths: Tensor, width: int) -> Tensor:  # [len(lengths) * K, 1, width]: 0, or -inf behind
+            behind = torch.arange(width) >= lengths.repeat_interleave(kv_heads)[:, None, None]
+            return torch.zeros(behind.shape, dtype=dtype).masked_fill_(behind, -math.inf)
+
+        self.own_mask = mask(lengths.new_ones(self.live).index_copy_(0, slots, lengths), self.S)
+        if self.P:
+            count = torch.bincount(prompts)  # rows of each prompt
+            order = prompts.argsort(stable=True)
+            place = torch.arange(len(prompts)) - (count.cumsum(0) - count)[prompts[order]]
+            self.prompts, self.seats = len(count), int(count.max())
+            self.seat = torch.empty_like(prompts).index_copy_(0, order, place) + prompts * self.seats
+            lengths = torch.ones_like(count).index_copy_(0, prompts, prompt_lengths)
+            self.prompt_mask = mask(lengths, self.P)
+
+    def __call__(self, query: Tensor, prompts: Tensor, own: Tensor) -> Tensor:
+        """What queries [B, H, W] gather from keys and values, both [2, places, K, capacity, W]."""
+        (B, H, W), K = query.shape, own.shape[2]
+        query = query.reshape(B, K, -1, W)  # query heads that share keys are queries of one head
+        keys, values = own[:, : self.live, :, : self.S].flatten(1, 2)  # [live K, S, W], views
+        mine = self._by_slot(query).flatten(0, 1)  # [live K, R, W]
+        z = torch.baddbmm(self.own_mask, mine, keys.mT, alpha=W**-0.5)
+        z = self._of_rows(z.view(self.live, K, -1, self.S))  # [B, K, R, S]
+        if self.P:
+            of_prompt = prompts[:, : self.prompts, :, : self.P].flatten(1, 2)  # [2, prompts K, P, W]
+            first = torch.baddbmm(self.prompt_mask, self._seated(query), of_prompt[0].mT, alpha=W**-0.5)
+            z = torch.cat([self._stood_up(first, K), z], -1)  # [B, K, R, P + S]
+        p = z.softmax(-1)
+        found = torch.bmm(self._by_slot(p[..., self.P :]).flatten(0, 1), values).view(self.live, K, -1, W)
+        found = self._of_rows(found)  # [B, K, R, W]
+        if self.P:
+            found = found + self._stood_up(torch.bmm(self._seated(p[..., : self.P]), of_prompt[1]), K)
+        return found.view(B, H, W)
+
+    def _by_slot(self, x: Tensor) -> Tensor:
+        """x [B, ...] with every row at its slot: [live, ...]."""
+        return x if self.slots is None else x.new_zeros(self.live, *x.shape[1:]).index_copy_(0, self.slots, x)
+
+    def _of_rows(self, x: Tensor) -> Tensor:
+        """x [live, ...], a row at each slot: [B, ...]."""
+        return x if self.slots is None else x[self.slots]
+
+    def _seated(self, x: Tensor) -> Tensor:
+        """x [B, K, R, n] with the rows of a prompt side by side: [prompts K, seats R, n]."""
+        K, R, n = x.shape[1:]
+        seats = x.new_zeros(self.prompts * self.seats, K, R, n).index_copy_(0, self.seat, x)
+        return seats.view(self.prompts, self.seats, K, R, n).transpose(1, 2).reshape(self.prompts * K, -1, n)
+
+    def _stood_up(self, x: Tensor, K: int) -> Tensor:
+        """x [prompts K, seats R, n], row by row again: [B, K, R, n]."""
+        x = x.view(self.prompts, K, self.seats, -1, x.shape[-1]).transpose(1, 2)
+        return x.flatten(0, 1)[self.seat]
