@@ -29,35 +29,36 @@ class Together:
     def __init__(self, kv_heads: int, dtype: torch.dtype, rows: Rows) -> None:
         slots, lengths, prompts, prompt_lengths = rows
         self.live, self.S, self.P = (int(x.max()) for x in (slots + 1, lengths, prompt_lengths))
-        self.slots = slots if self.live > len(slots) else None  # rows that wait have slots between these
-
-        def mask(lengths: Tensor, width: int) -> Tensor:  # [len(lengths) * K, 1, width]: 0, or -inf behind
-            behind = torch.arange(width) >= lengths.repeat_interleave(kv_heads)[:, None, None]
-            return torch.zeros(behind.shape, dtype=dtype).masked_fill_(behind, -math.inf)
-
-        self.own_mask = mask(lengths.new_ones(self.live).index_copy_(0, slots, lengths), self.S)
+        B = len(slots)
+        self.slots = self.by_slot = None
+        if self.live > B:  # rows that wait have slots between these
+            self.slots, self.by_slot = slots, torch.zeros(self.live, dtype=torch.long)
+            self.by_slot[slots] = torch.arange(B)
+        behind = [torch.arange(self.S) >= lengths[:, None]]
         if self.P:
             count = torch.bincount(prompts)  # rows of each prompt
             order = prompts.argsort(stable=True)
-            place = torch.arange(len(prompts)) - (count.cumsum(0) - count)[prompts[order]]
+            place = torch.arange(B) - (count.cumsum(0) - count)[prompts[order]]
             self.prompts, self.seats = len(count), int(count.max())
             self.seat = torch.empty_like(prompts).index_copy_(0, order, place) + prompts * self.seats
-            lengths = torch.ones_like(count).index_copy_(0, prompts, prompt_lengths)
-            self.prompt_mask = mask(lengths, self.P)
+            self.seated = torch.zeros(self.prompts * self.seats, dtype=torch.long)
+            self.seated[self.seat] = torch.arange(B)
+            behind.insert(0, torch.arange(self.P) >= prompt_lengths[:, None])
+        behind = torch.cat(behind, 1)[:, None, None]
+        self.mask = torch.zeros(behind.shape, dtype=dtype).masked_fill_(behind, -math.inf)  # [B, 1, 1, P + S]
 
     def __call__(self, query: Tensor, prompts: Tensor, own: Tensor) -> Tensor:
         """What queries [B, H, W] gather from keys and values, both [2, places, K, capacity, W]."""
         (B, H, W), K = query.shape, own.shape[2]
-        query = query.reshape(B, K, -1, W)  # query heads that share keys are queries of one head
+        query = (query * W**-0.5).view(B, K, -1, W)  # query heads that share keys are queries of one head
         keys, values = own[:, : self.live, :, : self.S].flatten(1, 2)  # [live K, S, W], views
-        mine = self._by_slot(query).flatten(0, 1)  # [live K, R, W]
-        z = torch.baddbmm(self.own_mask, mine, keys.mT, alpha=W**-0.5)
-        z = self._of_rows(z.view(self.live, K, -1, self.S))  # [B, K, R, S]
+        z = torch.bmm(self._by_slot(query).flatten(0, 1), keys.mT).view(self.live, K, -1, self.S)
+        z = self._of_rows(z)  # [B, K, R, S]
         if self.P:
             of_prompt = prompts[:, : self.prompts, :, : self.P].flatten(1, 2)  # [2, prompts K, P, W]
-            first = torch.baddbmm(self.prompt_mask, self._seated(query), of_prompt[0].mT, alpha=W**-0.5)
+            first = torch.bmm(self._seated(query), of_prompt[0].mT)
             z = torch.cat([self._stood_up(first, K), z], -1)  # [B, K, R, P + S]
-        p = z.softmax(-1)
+        p = z.add_(self.mask).softmax(-1)
         found = torch.bmm(self._by_slot(p[..., self.P :]).flatten(0, 1), values).view(self.live, K, -1, W)
         found = self._of_rows(found)  # [B, K, R, W]
         if self.P:
@@ -66,19 +67,19 @@ class Together:
 
     def _by_slot(self, x: Tensor) -> Tensor:
         """x [B, ...] with every row at its slot: [live, ...]."""
-        return x if self.slots is None else x.new_zeros(self.live, *x.shape[1:]).index_copy_(0, self.slots, x)
+        return x if self.by_slot is None else x.index_select(0, self.by_slot)
 
     def _of_rows(self, x: Tensor) -> Tensor:
         """x [live, ...], a row at each slot: [B, ...]."""
-        return x if self.slots is None else x[self.slots]
+        return x if self.slots is None else x.index_select(0, self.slots)
 
     def _seated(self, x: Tensor) -> Tensor:
         """x [B, K, R, n] with the rows of a prompt side by side: [prompts K, seats R, n]."""
         K, R, n = x.shape[1:]
-        seats = x.new_zeros(self.prompts * self.seats, K, R, n).index_copy_(0, self.seat, x)
-        return seats.view(self.prompts, self.seats, K, R, n).transpose(1, 2).reshape(self.prompts * K, -1, n)
+        seats = x.index_select(0, self.seated).view(self.prompts, self.seats, K, R, n)
+        return seats.transpose(1, 2).reshape(self.prompts * K, -1, n)
 
     def _stood_up(self, x: Tensor, K: int) -> Tensor:
         """x [prompts K, seats R, n], row by row again: [B, K, R, n]."""
         x = x.view(self.prompts, K, self.seats, -1, x.shape[-1]).transpose(1, 2)
-        return x.flatten(0, 1)[self.seat]
+        return x.flatten(0, 1).index_select(0, self.seat)
