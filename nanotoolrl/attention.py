@@ -1,6 +1,6 @@
 """Who looks at what: how queries gather from keys and values, in whole sequences and in those that grow.
 
-Shapes: B rows, T tokens, H query heads, K key-value heads, W width of a head. Each of those serves H / K.
+Shapes: B rows, T tokens, H query heads, K key-value heads (each serves H / K of them), W width of a head.
 """
 
 from collections.abc import Callable, Sequence
@@ -21,7 +21,6 @@ def causal(layer: int, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
 
 def masked(visible: Tensor) -> Attend:
     """Tokens look where `visible` [T, T] is True: row t holds what token t sees."""
-
     return lambda layer, query, key, value: under_mask(query, key, value, visible)
 
 

@@ -3,7 +3,6 @@
 transformers reads the files. The built-in model and a hub model take the same path.
 """
 
-import logging
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -15,7 +14,7 @@ import transformers
 
 from nanotoolrl.chat import Chat
 from nanotoolrl.logprob import check_backend
-from nanotoolrl.model import Policy
+from nanotoolrl.model import Policy, quiet
 
 BUILT_IN = "nano"  # the name `load` knows it by
 DTYPES = {"auto": None, "fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}  # by name
@@ -125,19 +124,15 @@ def _checkpoint(name_or_dir: str | os.PathLike) -> Iterator[str]:
         raise ModelError(
             f"no model in {name}: expected a directory with config.json, weights and tokenizer files"
         )
-    level = transformers.utils.logging.get_verbosity()
-    transformers.utils.logging.set_verbosity(logging.ERROR)
-    transformers.utils.logging.disable_progress_bar()
     try:
-        yield name
+        with quiet():
+            yield name
     except Exception as error:  # files that others wrote: transformers may raise anything
         where = (
             "a readable checkpoint" if local else "a checkpoint directory here, or a model the hub gives you"
         )
         said = f"cannot load {name}: expected {where}. {type(error).__name__}: {error}"
         raise ModelError("\n".join(filter(None, [said, _advice(error)]))) from None
-    finally:
-        transformers.utils.logging.set_verbosity(level)
 
 
 def _advice(error: BaseException | None) -> str:

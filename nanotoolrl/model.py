@@ -3,9 +3,9 @@
 The model itself is in transformer.py, and loading.py makes a policy of what is on the disk.
 """
 
-import logging
 import os
 from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -123,16 +123,25 @@ class Policy:
 
     def save(self, directory: str | os.PathLike) -> None:
         """Write a standard checkpoint directory (config, safetensors weights, tokenizer, chat template)."""
-        level = transformers.utils.logging.get_verbosity()
-        transformers.utils.logging.set_verbosity(logging.ERROR)
-        transformers.utils.logging.disable_progress_bar()
-        with torch.device("meta"):
-            foreign = transformers.AutoModelForCausalLM.from_config(self.config, dtype=self.dtype)
-        foreign.load_state_dict(self.model.state_dict(), assign=True)
-        foreign.tie_weights()
-        foreign.generation_config = self.generation_config
-        foreign.save_pretrained(directory)
-        self.tokenizer.save_pretrained(directory)
+        with quiet():
+            with torch.device("meta"):
+                foreign = transformers.AutoModelForCausalLM.from_config(self.config, dtype=self.dtype)
+            foreign.load_state_dict(self.model.state_dict(), assign=True)
+            foreign.tie_weights()
+            foreign.generation_config = self.generation_config
+            foreign.save_pretrained(directory)
+            self.tokenizer.save_pretrained(directory)
+
+
+@contextmanager
+def quiet() -> Iterator[None]:
+    """While it is open transformers says errors only."""
+    level = transformers.utils.logging.get_verbosity()
+    transformers.utils.logging.set_verbosity_error()
+    transformers.utils.logging.disable_progress_bar()
+    try:
+        yield
+    finally:
         transformers.utils.logging.set_verbosity(level)
 
 

@@ -29,7 +29,7 @@ ALL = [(name, schedule) for name, one in SCHEMES.items() for schedule in one.sch
 def test_every_scheme_runs_with_evaluation(scheme, schedule, tmp_path, capsys):
     out = tmp_path / "run"
     flags = ["--scheme", scheme, "--eval-count", 4, "--eval-tasks", OTHERS, "--show-every", 1]
-    flags += ["--max-messages", 4, "--max-new-tokens", 48]
+    flags += ["--max-messages", 4, "--max-new-tokens", 48, "--eval-every", 0]
     flags += ["--schedule", schedule] if schedule else []
     assert run(*flags, out=out) == 0
     printed = capsys.readouterr().out
@@ -40,7 +40,7 @@ def test_every_scheme_runs_with_evaluation(scheme, schedule, tmp_path, capsys):
     assert sum(len(rewards) for rewards in result["after"]["rewards"].values()) == 4
     stored = json.loads((out / "config.json").read_text())
     assert stored["scheme"] == scheme and stored["versions"]["torch"] == torch.__version__
-    made, start = (load(path).config.to_diff_dict() for path in (out / "model", NANO))
+    made, start = (json.loads((path / "config.json").read_text()) for path in (out / "model", NANO))
     assert made | {"transformers_version": ""} == start | {"transformers_version": ""}
 
 
@@ -153,6 +153,7 @@ def test_resume_of_what_is_kept_across_steps(scheme, tmp_path):
     """The pool of examples, healthy weights, a decaying share: all of it goes on after a stop."""
     flags = ["--scheme", scheme, "--round-steps", 2, "--sft-window", 2, "--probe-every", 1]
     flags += ["--sentinel-limit", 1.001, "--chord-steps", 4, "--lr", 3e-3, "--seed", 0]
+    flags += ["--max-messages", 4, "--max-new-tokens", 64]
     run_and_copy(2, *flags, "--steps", 4, out=tmp_path / "whole", copy=tmp_path / "parts")
     assert train.main(["--resume", "--out", str(tmp_path / "parts")]) == 0
     same_run(tmp_path / "whole", tmp_path / "parts")

@@ -12,15 +12,7 @@ import train  # noqa: E402
 from nanotoolrl.commandline import resolve  # noqa: E402
 
 CORE = {str(path): path.name for path in [ROOT / "train.py", *(ROOT / "nanotoolrl").glob("*.py")]}
-TINY = {
-    "steps": 1,
-    "prompts": 2,
-    "group": 2,
-    "probe_tasks": 2,
-    "max_messages": 4,
-    "eval_count": 0,
-    "threads": 1,
-}
+TINY = {"prompts": 2, "group": 2, "probe_tasks": 2, "max_messages": 4, "eval_count": 0, "threads": 1}
 
 
 def main(out: str) -> None:
@@ -37,7 +29,7 @@ def main(out: str) -> None:
             frame = frame.f_back
         chains.add(tuple(reversed(chain)))
 
-    config = resolve({"preset": "smoke", "scheme": "hint", "out": out, "threads": 1} | TINY)
+    config = resolve({"preset": "smoke", "scheme": "hint", "steps": 1, "out": out} | TINY)
     sys.setprofile(note)
     try:
         assert train.train(config, False, set()) == 0
