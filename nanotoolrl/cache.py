@@ -6,7 +6,6 @@ counts from the start of the prompt: the next token of a row stands at its promp
 Shapes: B rows, T tokens, K key-value heads, W width of a head.
 """
 
-from collections.abc import Mapping
 from functools import partial
 from typing import Any
 
@@ -42,15 +41,15 @@ class Store:
             new[:, : old.shape[1], :, : old.shape[3]] = old
             self.layers[layer] = new
 
-    def clear(self, first: int = 0, end: int | None = None) -> None:
-        """Fill places with zeros."""
+    def clear(self) -> None:
+        """Fill it with zeros."""
         for store in self.layers:
-            store[:, first:end] = 0
+            store.zero_()
 
-    def move(self, moves: Mapping[int, int]) -> None:
-        """Copy places, by the new place of each; none is both."""
-        for store in self.layers if moves else ():
-            store[:, list(moves.values())] = store[:, list(moves)]
+    def move(self, old: int, new: int, length: int) -> None:
+        """Copy the first `length` positions of a place to another."""
+        for store in self.layers:
+            store[:, new, :, :length] = store[:, old, :, :length]
 
     def spots(self, places: Tensor, positions: Tensor) -> Tensor:
         """Where `write` puts the tokens at `positions` [B, T] of `places` [B], as rows of W numbers."""
@@ -68,8 +67,8 @@ class Store:
 class Cache:
     """The prompts of a rollout, and what its rows have of their own.
 
-    Behind a row's end its slot holds zeros, or what is overwritten before it is read: a rollout that was
-    spoiled by NaN leaves nothing behind.
+    What is behind a row's end is read under a mask, so it must be a number: a rollout begins with zeros, and
+    one that was spoiled by NaN leaves nothing behind.
     """
 
     def __init__(self, policy: Policy, fast: bool = False) -> None:
@@ -98,10 +97,8 @@ class Cache:
         spots = self.own.spots(rows.slots, positions)
         ends = positions.amax(1) + 1
         reads = list(zip(*(x.tolist() for x in (rows.prompts, rows.prompt_lengths, rows.slots, ends))))
-        masks = []  # [T, P + end] of each row
-        for (_, P, _, end), places in zip(reads, positions, strict=True):
-            columns = torch.arange(P + end, device=places.device)
-            masks.append(columns <= P + places[:, None])
+        columns = torch.arange(max(P + end for _, P, _, end in reads), device=positions.device)
+        masks = [columns[: P + end] <= P + at[:, None] for (_, P, _, end), at in zip(reads, positions)]
 
         def attend(layer: int, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
             self.own.write(layer, spots, key, value)

@@ -112,8 +112,7 @@ class Decoder:
     def decode(self, rows: Sequence[Feed], temperature: float) -> tuple[list[list[int]], list[list[float]]]:
         """(ids, log-probs), each [steps][rows], of one decode step; on a GPU of up to `WINDOW`.
 
-        The slots of the rows rise. What is sampled past a row's stop token, or its most tokens, means
-        nothing.
+        The slots of the rows rise. What is sampled behind a row's stop token or last token means nothing.
         """
         steps = min(self.graphs.window, max(row.left for row in rows)) if self.graphs else 1
         longest = max(row.length + min(steps, row.left) for row in rows)

@@ -26,9 +26,9 @@ one task (* is a stop token):
 
 import itertools
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Any, TypeVar
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -38,15 +38,13 @@ from nanotoolrl.decode import Decoder, Feed
 from nanotoolrl.env import OUR_LIMITS, Episode
 from nanotoolrl.gpu import distributed
 from nanotoolrl.logprob import HAS_TRITON
-from nanotoolrl.model import Policy
+from nanotoolrl.model import Policy, by_length
 from nanotoolrl.trajectory import Trajectory
 
-PREFILL_TOKENS = 8192  # most tokens in one prefill forward
+PREFILL_TOKENS = 8192  # most tokens in one prefill forward, padding included
 LEAST_TEMPERATURE = 0.01  # logits over less leave the range of fp32; 0 is greedy
 SLOTS = 128  # episodes sampled at a time
 WAITING_SHARE = 0.2  # of live rows before a prefill is made, and of free slots before rows come in
-
-Item = TypeVar("Item")
 
 
 @dataclass
@@ -185,10 +183,10 @@ class Sampler:
             row.prompt.rows -= 1
             if not row.prompt.rows:
                 del prompts[tuple(row.seen)]
-        self.decoder.cache.own.move({row.slot: slot for slot, row in enumerate(live) if row.slot != slot})
-        self.decoder.cache.own.clear(len(live), len(live) + len(over))
         for slot, row in enumerate(live):
-            row.slot = slot
+            if row.slot != slot:
+                self.decoder.cache.own.move(row.slot, slot, row.cached)
+                row.slot = slot
 
     def _new_row(self, episode: Episode, hint: str, stream: int, force_prefix: bool) -> Row:
         messages, tools = episode.prompt()
@@ -225,13 +223,16 @@ class Sampler:
 
         Returns the rows whose message ended.
         """
-        unread = {row.prompt.place: row.prompt for row in waiting if row.prompt.end is None}
-        for part in self._batches(list(unread.values()), lambda prompt: len(prompt.ids)):
+        unread = list({row.prompt.place: row.prompt for row in waiting if row.prompt.end is None}.values())
+        for batch in by_length([len(prompt.ids) for prompt in unread], PREFILL_TOKENS):
+            part = [unread[i] for i in batch]
             found = self.decoder.read([prompt.place for prompt in part], [prompt.ids for prompt in part])
             for prompt, end in zip(part, found, strict=True):
                 prompt.end = end
         ends: dict[int, Any] = {row.slot: row.prompt.end for row in waiting}
-        for rows in self._batches([row for row in waiting if row.pending], lambda row: len(row.pending)):
+        answered = [row for row in waiting if row.pending]
+        for batch in by_length([len(row.pending) for row in answered], PREFILL_TOKENS):
+            rows = [answered[i] for i in batch]
             found = self.decoder.extend([self._feed(row) for row in rows], [row.pending for row in rows])
             for row, end in zip(rows, found, strict=True):
                 row.cached, row.pending = row.cached + len(row.pending), []
@@ -241,17 +242,6 @@ class Sampler:
         ids, logprobs = self.decoder.choose(hidden, streams, places, temperature)  # [B]
         sampled = zip(waiting, ids.tolist(), logprobs.tolist(), strict=True)
         return [row for row, token, logprob in sampled if self._take(row, token, logprob)]
-
-    @staticmethod
-    def _batches(items: list[Item], length: Callable[[Item], int]) -> list[list[Item]]:
-        """Items in batches of similar length: at most PREFILL_TOKENS padded ids each, at least one item."""
-        batches: list[list[Item]] = []
-        for item in sorted(items, key=length):
-            if batches and (len(batches[-1]) + 1) * length(item) <= PREFILL_TOKENS:
-                batches[-1].append(item)
-            else:
-                batches.append([item])
-        return batches
 
     def _decode(self, ready: list[Row], temperature: float) -> list[Row]:
         """Feed the one pending token of each of these rows, for as many steps as the decoder makes at a time.

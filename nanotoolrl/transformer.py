@@ -220,14 +220,14 @@ def frequencies(shape: Architecture, device: torch.device) -> Tensor:
 
 
 def rotation(frequency: Tensor, positions: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-    """(cosine, sine), each [B, 1, T, W], of the angles at `positions` [B, T]; computed in fp32."""
+    """(cosine, sine), each [B, 1, T, W], at `positions` [B, T], the first half of sines negative; in fp32."""
     angles = positions[:, None, :, None].float() * frequency  # [B, 1, T, W / 2]
-    angles = torch.cat([angles, angles], dim=-1)
-    return angles.cos().to(dtype), angles.sin().to(dtype)
+    cosine, sine = angles.cos().to(dtype), angles.sin().to(dtype)
+    return torch.cat([cosine, cosine], dim=-1), torch.cat([-sine, sine], dim=-1)
 
 
 def rotate(x: Tensor, angles: tuple[Tensor, Tensor]) -> Tensor:
     """x [B, heads, T, W] with pairs (x_i, x_(i + W / 2)) turned by their angles."""
     cosine, sine = angles
     left, right = x.chunk(2, dim=-1)
-    return x * cosine + torch.cat([-right, left], dim=-1) * sine
+    return x * cosine + torch.cat([right, left], dim=-1) * sine
