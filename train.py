@@ -40,7 +40,7 @@ from nanotoolrl.gpu import distributed
 from nanotoolrl.gpu.memory import available, describe, plan
 from nanotoolrl.judge import Judge
 from nanotoolrl.loading import DTYPES, ModelError, finite_logits, finite_weights, load
-from nanotoolrl.look.evaluate import Scores, evaluate, named, obstacle, rules, say_unsolvable, table
+from nanotoolrl.look.evaluate import Scores, closing_table, evaluate, named, obstacle, rules, say_unsolvable
 from nanotoolrl.look.metrics import measures, probe_step
 from nanotoolrl.look.rundir import RunDirectory
 from nanotoolrl.look.screen import SPOILED, STUCK, tell, why_ended
@@ -63,7 +63,7 @@ def train(config: Config, resume: bool, given: set[str]) -> int:
             run, held, skipped = setup(config)
             before = begin(run, held, directory, saved, resume)
             probes = probes_of_start(run, directory)
-            if run.step == 0 and before is None:
+            if run.step == 0 and not before:
                 before = opening_scores(run, held, directory)
                 directory.save(run, before)
             code, broken = loop(run, held, skipped, directory, probes, before, stop)
@@ -82,7 +82,7 @@ def loop(
     skipped: int,
     directory: RunDirectory,
     probes: ProbeSet,
-    before: Scores | None,
+    before: dict[str, Scores],
     stop: StopSignal,
 ) -> tuple[int, str]:
     """Take the steps that are left; returns (0 or why it ended early, what is not finite or "")."""
@@ -174,12 +174,12 @@ def setup(config: Config) -> tuple[Run, list[Task], int]:
 
 def begin(
     run: Run, held: list[Task], directory: RunDirectory, saved: dict[str, Any] | None, resume: bool
-) -> Scores | None:
+) -> dict[str, Scores]:
     """Own the directory, at the step that the checkpoint has; returns the scores of the start, if known."""
     config = run.config
     if saved is None:
         distributed.from_first(lambda: (directory.start if resume else directory.create)(config))
-        directory.save(run, None)
+        directory.save(run, {})
     else:
         directory.restore(run, saved)
         distributed.from_first(lambda: directory.rewind(config, run.step))
@@ -189,7 +189,7 @@ def begin(
         f"update{'s' if config.updates > 1 else ''}; {config.steps} steps on {len(run.tasks)} tasks; "
         f"{directory.path}"
     )
-    return Scores(**saved["before"]) if saved and saved["before"] else None
+    return {way: Scores(**one) for way, one in saved["before"].items()} if saved else {}
 
 
 def probes_of_start(run: Run, directory: RunDirectory) -> ProbeSet:
@@ -206,7 +206,7 @@ def probes_of_start(run: Run, directory: RunDirectory) -> ProbeSet:
     return probes
 
 
-def opening_scores(run: Run, held: list[Task], directory: RunDirectory) -> Scores | None:
+def opening_scores(run: Run, held: list[Task], directory: RunDirectory) -> dict[str, Scores]:
     """`score_tasks` before training. Whoever stops the run here has a model to look at, too."""
     try:
         return score_tasks(run, held, "before")
@@ -215,12 +215,18 @@ def opening_scores(run: Run, held: list[Task], directory: RunDirectory) -> Score
         raise
 
 
-def score_tasks(run: Run, held: list[Task], when: str) -> Scores | None:
-    """Greedy scores on the evaluation tasks, or None if there are none."""
+def score_tasks(run: Run, held: list[Task], when: str) -> dict[str, Scores]:
+    """Scores on the evaluation tasks, greedy and sampled as in training; {} if there are no tasks."""
+    config = run.config
     if not held:
-        return None
-    print(f"evaluating {when} training: {len(held)} tasks, greedy, {run.config.format} ...", flush=True)
-    return greedy(run, held)
+        return {}
+    sampled = f" and {config.eval_samples} x sampled" if config.eval_samples else ""
+    print(f"evaluating {when} training: {len(held)} tasks, greedy{sampled}, {config.format} ...", flush=True)
+    scores = {"greedy": greedy(run, held)}
+    if config.eval_samples:
+        how = rules(config.limits()) | {"temperature": config.temperature, "samples": config.eval_samples}
+        scores["sampled"] = evaluate(run.sampler, held, config.format, **how)
+    return scores
 
 
 def greedy(run: Run, tasks: list[Task]) -> Scores:
@@ -229,15 +235,15 @@ def greedy(run: Run, tasks: list[Task]) -> Scores:
 
 
 # -------------------------------------------------------------------------------------------- after the steps
-def finish(run: Run, directory: RunDirectory, held: list[Task], before: Scores | None) -> None:
+def finish(run: Run, directory: RunDirectory, held: list[Task], before: dict[str, Scores]) -> None:
     """Save the model, evaluate, and print the closing table."""
     directory.save_model(run.policy)
     after = score_tasks(run, held, "after")
     if before and after:
-        scores = {"before": before, "after": after}
-        print(table(scores))
+        print(closing_table(before, after))
         if distributed.first():
-            result = {name: asdict(one) for name, one in scores.items()}
+            scores = {"before": before, "after": after}
+            result = {when: {way: asdict(one) for way, one in both.items()} for when, both in scores.items()}
             write_atomically(directory.result, json.dumps(finite(result), indent=1))
     if run.policy.device.type == "cuda":
         print(f"peak memory: {torch.cuda.max_memory_allocated() / 2**30:.2f} GiB")

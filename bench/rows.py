@@ -559,8 +559,7 @@ def step(device: torch.device, repeats: int, small: bool, model: str = BUILT_IN)
     run, found = new_run(config, device), []
     player = ReplaySampler(run.policy, trajectories, context=config.context)
 
-    def ours(every_row: bool = False, share_prompt: bool = False) -> None:
-        config.share_prompt = share_prompt
+    def ours(every_row: bool = False) -> None:
         initial = {name: value.clone() for name, value in run.policy.model.state_dict().items()}
         episodes = [Episode(row, config.format, config.max_messages) for row in _grouped(tasks, config.group)]
         rows = player.rollout(episodes, temperature=config.temperature)
@@ -569,9 +568,9 @@ def step(device: torch.device, repeats: int, small: bool, model: str = BUILT_IN)
         run.policy.model.load_state_dict(initial)
 
     row = Row(f"GRPO step, {config.prompts} x {config.group} rollouts, {model}", [], error_of="gradient norm")
-    every, shared = f"{OURS}, every row", f"{OURS}, --share-prompt"
-    row.arms = [Arm(OURS, note="rows without advantage left out"), Arm(every), Arm(shared)]
-    runs = {OURS: ours, every: lambda: ours(every_row=True), shared: lambda: ours(share_prompt=True)}
+    every = f"{OURS}, every row"
+    row.arms = [Arm(OURS, note="rows without advantage left out"), Arm(every)]
+    runs = {OURS: ours, every: lambda: ours(every_row=True)}
     if version := installed("trl", "trl", row.missing):
         from bench.trl import TrlStep
 
@@ -582,7 +581,7 @@ def step(device: torch.device, repeats: int, small: bool, model: str = BUILT_IN)
     for arm in row.arms:
         arm.work = sum(r.sampled_tokens for r in trajectories)
     timed(row, runs, repeats, device)
-    own = dict(zip(runs, found[-3:]))  # of the last turn
+    own = dict(zip(runs, found[-2:]))  # of the last turn
     norm = own[every][0]
     for arm in row.arms:
         value = own[arm.name][0] if arm.name in own else theirs.grad_norm

@@ -19,11 +19,6 @@ def causal(layer: int, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
     return F.scaled_dot_product_attention(query, key, value, is_causal=True, enable_gqa=True)
 
 
-def masked(visible: Tensor) -> Attend:
-    """Tokens look where `visible` [T, T] is True: row t holds what token t sees."""
-    return lambda layer, query, key, value: under_mask(query, key, value, visible)
-
-
 def under_mask(query: Tensor, key: Tensor, value: Tensor, visible: Tensor) -> Tensor:
     """What the queries [B, H, T, W] gather from keys and values [B, K, width, W] that they may see.
 

@@ -169,6 +169,9 @@ class Config:
         "test", "tasks of the evaluation before and after training (with --tasks bfcl: bfcl:test)"
     )
     eval_count: int = setting(400, "a fixed sample of so many of them; 0: no evaluation", least=0)
+    eval_samples: int = setting(
+        2, "sampled rollouts of each of them, beside the greedy one; 0: none", least=0, most=10_000
+    )
     eval_every: int = setting(10, "steps between evaluations on a part of that sample; 0: none", least=0)
     eval_part: int = setting(50, "tasks in that part", least=0)
     probe_every: int = setting(2, "steps between measurements on the probe set", above=0)
@@ -178,7 +181,6 @@ class Config:
     # running
     tokens_at_once: int = setting(4096, "tokens per training micro-batch, padding included", above=0)
     checkpointing: bool = setting(False, "compute layers again in the backward pass: slower, less memory")
-    share_prompt: bool = setting(False, "train a group's rows as one sequence that holds their prompt once")
     dtype: str = setting("auto", "of the weights; auto: fp32 on a CPU, bf16 or fp16 on a GPU", tuple(DTYPES))
     logprob: str = setting("auto", "log-prob implementation; auto: Triton on a GPU, else tiles", BACKENDS)
     slots: int = setting(SLOTS, "episodes sampled at a time", above=0)

@@ -12,7 +12,6 @@ import torch
 import transformers
 from torch import Tensor
 
-from nanotoolrl.attention import masked
 from nanotoolrl.chat import Chat
 from nanotoolrl.logprob import check_backend, token_logprob
 from nanotoolrl.transformer import Architecture, Transformer
@@ -64,41 +63,15 @@ class Policy:
             return torch.mm(hidden, self.head.T, out_dtype=torch.float32)
         return hidden.float() @ self.head.float().T
 
-    def trained_hidden(self, ids: Tensor, mask: Tensor, shared: int = 0) -> Tensor:
+    def trained_hidden(self, ids: Tensor, mask: Tensor) -> Tensor:
         """Hidden states [N, D] that predict the tokens of `ids` [B, T] where `mask` [B, T] is True.
 
-        `mask[:, 0]` must be False: nothing predicts a first token. Rows are right-padded. Attention is
-        causal, so what stands in the padding reaches no real position.
-
-        shared: so many first tokens are the same in all rows, and none of them is in the mask. They then pass
-        through the model once, followed by what comes after them in every row, up to its last masked token;
-        the rows do not see each other. Raises ValueError
-        for a mask that is True on a first or shared token.
+        Rows are right-padded. Attention is causal, so what stands in the padding reaches no real position.
+        Raises ValueError for a mask that is True on a first token: nothing predicts it.
         """
-        if mask[:, : max(1, shared)].any():
+        if mask[:, :1].any():
             raise ValueError("the first token of a row has no log-probability: mask[:, 0] must be False")
-        if not shared:
-            return self.model(ids)[:, :-1][mask[:, 1:]]
-        # One sequence: the prompt, then the rest of every row. `owners` is 0 in the prompt, i + 1 in row i.
-        packed, positions = [ids[0, :shared]], [torch.arange(shared)]
-        owners = [torch.zeros(shared)]
-        predictors = []
-        end = shared
-        for i, trained in enumerate(mask):
-            places = trained.nonzero()[:, 0].cpu()  # of the row's tokens in the mask
-            length = int(places[-1]) + 1 if len(places) else shared
-            # What predicts place t stands one before it; what predicts the first place is the prompt's end.
-            predictors.append(torch.where(places == shared, shared - 1, end + places - shared - 1))
-            packed.append(ids[i, shared:length])
-            positions.append(torch.arange(shared, length))
-            owners.append(torch.full((length - shared,), i + 1.0))
-            end += length - shared
-        owner = torch.cat(owners).to(ids.device)  # [T] of the sequence, as is `order`
-        order = torch.arange(end, device=ids.device)
-        visible = (order[:, None] >= order) & ((owner == 0) | (owner == owner[:, None]))  # [T, T]
-        places = torch.cat(positions)[None].to(ids.device)
-        hidden = self.model(torch.cat(packed)[None], places, masked(visible))
-        return hidden[0, torch.cat(predictors).to(ids.device)]
+        return self.model(ids)[:, :-1][mask[:, 1:]]
 
     def logprobs(
         self,
@@ -106,13 +79,12 @@ class Policy:
         mask: Tensor,
         temperature: float = 1.0,
         want_entropy: bool = False,
-        shared: int = 0,
     ) -> tuple[Tensor, Tensor | None]:
         """(log-prob [N], entropy [N] or None) of the tokens of `ids` [B, T] where `mask` [B, T] is True.
 
         Only those N positions pass through the head; see `trained_hidden`.
         """
-        hidden = self.trained_hidden(ids, mask, shared)  # [N, D]
+        hidden = self.trained_hidden(ids, mask)  # [N, D]
         return self.token_logprob(hidden, ids[mask], temperature, want_entropy)
 
     def token_logprob(

@@ -14,7 +14,7 @@ import itertools
 import math
 import random
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any
@@ -48,7 +48,6 @@ class Tokens:
     old: Tensor
     advantages: Tensor
     row: Tensor
-    shared: int = 0  # first tokens that all rows have in common and that pass through the model once
 
     @cached_property
     def control(self) -> Tensor:
@@ -60,7 +59,7 @@ class Tokens:
         """Log-probs [N] under the reference."""
         with torch.no_grad():
             temperature = self.run.config.temperature
-            return self.run.reference.logprobs(self.ids, self.mask, temperature, shared=self.shared)[0]
+            return self.run.reference.logprobs(self.ids, self.mask, temperature)[0]
 
     def of(self, source: str) -> Tensor:
         """[N], True on the tokens of rows from `source`."""
@@ -126,7 +125,7 @@ def policy_update(
     for update, (share, mine) in enumerate(zip(shares, trained, strict=True)):
         total = sum(trajectories[i].sampled_tokens for i in share) if by_token else len(share)
         loss_sum = 0.0
-        for places in micro_batches(run, [trajectories[i] for i in mine]):
+        for places in by_length([len(trajectories[i].tokens) for i in mine], config.tokens_at_once):
             batch = [mine[k] for k in places]
             rows = [trajectories[i] for i in batch]
             tokens, entropy = forward(run, rows, [old[i] for i in batch], advantages[batch], update == 0)
@@ -194,8 +193,7 @@ def forward(
     """
     config, policy = run.config, run.policy
     ids, mask = pad([(row.tokens, row.loss_mask) for row in rows], policy.device)  # [R, T]
-    shared = rows[0].prompt_length if config.share_prompt else 0
-    hidden = policy.trained_hidden(ids, mask, shared)  # [N, D]
+    hidden = policy.trained_hidden(ids, mask)  # [N, D]
     want_entropy = first_update or config.entropy > 0
     logprobs, entropy = policy.token_logprob(hidden, ids[mask], config.temperature, want_entropy)  # [N]
     logprobs.retain_grad()  # for `Notes`
@@ -206,7 +204,7 @@ def forward(
     known = [x for values, row in zip(filled, rows) for x, sampled in zip(values, row.loss_mask) if sampled]
     before = torch.where(missing, logprobs.detach(), logprobs.new_tensor(known))  # [N]
     weights = advantages.to(logprobs)[index]  # [N]
-    return Tokens(run, rows, ids, mask, hidden.detach(), logprobs, before, weights, index, shared), entropy
+    return Tokens(run, rows, ids, mask, hidden.detach(), logprobs, before, weights, index), entropy
 
 
 def token_losses(
@@ -226,27 +224,6 @@ def row_means(losses: Tensor, tokens: Tokens) -> Tensor:
     """Losses [N] over the number of tokens of their rows: the sum of a row's is its mean."""
     lengths = [row.sampled_tokens for row in tokens.rows]
     return losses / losses.new_tensor([n for n in lengths for _ in range(n)])
-
-
-def micro_batches(run: Run, rows: Sequence[Trajectory]) -> Iterator[list[int]]:
-    """Indices of rows in micro-batches; with `--share-prompt` each is of one prompt."""
-    budget, lengths = run.config.tokens_at_once, [len(row.tokens) for row in rows]
-    if not run.config.share_prompt:
-        yield from by_length(lengths, budget)
-        return
-    groups: dict[tuple, list[int]] = {}
-    for i, row in enumerate(rows):
-        groups.setdefault(tuple(row.tokens[: row.prompt_length]), []).append(i)
-    for prompt, members in groups.items():
-        batch: list[int] = []
-        used = len(prompt)
-        for i in members:
-            own = lengths[i] - len(prompt)
-            if batch and used + own > budget:
-                yield batch
-                batch, used = [], len(prompt)
-            batch, used = [*batch, i], used + own
-        yield batch
 
 
 def ride_along(run: Run, supervised: Supervision, update: int) -> tuple[float, list[Trajectory]]:
@@ -298,7 +275,6 @@ class Notes:
 
     started: float = field(default_factory=time.perf_counter)
     tokens: int = 0
-    forward_tokens: int = 0  # that passed through the model; less than `tokens` where rows share a prompt
     losses: list[float] = field(default_factory=list)
     norms: list[float | None] = field(default_factory=list)  # None: the update was skipped
     clipped: list[bool] = field(default_factory=list)
@@ -315,7 +291,6 @@ class Notes:
         lengths = [len(row.tokens) for row in tokens.rows]
         own = tokens.of("policy")  # [N]
         self.tokens += sum(lengths)
-        self.forward_tokens += sum(lengths) - tokens.shared * (len(lengths) - 1)
         self.clipped += clipped[own].tolist()
         if first_update and entropy is not None:
             self.entropies += entropy[~tokens.of("oracle")].tolist()
@@ -330,9 +305,7 @@ class Notes:
         if examples:
             self.sft_losses.append(loss)
             self.sft_tokens += sum(row.sampled_tokens for row in examples)
-            mine = sum(len(examples[i].tokens) for i in distributed.share(len(examples)))
-            self.tokens += mine
-            self.forward_tokens += mine
+            self.tokens += sum(len(examples[i].tokens) for i in distributed.share(len(examples)))
 
     def metrics(self) -> dict[str, Any]:
         """Columns of metrics.csv; nan where there is nothing to average."""
@@ -343,7 +316,7 @@ class Notes:
             "grad_norm": mean([norm for norm in self.norms if norm is not None]),
             "clip_fraction": mean(distributed.gathered(self.clipped)),
             "train_tok_s": distributed.total(self.tokens) / (time.perf_counter() - self.started),
-            "forward_tokens": distributed.total(self.forward_tokens),
+            "forward_tokens": distributed.total(self.tokens),
             "logprob_gap": max(distributed.gathered(self.gaps), default=math.nan),
             "logit_gradient": torch.stack(found).sum(0).tolist() if found else None,
             "probe_seconds": self.probe_seconds,

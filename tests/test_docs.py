@@ -309,11 +309,11 @@ def test_the_table_of_collapse_and_help_is_made_from_the_committed_results():
     assert len(rows) > 3
     for name, cell in rows:
         result = json.loads((stored_run(name) / "result.json").read_text())
-        assert cell == with_interval(Scores(**result["after"])), name
+        assert cell == with_interval(Scores(**result["after"]["greedy"])), name
     with (RESULTS / "collapse.csv").open() as file:
         ends = ", ".join(f"{100 * float(row['greedy_after']):.1f}" for row in csv.DictReader(file))
     assert f"| `python train.py --scheme grpo --preset collapse`, five seeds | {ends} |" in README
-    before = json.loads((stored_run("grpo") / "result.json").read_text())["before"]
+    before = json.loads((stored_run("grpo") / "result.json").read_text())["before"]["greedy"]
     assert f"from {with_interval(Scores(**before))}" in README
 
 
@@ -366,7 +366,7 @@ def test_the_scheme_table_is_made_from_the_registry_and_the_committed_results():
     """A scheme that somebody just adds, without a committed run, needs no row."""
     lines = []
     for name, scheme in listed().items():
-        scores = Scores(**json.loads((stored_run(name) / "result.json").read_text())["after"])
+        scores = Scores(**json.loads((stored_run(name) / "result.json").read_text())["after"]["greedy"])
         share, low, high, n = scores.of("all")
         success = f"{100 * share:.1f} [{100 * low:.1f}, {100 * high:.1f}]"
         assert n == 400

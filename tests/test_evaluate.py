@@ -2,7 +2,6 @@
 
 import dataclasses
 import json
-import math
 import shutil
 from dataclasses import replace
 
@@ -22,13 +21,13 @@ from nanotoolrl.look import study
 from nanotoolrl.look.evaluate import (
     OUR_LIMITS,
     Scores,
+    closing_table,
     evaluate,
     grid,
     main,
     obstacle,
     states_table,
     table,
-    wilson,
 )
 from nanotoolrl.sampler import Sampler
 from nanotoolrl.supervise import hint_text
@@ -48,15 +47,9 @@ def broken():
     return policy
 
 
-def test_wilson_interval_by_hand():
-    share, low, high = wilson(8, 10)
-    assert (share, round(low, 3), round(high, 3)) == (0.8, 0.49, 0.943)
-    assert wilson(0, 20)[1] == pytest.approx(0, abs=1e-12) and wilson(20, 20)[2] == pytest.approx(1)
-    assert all(math.isnan(x) for x in wilson(0, 0))
-
-
 def test_table_by_hand():
-    scores = Scores({"base": [1.0, 0.0], "miss_func": [0.0, 0.0]}, {"call": 3, "reply": 1})
+    rewards = {"base": {"0-base": 1.0, "1-base": 0.0}, "miss_func": {"0-miss_func": 0.0, "1-miss_func": 0.0}}
+    scores = Scores(rewards, {"call": 3, "reply": 1})
     assert scores.success == 0.25
     lines = table({"now": scores}).splitlines()
     assert [line.split()[0] for line in lines] == ["success", "base", "miss_func", "all"]
@@ -64,11 +57,24 @@ def test_table_by_hand():
     assert any(line.split() == ["call", "75.0"] for line in states_table({"now": scores}).splitlines())
 
 
+def test_closing_table_by_hand():
+    """Both tasks of index 0 are newly solved, of two: the difference is 1/2, its error that of two clusters."""
+    then = {"base": {"0-base": 0.0, "1-base": 1.0}, "miss_func": {"0-miss_func": 0.0, "1-miss_func": 1.0}}
+    now = {name: dict.fromkeys(tasks, 1.0) for name, tasks in then.items()}
+    before, after = {"greedy": Scores(then)}, {"greedy": Scores(now)}
+    lines = closing_table(before, after).splitlines()
+    assert lines[0].split() == ["greedy,", "%", "before", "after", "difference"]
+    assert [line.split()[0] for line in lines[1:]] == ["base", "miss_func", "all"]
+    assert lines[3].split()[1] == "50.0" and "100.0 " in lines[3] and "50.0 [-48.0, 148.0] n=4" in lines[3]
+    with pytest.raises(KeyError):
+        Scores({"base": {"2-base": 1.0}}).since(before["greedy"], "all")
+
+
 def test_evaluation_does_not_depend_on_slots_or_order(policy):
     tasks = [task for task in subset(load_tasks("test"), 12) if task.category != "long_context"]
     one = evaluate(Sampler(policy, slots=12), tasks, max_messages=4)
     other = evaluate(Sampler(policy, slots=5), tasks[::-1], max_messages=4)
-    assert {k: sorted(v) for k, v in one.rewards.items()} == {k: sorted(v) for k, v in other.rewards.items()}
+    assert one.rewards == other.rewards and sum(map(len, one.rewards.values())) == len(tasks)
     assert one.states == other.states
 
 
@@ -113,7 +119,7 @@ def test_samples_are_averaged_over_each_task(policy):
     """Two rollouts of each task, at a temperature at which they differ; intervals are over tasks."""
     tasks = [task for task in subset(load_tasks("test"), 30) if len(task.turns) == 1][:8]
     scores = evaluate(Sampler(policy), tasks, temperature=1.0, samples=3, max_messages=6)
-    rewards = sum(scores.rewards.values(), [])
+    rewards = [reward for tasks in scores.rewards.values() for reward in tasks.values()]
     assert len(rewards) == scores.of("all")[3] == len(tasks)
     assert {round(3 * reward, 6) for reward in rewards} <= {0, 1, 2, 3}
     assert any(reward not in (0.0, 1.0) for reward in rewards)
@@ -133,7 +139,7 @@ def test_a_forced_prefix_repairs_a_model_that_lost_only_that(broken):
 
 
 def test_grid_by_hand():
-    solved, half = Scores({"base": [1.0, 1.0]}), Scores({"base": [1.0, 0.0]})
+    solved, half = (Scores({"base": {"0-base": 1.0, "1-base": reward}}) for reward in (1.0, 0.0))
     columns = {("hermes", "test"): solved, ("python", "test"): half, ("hermes", "ood"): half}
     lines = grid(columns | {("python", "ood"): half}, "hermes").splitlines()
     assert lines[0].split() == ["success", "%", "test", "ood"]
@@ -240,7 +246,7 @@ def test_where_nothing_can_be_written_is_found_out_first(command, tmp_path, monk
 @pytest.mark.parametrize(
     ("flags", "said"),
     [
-        (["--tasks", "nope"], "train, test"),
+        (["--tasks", "nope"], "train, val, test"),
         (["--model", "data/no"], "data/no"),
         (["--count", "-1"], "--count"),
         (["--samples", "2"], "needs a --temperature"),
@@ -286,7 +292,7 @@ def test_evaluation_is_under_the_limits_of_training(tmp_path, capsys):
     shown = ["--doctor", "--tasks", held, "--count", "4", "--model", str(out), "--json", str(stored)]
     assert evaluating.main(shown) == 0
     assert "cannot be solved: task test-" in capsys.readouterr().err
-    after = json.loads((out / "result.json").read_text())["after"]
+    after = json.loads((out / "result.json").read_text())["after"]["greedy"]
     page = json.loads(stored.read_text())
     assert page["model"]["states"] == after["states"] and page["arguments"]["max_new_tokens"] == 24
     command = [

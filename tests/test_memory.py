@@ -103,18 +103,6 @@ def test_activations_are_what_autograd_keeps(name, dtype):
     assert less == pytest.approx(inputs + whole / layers, rel=0.05)  # one layer at a time is computed again
 
 
-def test_a_shared_prompt_keeps_a_dense_mask():
-    """One sequence of all rows: the mask of every layer, and keys and values of every head."""
-    policy = policy_like("qwen2.5")
-    policy.model.to(torch.bfloat16)
-    ids = torch.randint(100, (1, 512)).repeat(2, 1)
-    mask = torch.ones_like(ids, dtype=torch.bool)
-    mask[:, :256] = False
-    kept = kept_bytes(policy, lambda: policy.trained_hidden(ids, mask, 256))  # 256 + 2 * 256 tokens
-    config = config_of().but(context=768, tokens_at_once=768, checkpointing=False, share_prompt=True)
-    assert plan(policy.model, config)["activations"] == pytest.approx(kept, rel=0.15)
-
-
 def test_describe():
     parts = {"weights": 1.0 * GIB, "KV cache": 3.0 * GIB, "reference": 0.5 * GIB}
     assert describe(parts, 8 * GIB) == (

@@ -83,21 +83,6 @@ def test_gradient_reaches_the_weights(tiny):
         torch.testing.assert_close(a, b, atol=2e-4, rtol=1e-4)
 
 
-def test_hidden_states_of_rows_that_share_a_prompt(tiny):
-    """Each row as if it stood alone, whatever its length; a row may train nothing, or its first token."""
-    generator = torch.Generator().manual_seed(0)
-    ids = torch.randint(1400, (4, 30), generator=generator)
-    ids[:, :11] = ids[0, :11]
-    mask = torch.rand(4, 30, generator=generator) > 0.6
-    mask[:, :11] = False
-    mask[0, 11], mask[1, 20:], mask[2] = True, False, False
-    together, alone = tiny.trained_hidden(ids, mask, 11), tiny.trained_hidden(ids, mask)
-    assert len(together) == mask.sum()
-    torch.testing.assert_close(together, alone, atol=1e-5, rtol=1e-5)
-    with pytest.raises(ValueError, match="mask"):
-        tiny.trained_hidden(ids, mask, 12)
-
-
 def test_nothing_to_score(tiny):
     ids, mask = ragged(tiny.tokenizer)
     logprobs, entropy = tiny.logprobs(ids, torch.zeros_like(mask), want_entropy=True)
@@ -112,17 +97,15 @@ def test_first_token_has_no_logprob(tiny):
         tiny.logprobs(ids, mask)
 
 
-@pytest.mark.parametrize("shared", [0, 3])
-def test_checkpointed_layers_give_the_same_loss_and_gradients(policy, shared):
+def test_checkpointed_layers_give_the_same_loss_and_gradients(policy):
     ids = torch.randint(len(policy.tokenizer), (2, 24))
-    ids[1, :3] = ids[0, :3]
     mask = torch.zeros(2, 24, dtype=torch.bool)
     mask[:, 8:] = True
     found = []
     for again in (False, True):
         tiny = tiny_policy(policy.tokenizer, attention_dropout=0.1)  # here nothing is ever dropped
         tiny.model.checkpointing = again
-        hidden = tiny.trained_hidden(ids, mask, shared)
+        hidden = tiny.trained_hidden(ids, mask)
         hidden.square().sum().backward()
         found.append([hidden.detach(), *(weight.grad for weight in tiny.model.parameters())])
     for before, after in zip(*found, strict=True):

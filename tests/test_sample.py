@@ -40,7 +40,7 @@ def test_end_of_input_ends_the_chat(monkeypatch):
     ("flags", "said"),
     [
         (["--task", "nope"], "test-000-base"),
-        (["--tasks", "nope"], "train, test, foreign, ood"),
+        (["--tasks", "nope"], "train, val, test, foreign, ood"),
         (["--model", "data/nan0"], "data/nan0"),
         (["--temperature", "-1"], "--temperature"),
         (["--chat", "--max-messages", "3"], "--max-messages says nothing with --chat"),

@@ -234,7 +234,7 @@ def test_a_malformed_file_is_refused(content, said, tmp_path):
 
 @pytest.mark.parametrize("name", ["tests", ".", "", "a\0b", "x" * 5000, "train.jsonl"])
 def test_what_is_no_file_is_refused_with_what_there_is(name):
-    assert "give one of train, test, foreign, ood" in refusal(name)
+    assert "give one of train, val, test, foreign, ood" in refusal(name)
 
 
 def test_no_directory_to_write_to(tmp_path, splits):

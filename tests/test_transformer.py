@@ -17,7 +17,7 @@ from transformers import (
 )
 
 import nanotoolrl
-from nanotoolrl.attention import causal, masked
+from nanotoolrl.attention import causal, under_mask
 from nanotoolrl.transformer import Architecture, Transformer
 
 ROPE = {"rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0}
@@ -95,8 +95,12 @@ def test_what_a_token_sees_is_an_argument(name):
     positions = torch.cat([torch.arange(length) for length in lengths])[None]
     owner = torch.tensor([0] * 7 + [1] * 12)
     visible = (owner[:, None] == owner) & torch.ones(19, 19, dtype=torch.bool).tril()
+
+    def attend(layer, query, key, value):
+        return under_mask(query, key, value, visible)
+
     with torch.no_grad():
-        packed = made(ids, positions, masked(visible))[0].split(lengths)
+        packed = made(ids, positions, attend)[0].split(lengths)
         for part, alone in zip(packed, ids[0].split(lengths), strict=True):
             torch.testing.assert_close(part, made(alone[None])[0], atol=1e-5, rtol=1e-5)
 

@@ -1,6 +1,5 @@
 """Updates against the loss written by hand: token by token, one row at a time, from whole logits."""
 
-import dataclasses
 import math
 
 import pytest
@@ -142,44 +141,6 @@ def test_log_probs_outside_the_mask_are_never_read(tiny):
             x if sampled else math.nan for x, sampled in zip(row.logprobs, row.loss_mask, strict=True)
         ]
     assert all(torch.equal(a, b) for a, b in zip(usual, gradient(), strict=True))
-
-
-@pytest.mark.parametrize("budget", [1, 100, 100_000])
-@pytest.mark.parametrize("kl", [0.0, 0.3])
-def test_sharing_the_prompt_changes_nothing_but_the_work(policy, tiny, budget, kl):
-    """The same loss and gradient, with a group's prompt passed through the model once (per micro-batch)."""
-
-    def update(**changes):
-        reference = neighbour(policy) if kl else None
-        run = make_run(tiny, reference=reference, kl=kl, temperature=0.7, **changes)
-        rows, advantages = made_up(tiny, temperature=0.7)
-        for i, row in enumerate(rows):  # groups of four with one prompt each; the last row has its own
-            like = rows[i - i % 4]
-            if i < 7 and row is not like:
-                rest = row.tokens[row.prompt_length :]
-                n = like.prompt_length
-                rows[i] = dataclasses.replace(
-                    row,
-                    tokens=like.tokens[:n] + rest,
-                    loss_mask=[False] * n + row.loss_mask[row.prompt_length :],
-                    logprobs=[0.0] * n + row.logprobs[row.prompt_length :],
-                    prompt_length=n,
-                )
-        metrics = policy_update(run, rows, advantages)
-        return run.optimizer.gradients[0], metrics, rows
-
-    gradients, plain, rows = update()
-    shared_gradients, shared, _ = update(share_prompt=True, tokens_at_once=budget)
-    all_close(shared_gradients, gradients, atol=2e-5, rtol=1e-3)
-    for name in ("loss", "entropy", "clip_fraction", "logprob_gap"):
-        assert shared[name] == pytest.approx(plain[name], abs=1e-5), name
-    assert plain["forward_tokens"] == sum(len(row.tokens) for row in rows)
-    saved = 3 * rows[0].prompt_length + 2 * rows[4].prompt_length
-    expected = plain["forward_tokens"] - (saved if budget == 100_000 else 0)
-    if budget == 100:
-        assert plain["forward_tokens"] - saved < shared["forward_tokens"] < plain["forward_tokens"]
-    else:
-        assert shared["forward_tokens"] == expected
 
 
 @pytest.mark.parametrize("updates", [1, 2])

@@ -35,7 +35,9 @@ def plan(model: Transformer, config: Config, needed: Collection[str] = ()) -> di
     cached = 2 * shape.kv_heads * shape.head_width  # numbers of a position in a layer's cache
     context = min(config.context, shape.context)
     rows = config.prompts * config.group
-    slots = min(config.slots, -(-max(rows, config.eval_count) // distributed.world()))
+    slots = min(
+        config.slots, -(-max(rows, config.eval_count * max(1, config.eval_samples)) // distributed.world())
+    )
     T = min(max(config.tokens_at_once, context), rows * context)  # tokens of a micro-batch, at least a row
     # Kept for the backward pass, by token: a norm's input in fp32, its output before and after the scale; of
     # a layer also query, key, value and what attention gives, and four tensors of the MLP.
@@ -43,8 +45,6 @@ def plan(model: Transformer, config: Config, needed: Collection[str] = ()) -> di
     layer = 2 * norm * D + 2 * attended + cached + 4 * shape.mlp_width
     if shape.qk_norm:
         layer += (norm - 1) * (attended + cached / 2)
-    if config.share_prompt:  # a dense mask, and on a GPU keys and values of every head
-        layer += T + 2 * attended * head.is_cuda
     kept = shape.layers * layer
     if config.checkpointing:
         kept = shape.layers * D + layer

@@ -11,6 +11,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from nanotoolrl.calls import FORMATS, MESSAGE_STATES, UNHEALTHY_STATES
+from nanotoolrl.look.intervals import Share
 from nanotoolrl.look.transcripts import conversations
 from nanotoolrl.probes import growth
 
@@ -19,8 +20,6 @@ COLLAPSED = 0.25  # of the reference's success
 INTACT = 0.5  # of the reference's success, in another format or with the prefix forced
 FORCED = "forced prefix"
 EXCERPT = 56  # characters shown of a broken message
-
-Share = tuple[float, float, float, int]  # success, 95 % interval low and high, number of tasks
 
 
 @dataclass

@@ -8,10 +8,9 @@ import argparse
 import dataclasses
 import itertools
 import json
-import math
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -37,6 +36,7 @@ from nanotoolrl.env import (
 from nanotoolrl.files import check_writable, finite
 from nanotoolrl.loading import BUILT_IN, ModelError, load
 from nanotoolrl.look.doctor import FORCED, Checkup, page, read_transcripts, transcripts_page, verdict
+from nanotoolrl.look.intervals import Share, difference, share_of
 from nanotoolrl.model import Policy
 from nanotoolrl.probes import ProbeSet
 from nanotoolrl.sampler import Sampler
@@ -50,32 +50,36 @@ MOST_NAMED = 3  # of the tasks that cannot be solved
 
 @dataclass
 class Scores:
-    """Outcome of one evaluation: rewards by category, message states, and how long it took."""
+    """Outcome of one evaluation: rewards by category and task, message states, and how long it took."""
 
-    rewards: dict[str, list[float]] = field(default_factory=dict)
+    rewards: dict[str, dict[str, float]] = field(default_factory=dict)
     states: dict[str, int] = field(default_factory=dict)
     seconds: float = 0.0
 
     @property
     def success(self) -> float:
         """Share of tasks solved."""
-        return self.of("all")[0]
+        return self.of("all").share
 
-    def of(self, category: str) -> tuple[float, float, float, int]:
-        """(share solved, 95 % Wilson interval low, high, number of tasks) of a category, or of "all"."""
-        rewards = sum(self.rewards.values(), []) if category == "all" else self.rewards.get(category, [])
-        return wilson(sum(rewards), len(rewards)) + (len(rewards),)
+    def of(self, category: str) -> Share:
+        """Share solved of a category, or of "all"."""
+        found = self._by_task(category)
+        return share_of(list(found.values()), [index_of(*key) for key in found])
+
+    def since(self, before: "Scores", category: str) -> Share:
+        """Share solved more than before, on the same tasks. Raises KeyError where they are others."""
+        now, then = self._by_task(category), before._by_task(category)
+        return difference(list(now.values()), [then[key] for key in now], [index_of(*key) for key in now])
+
+    def _by_task(self, category: str) -> dict[tuple[str, str], float]:
+        """Rewards by (category, task) of a category, or of all."""
+        wanted = self.rewards if category == "all" else [category]
+        return {(name, task): x for name in wanted for task, x in self.rewards.get(name, {}).items()}
 
 
-def wilson(solved: float, n: int) -> tuple[float, float, float]:
-    """(share, low, high): the Wilson score interval at 95 %; (nan, nan, nan) for n = 0."""
-    if n == 0:
-        return (math.nan,) * 3
-    z = 1.96
-    share = solved / n
-    middle = (share + z * z / (2 * n)) / (1 + z * z / n)
-    half = z * math.sqrt(share * (1 - share) / n + z * z / (4 * n * n)) / (1 + z * z / n)
-    return share, max(0.0, middle - half), min(1.0, middle + half)
+def index_of(category: str, task: str) -> str:
+    """What the twins of a task have in common: its id without the category."""
+    return task.replace(category, "")
 
 
 def evaluate(
@@ -105,14 +109,15 @@ def evaluate(
         if prompt_length(sampler.chat, tasks[i], format, hint) < sampler.context:
             order += [i] * samples
         else:
-            scores.rewards.setdefault(tasks[i].category, []).append(0.0)
+            scores.rewards.setdefault(tasks[i].category, {})[tasks[i].id] = 0.0
     hints = [hints[i] for i in order] if hints else None
     how = {"strict_empty_turn": strict_empty_turn, "tool_seconds": tool_seconds}
     episodes = [Episode(tasks[i], format, max_messages, **how) for i in order]
     trajectories = sampler.rollout(episodes, hints, temperature, force_prefix=force_prefix)
     for i in range(0, len(trajectories), samples):
         reward = sum(row.reward for row in trajectories[i : i + samples]) / samples
-        scores.rewards.setdefault(trajectories[i].category, []).append(reward)
+        task = trajectories[i]
+        scores.rewards.setdefault(task.category, {})[task.task_id] = reward
     for trajectory in trajectories:
         for state in trajectory.states:
             scores.states[state] = scores.states.get(state, 0) + 1
@@ -122,25 +127,39 @@ def evaluate(
 
 def table(columns: dict[str, Scores]) -> str:
     """Success in % with intervals, a row per category and a column per evaluation."""
-    names = [c for c in CATEGORIES if any(c in scores.rewards for scores in columns.values())] + ["all"]
     lines = [f"{'success %':<14}" + "".join(f"{title:>24}" for title in columns)]
-    for name in names:
-        cells = []
-        for scores in columns.values():
-            cells.append(_cell(scores.of(name)))
-        lines.append(f"{name:<14}" + "".join(f" {cell:>23}" for cell in cells))
+    for name in categories(columns.values()):
+        lines.append(f"{name:<14}" + "".join(f" {scores.of(name)!s:>23}" for scores in columns.values()))
     return "\n".join(lines)
+
+
+def closing_table(before: dict[str, Scores], after: dict[str, Scores]) -> str:
+    """Success in % before and after training in each way of playing, and the difference on the same tasks."""
+    lines = []
+    for way, then in before.items():
+        now = after[way]
+        lines.append(f"{way + ', %':<14}" + "".join(f"{x:>24}" for x in ("before", "after", "difference")))
+        for name in categories([then, now]):
+            cells = then.of(name), now.of(name), now.since(then, name)
+            lines.append(f"{name:<14}" + "".join(f" {cell!s:>23}" for cell in cells))
+    return "\n".join(lines)
+
+
+def categories(columns: Iterable[Scores]) -> list[str]:
+    """The categories that there are, and "all"."""
+    there = {name for scores in columns for name in scores.rewards}
+    return [name for name in CATEGORIES if name in there] + ["all"]
 
 
 def paper_table(columns: dict[str, Scores]) -> str:
     """Success in % in the layout of Hao et al. 2026, Table 1: a row per evaluation, a column per category and
     the mean over tasks, with its interval (in the whole test half, that of the categories)."""
-    names = [c for c in CATEGORIES if any(c in scores.rewards for scores in columns.values())]
+    names = categories(columns.values())[:-1]
     lines = [f"{'success %':<14}" + "".join(f"{name:>14}" for name in names) + f"{'avg':>26}"]
     for title, scores in columns.items():
-        shares = [scores.of(name)[0] for name in names]
+        shares = [scores.of(name).share for name in names]
         cells = "".join(f"{100 * share:>14.1f}" for share in shares)
-        lines.append(f"{title:<14}{cells}{_cell(scores.of('all')):>26}")
+        lines.append(f"{title:<14}{cells}{scores.of('all')!s:>26}")
     return "\n".join(lines)
 
 
@@ -158,14 +177,10 @@ def grid(columns: dict[tuple[str, str], Scores], trained: str) -> str:
     formats, sets = (list(dict.fromkeys(key[i] for key in columns)) for i in (0, 1))
     lines = [f"{'success %':<18}" + "".join(f"{name:>24}" for name in sets)]
     for format in formats:
-        cells = [_cell(columns[format, name].of("all")) for name in sets]
+        cells = [str(columns[format, name].of("all")) for name in sets]
         label = f"{format} ({'trained' if format == trained else 'foreign'})"
         lines.append(f"{label:<18}" + "".join(f" {cell:>23}" for cell in cells))
     return "\n".join(lines)
-
-
-def _cell(share: tuple[float, float, float, int]) -> str:
-    return f"{100 * share[0]:.1f} [{100 * share[1]:.1f}, {100 * share[2]:.1f}] n={share[3]}"
 
 
 def prompt_length(chat: Chat, task: Task, format: str, hint: str = "") -> int:

@@ -105,10 +105,7 @@ LAST = {
     "skipped_tasks": Metric(
         "count", "training tasks left out because nobody can solve them within the limits of an episode"
     ),
-    "forward_tokens": Metric(
-        "count",
-        "tokens of the update that passed through the model, padding left out; `--share-prompt` lowers it",
-    ),
+    "forward_tokens": Metric("count", "tokens of the update that passed through the model, padding left out"),
     "sample_seconds": Metric("s", "of sampling"),
     "seconds": Metric("s", "of the whole step"),
 }

@@ -12,7 +12,7 @@ import platform
 import shutil
 import subprocess
 import zlib
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import TextIO
 from zipfile import BadZipFile
@@ -233,7 +233,7 @@ class RunDirectory:
         return saved
 
     # ------------------------------------------------------------------------------------------------ writing
-    def save(self, run: Run, before: Scores | None) -> None:
+    def save(self, run: Run, before: Mapping[str, Scores]) -> None:
         """Write the checkpoint; the logs are on the disk before it. Raises OSError if that fails."""
         if not distributed.first():
             return
@@ -244,7 +244,7 @@ class RunDirectory:
             "masters": run.masters.state(),
             "state": vars(run.state),
             "torch_rng": torch.get_rng_state(),
-            "before": dataclasses.asdict(before) if before else None,
+            "before": {way: dataclasses.asdict(scores) for way, scores in before.items()},
             "settings": digest(run.config, self.names),
         }
         for path in (self.metrics, self.probes, self.rollouts):

@@ -127,7 +127,7 @@ def row(name: str, flags: str, files: RunFiles) -> dict:
     result = files.path / "result.json"
     finished = result.exists() and len(success) == files.config["steps"]
     scores = json.loads(result.read_text(encoding="utf-8")) if finished else {}
-    greedy = {when: Scores(**values).success for when, values in scores.items()}
+    greedy = {when: Scores(**ways["greedy"]).success for when, ways in scores.items()}
     spikes = [(v["growth"], token) for line in files.probes for token, v in line.get("tokens", {}).items()]
     spike, token = max(spikes, default=(None, None))
     cells = {

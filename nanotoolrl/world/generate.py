@@ -42,7 +42,7 @@ class Rejected(Exception):
 
 
 def make_split(split: str) -> list[Task]:
-    """The tasks of a committed split, in file order; train and test are 100 indices each of one pool."""
+    """The tasks of a committed split, in file order; train, val and test are 100 indices each of one pool."""
     pool = split if split in ("foreign", "ood") else "train"
     wanted = ("base", "miss_func", "miss_param", "long_context")
     wanted = wanted[:3] if split in ("train", "foreign") else wanted

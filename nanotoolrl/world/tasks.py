@@ -20,7 +20,7 @@ from nanotoolrl.world.observe import to_json
 from nanotoolrl.world.taskfile import read_lines, write_lines
 
 TASK_DIR = Path(__file__).resolve().parents[2] / "data" / "tasks"
-SPLITS = ("train", "test", "foreign", "ood")
+SPLITS = ("train", "val", "test", "foreign", "ood")
 TASK_NAMES = f"{', '.join(SPLITS)}, {BFCL}[:CATEGORY][:train|:test] or a JSONL file"
 
 
@@ -30,7 +30,7 @@ def is_bfcl(name: str) -> bool:
 
 
 def load_tasks(name_or_path: str, official: bool = False) -> list[Task]:
-    """Tasks of a committed split (`train`, `test`, `foreign`, `ood`), of the BFCL benchmark
+    """Tasks of a committed split (`train`, `val`, `test`, `foreign`, `ood`), of the BFCL benchmark
     (`bfcl[:category][:train|:test]`; official: under its own rules, see `BfclTask`) or of a JSONL file.
 
     Raises FileNotFoundError with the path and the known names, ValueError with file and line for a malformed
