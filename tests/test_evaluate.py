@@ -58,7 +58,7 @@ def test_table_by_hand():
 
 
 def test_closing_table_by_hand():
-    """Both tasks of index 0 are newly solved, of two: the difference is 1/2, its error that of two clusters."""
+    """Both tasks of index 0 are newly solved, of two indices: the difference is 1/2, its error 1/2."""
     then = {"base": {"0-base": 0.0, "1-base": 1.0}, "miss_func": {"0-miss_func": 0.0, "1-miss_func": 1.0}}
     now = {name: dict.fromkeys(tasks, 1.0) for name, tasks in then.items()}
     before, after = {"greedy": Scores(then)}, {"greedy": Scores(now)}

@@ -48,7 +48,8 @@ def test_plan_by_hand(qwen):
     [
         (["--kl", "0"], "reference", 0),
         (["--slots", "16"], "KV cache", 1 / 2),
-        (["--slots", "9999"], "KV cache", 480 / 32),  # no more than the rollouts of a step
+        (["--slots", "9999"], "KV cache", 800 / 32),  # no more than the rollouts of an evaluation
+        (["--slots", "9999", "--eval-samples", "0"], "KV cache", 480 / 32),  # ... of a step
         (["--context", "4096"], "KV cache", 1 / 2),
         (["--context", "99999"], "KV cache", 4),  # no longer than the model's own
         (["--tokens-at-once", "8192"], "activations", 1 / 2),
