@@ -184,9 +184,9 @@ class Sampler:
             if not row.prompt.rows:
                 del prompts[tuple(row.seen)]
         for slot, row in enumerate(live):
-            if row.slot != slot:
+            if row.slot != slot and row.cached:
                 self.decoder.cache.own.move(row.slot, slot, row.cached)
-                row.slot = slot
+            row.slot = slot
 
     def _new_row(self, episode: Episode, hint: str, stream: int, force_prefix: bool) -> Row:
         messages, tools = episode.prompt()
