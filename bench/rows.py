@@ -1,6 +1,6 @@
 """Every performance row, beside its peers, in one run: `python -m nanotoolrl.bench kernel|sampler|step`.
-`busy` times a whole run beside other work; `memory` is arithmetic: which settings fit real models into which
-GPUs.
+`parts` shows where a decode step's time goes. `busy` times a whole run beside other work. `memory` is
+arithmetic: which settings fit real models into which GPUs.
 
 Each builds its workload, checks every result before its speed is looked at, runs the peers that are installed
 in turns, and prints medians with their spread, peak memory, error, and the share of a limit that is measured
@@ -31,6 +31,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
 import torch
+import torch.nn.functional as F
 import transformers
 from torch import Tensor
 from tqdm import tqdm
@@ -45,6 +46,7 @@ from transformers import (
     Qwen3Config,
 )
 
+from bench.parts import Parts, decode_parts, parts_table
 from bench.replay import ReplayDecoder, ReplayProcessor, ReplaySampler
 from nanotoolrl.cli import MOST_THREADS, available_cores, command, cpu_threads, number
 from nanotoolrl.commandline import parse
@@ -240,6 +242,11 @@ def kernel_runs(
     runs |= {f"{OURS}, no entropy": both_ways(lambda: token_logprob(*inputs)), "naive": both_ways(naive)}
     if hidden.is_cuda:
         runs["torch.compile of naive"] = both_ways(torch.compile(naive))
+    if hasattr(F, "linear_cross_entropy"):  # since torch 2.13
+        name, options = "torch linear_cross_entropy", torch.nn.LinearCrossEntropyOptions()
+        chunked = functools.partial(F.linear_cross_entropy, reduction="none", options=options)
+        runs[name] = both_ways(lambda: (-chunked(hidden / temperature, weight, ids), None))
+        notes[name] = "no entropy"
     if version := installed("trl", "trl", missing):
         from trl.kernels import ChunkedLogProbFunction
         from trl.trainer import utils as trl_utils
@@ -602,6 +609,20 @@ def new_run(config: Config, device: torch.device) -> Run:
     return run
 
 
+# ------------------------------------------------------------------------------------------------------ parts
+def parts(device: torch.device, small: bool) -> list[Parts]:
+    """Decode steps of the built-in model: one row, the tail of a rollout, its middle, its beginning. Raises
+    ValueError on a GPU, where a clock in Python sees nothing."""
+    if device.type != "cpu":
+        raise ValueError("parts are timed on a CPU; on a GPU torch's profiler shows kernels (bench/gpu.sh)")
+    square = torch.ones(1024, 1024)
+    product = 2 * 1024**3 / _best_seconds(lambda: square @ square, device)
+    copy = _bytes_per_second(device)
+    shapes = [(2, 2, 16, 4)] if small else [(1, 1, 180, 100), (16, 4, 180, 500), (64, 8, 180, 200)]
+    shapes += [] if small else [(128, 8, 180, 20)]
+    return [decode_parts(load(BUILT_IN, device="cpu"), *shape, copy, product) for shape in shapes]
+
+
 # ------------------------------------------------------------------------------------------------------- busy
 def busy(device: torch.device, repeats: int, small: bool) -> list[Row]:
     """The default run as a command, alone and beside other work: one busy process for every core. And a short
@@ -790,7 +811,7 @@ def markdown(result: dict) -> str:
 def main(argv: list[str] | None = None) -> int:
     """The command: returns 0, 1 if a result is wrong, 2 if it cannot run."""
     parser = argparse.ArgumentParser(prog="python -m nanotoolrl.bench", description=__doc__.split("\n\n")[0])
-    parser.add_argument("what", choices=("kernel", "sampler", "step", "busy", "memory"))
+    parser.add_argument("what", choices=("kernel", "sampler", "step", "parts", "busy", "memory"))
     parser.add_argument(
         "--repeats",
         type=number(int, above=0),
@@ -822,6 +843,10 @@ def main(argv: list[str] | None = None) -> int:
             parity = check_parity(policy, load_tasks("train")[::19])
             print(parity)
             good, body = not parity.wrong(policy.model.dtype), {"parity": asdict(parity)}
+        elif args.what == "parts":
+            found = parts(device, args.small)
+            print(parts_table(found))
+            good, body = True, {"parts": [asdict(one) for one in found]}
         else:
             extra = {"model": args.model} if args.what == "step" else {}
             rows = {"kernel": kernel, "sampler": sampler, "step": step, "busy": busy}[args.what](
@@ -830,7 +855,7 @@ def main(argv: list[str] | None = None) -> int:
             print(table(rows))
             good = not any(arm.wrong for row in rows for arm in row.arms)
             body = {"rows": [asdict(row) for row in rows]}
-    except ModelError as error:
+    except (ModelError, ValueError) as error:
         print(f"bench: {error}", file=sys.stderr)
         return 2
     if args.json:
