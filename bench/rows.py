@@ -18,6 +18,7 @@ import importlib.metadata
 import importlib.util
 import inspect
 import json
+import math
 import os
 import platform
 import statistics
@@ -27,7 +28,7 @@ import tempfile
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 
 import torch
@@ -55,7 +56,7 @@ from nanotoolrl.decode import Feed
 from nanotoolrl.env import Episode, Task
 from nanotoolrl.files import check_writable, finite
 from nanotoolrl.gpu.memory import plan
-from nanotoolrl.loading import BUILT_IN, ModelError, load
+from nanotoolrl.loading import BUILT_IN, DTYPES, ModelError, load
 from nanotoolrl.logprob import token_logprob
 from nanotoolrl.model import Policy, pad
 from nanotoolrl.run import Run, group_advantages, rollout
@@ -114,6 +115,9 @@ class Row:
     limit: float | None = None
     error_of: str = "log-prob, nats"
     missing: list[str] = field(default_factory=list)  # how to install the peers that are not there
+    length: float | None = None  # mean tokens of the rollouts
+    axis: str = ""  # what grows from row to row, and how much of it is here
+    at: float = 0.0
 
 
 # ----------------------------------------------------------------------------------------------- measurements
@@ -560,10 +564,23 @@ def generate_rollout(policy: Policy, load: Workload) -> list[list[int]]:
 def step(device: torch.device, repeats: int, small: bool, model: str = BUILT_IN) -> list[Row]:
     """One whole GRPO step, rollout and update, on the same tokens (row 8)."""
     config = Config(scheme="grpo", prompts=2 if small else 8, group=4 if small else 8, model=model, warmup=0)
+    name = f"GRPO step, {config.prompts} x {config.group} rollouts, {model}"
     tasks = load_tasks("train")[: config.prompts]
-    first = new_run(config, device)
-    trajectories = rollout(first, tasks)
-    run, found = new_run(config, device), []
+    return [step_row(name, config, tasks, lambda: load(model, device=str(device)), repeats)]
+
+
+def step_row(
+    name: str,
+    config: Config,
+    tasks: list[Task],
+    policy_of: Callable[[], Policy],
+    repeats: int,
+    writer: Policy | None = None,
+    warm_up: bool = True,
+) -> Row:
+    """Whole steps of a policy, on rollouts that `writer` (by default another of its kind) has sampled."""
+    trajectories = rollout(new_run(config, writer or policy_of()), tasks)
+    run, found = new_run(config, policy_of()), []
     player = ReplaySampler(run.policy, trajectories, context=config.context)
 
     def ours(every_row: bool = False) -> None:
@@ -574,20 +591,21 @@ def step(device: torch.device, repeats: int, small: bool, model: str = BUILT_IN)
         found.append((metrics["grad_norm"], metrics["forward_tokens"]))
         run.policy.model.load_state_dict(initial)
 
-    row = Row(f"GRPO step, {config.prompts} x {config.group} rollouts, {model}", [], error_of="gradient norm")
+    row = Row(name, [], error_of="gradient norm")
     every = f"{OURS}, every row"
     row.arms = [Arm(OURS, note="rows without advantage left out"), Arm(every)]
     runs = {OURS: ours, every: lambda: ours(every_row=True)}
     if version := installed("trl", "trl", row.missing):
         from bench.trl import TrlStep
 
-        policy = load(config.model, device=str(device))
+        policy = policy_of()
         theirs = TrlStep(config, tasks, trajectories, policy, transformers_model(policy))
         row.arms.append(Arm(f"TRL {version}", note="GRPOTrainer, rollout_func, generate for every message"))
         runs[row.arms[-1].name] = theirs
     for arm in row.arms:
         arm.work = sum(r.sampled_tokens for r in trajectories)
-    timed(row, runs, repeats, device)
+    timed(row, runs, repeats, run.policy.device, warm_up)
+    row.length = sum(len(r.tokens) for r in trajectories) / len(trajectories)
     own = dict(zip(runs, found[-2:]))  # of the last turn
     norm = own[every][0]
     for arm in row.arms:
@@ -595,18 +613,86 @@ def step(device: torch.device, repeats: int, small: bool, model: str = BUILT_IN)
         arm.error, arm.tolerance = abs(value / norm - 1) if norm else abs(value), 1e-3
         if arm.name in own:
             arm.note = ", ".join(filter(None, [arm.note, f"{own[arm.name][1]} tokens through the model"]))
-    return [row]
+    return row
 
 
 def _grouped(tasks: list[Task], group: int) -> list[Task]:
     return [task for task in tasks for _ in range(group)]
 
 
-def new_run(config: Config, device: torch.device) -> Run:
+def new_run(config: Config, policy: Policy) -> Run:
     """A `Run` in its first step."""
-    run = Run.begin(config, load(config.model, device=str(device)))
+    run = Run.begin(config, policy)
     run.next_step()
     return run
+
+
+# ----------------------------------------------------------------------------------------------------- growth
+GROWTH = {  # what grows, and the other two as they then are
+    "rollouts": (16, 32, 64, 128, 256, 512),  # of the built-in model, on prompts as they are
+    "tokens of a prompt": (250, 500, 1000, 2000, 3500),  # 16 rollouts of the built-in model, few messages
+    "million parameters": (1, 5, 25),  # 32 rollouts, those of the built-in model
+}
+SIZES = {5: (256, 768, 6, 8, 4, 32), 25: (512, 1536, 8, 8, 4, 64)}  # SHAPE but for the vocabulary
+
+
+def growth(device: torch.device, repeats: int, small: bool) -> list[Row]:
+    """How the time of a whole step grows with what it holds; `slopes` fits powers. Each arm runs once, cold:
+    with a warm-up TRL's part would take hours."""
+    tasks, writer, rows = load_tasks("train"), load(BUILT_IN, device=str(device)), []
+    for axis, values in GROWTH.items():
+        for value in values[:1] if small else values:
+            prompts = {"rollouts": value // 8, "tokens of a prompt": 2}.get(axis, 4)
+            config = Config(scheme="grpo", prompts=prompts, warmup=0, group=4 if small else 8)
+            some, policy_of = tasks[::5][:prompts], functools.partial(sized_policy, 1, device)
+            if axis == "tokens of a prompt":
+                config = config.but(context=4096, max_messages=6)
+                some = [lengthened(writer, task, value) for task in some]
+            elif axis == "million parameters":
+                policy_of = functools.partial(sized_policy, value, device)
+            name = f"{value} {axis}"
+            rows.append(step_row(name, config, some, policy_of, repeats, writer, warm_up=False))
+            rows[-1].axis, rows[-1].at = axis, value
+    return rows
+
+
+def sized_policy(millions: int, device: torch.device) -> Policy:
+    """The built-in model (1), or one of seeded random weights with its tokenizer."""
+    policy = load(BUILT_IN, device=str(device))
+    if millions == 1:
+        return policy
+    sizes = dict(zip(SHAPE, (*SIZES[millions], len(policy.tokenizer))))
+    config = Qwen2Config(**sizes, tie_word_embeddings=True, max_position_embeddings=4096)
+    torch.manual_seed(0)
+    model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
+    return Policy(model.to(device).eval(), policy.tokenizer)
+
+
+def lengthened(policy: Policy, task: Task, length: int) -> Task:
+    """The task with words before its first message, up to a prompt of `length` tokens."""
+    first, *others = task.turns
+    words = 0
+    while True:
+        longer = replace(task, turns=[replace(first, user="Well, " * words + first.user), *others])
+        missing = length - len(policy.chat.prompt_ids(*Episode(longer).prompt(), "hermes"))
+        if missing <= 0:
+            return longer
+        words += max(1, missing // 4)
+
+
+def slopes(rows: list[Row]) -> dict[str, dict[str, float]]:
+    """Exponent of the time of every arm, by what grew: 1 where twice as much takes twice as long."""
+    found: dict[str, dict[str, float]] = {}
+    for axis in dict.fromkeys(row.axis for row in rows):
+        points = [row for row in rows if row.axis == axis]
+        for arm in points[0].arms if len(points) > 1 else ():
+            name = arm.name
+            times = [next(a.median for a in row.arms if a.name == name) for row in points]
+            fit = statistics.linear_regression(
+                [math.log(row.at) for row in points], [math.log(seconds) for seconds in times]
+            )
+            found.setdefault(axis, {})[name] = fit.slope
+    return found
 
 
 # ------------------------------------------------------------------------------------------------------ parts
@@ -782,6 +868,7 @@ def cells(row: Row, arm: Arm) -> list[str]:
     ]
 
 
+COMMANDS = {"kernel": kernel, "sampler": sampler, "step": step, "growth": growth, "busy": busy}
 HEADER = ["", "median (range)", "time, ours = 1", "of the limit", "peak memory", "error", ""]
 
 
@@ -807,21 +894,36 @@ def markdown(result: dict) -> str:
     return "\n".join(lines)
 
 
+def slopes_table(found: dict[str, dict[str, float]]) -> str:
+    """Markdown: exponents, an arm to a column."""
+    names = list(next(iter(found.values()), {}))
+    lines = ["| time grows as | " + " | ".join(names) + " |", "|---" * (1 + len(names)) + "|"]
+    for axis, by_arm in found.items():
+        lines.append(
+            f"| {axis} to the power of | " + " | ".join(f"{by_arm[name]:.2f}" for name in names) + " |"
+        )
+    return "\n".join(lines)
+
+
 @command
 def main(argv: list[str] | None = None) -> int:
     """The command: returns 0, 1 if a result is wrong, 2 if it cannot run."""
     parser = argparse.ArgumentParser(prog="python -m nanotoolrl.bench", description=__doc__.split("\n\n")[0])
-    parser.add_argument("what", choices=("kernel", "sampler", "step", "parts", "busy", "memory"))
+    parser.add_argument("what", choices=("kernel", "sampler", "step", "growth", "parts", "busy", "memory"))
     parser.add_argument(
         "--repeats",
         type=number(int, above=0),
-        help="timed runs of every arm (default: 5 on a CPU, 20 on a GPU; of busy 1, of its short runs 3)",
+        help="timed runs of every arm (default: 5 on a CPU, 20 on a GPU; of growth and busy 1, of busy's "
+        "short runs 3)",
     )
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     threads = number(int, above=0, most=MOST_THREADS)
     parser.add_argument("--threads", type=threads, default=cpu_threads(), help="CPU threads")
     parser.add_argument("--model", default=BUILT_IN, help="of step (default: %(default)s)")
     parser.add_argument("--parity", action="store_true", help="step: only compare sampler and trainer")
+    parser.add_argument(
+        "--dtype", default="auto", choices=tuple(DTYPES), help="of the weights, with --parity"
+    )
     parser.add_argument("--small", action="store_true", help="tiny shapes, to see that it runs")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write the result down")
     args = parser.parse_args(argv)
@@ -837,24 +939,26 @@ def main(argv: list[str] | None = None) -> int:
     except (OSError, RuntimeError, AssertionError) as error:  # the last: no CUDA
         parser.error(str(error))
     try:
-        repeats = args.repeats or (1 if args.what == "busy" else 20 if device.type == "cuda" else 5)
+        once = args.what in ("busy", "growth")
+        repeats = args.repeats or (1 if once else 20 if device.type == "cuda" else 5)
         if args.parity:
-            policy = load(args.model, device=args.device)
+            policy = load(args.model, device=args.device, dtype=DTYPES[args.dtype])
             parity = check_parity(policy, load_tasks("train")[::19])
             print(parity)
-            good, body = not parity.wrong(policy.model.dtype), {"parity": asdict(parity)}
+            good, body = not parity.wrong(policy.dtype), {"parity": asdict(parity)}
         elif args.what == "parts":
             found = parts(device, args.small)
             print(parts_table(found))
             good, body = True, {"parts": [asdict(one) for one in found]}
         else:
             extra = {"model": args.model} if args.what == "step" else {}
-            rows = {"kernel": kernel, "sampler": sampler, "step": step, "busy": busy}[args.what](
-                device, repeats, args.small, **extra
-            )
+            rows = COMMANDS[args.what](device, repeats, args.small, **extra)
             print(table(rows))
             good = not any(arm.wrong for row in rows for arm in row.arms)
             body = {"rows": [asdict(row) for row in rows]}
+            if args.what == "growth":
+                body["slopes"] = slopes(rows)
+                print(slopes_table(body["slopes"]))
     except (ModelError, ValueError) as error:
         print(f"bench: {error}", file=sys.stderr)
         return 2

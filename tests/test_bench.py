@@ -8,10 +8,13 @@ import torch
 from helpers.rollouts import ragged_episodes, sampled, small_task
 
 from bench import rows as bench
+from bench.parts import REST, Parts, parts_table
 from bench.replay import ReplayProcessor
 from bench.rows import Arm, Row, check_parity, markdown, table
+from nanotoolrl.env import Episode
 from nanotoolrl.loading import load
 from nanotoolrl.sampler import Sampler
+from nanotoolrl.world.tasks import load_tasks
 
 CPU = torch.device("cpu")
 
@@ -40,6 +43,57 @@ def test_command(what, tmp_path, capsys):
         assert row["arms"][0]["error"] <= row["arms"][0]["tolerance"]
         assert row["limit"] is None or row["limit"] > 0
     assert markdown(result).count("\n") == 1 + sum(1 + len(row["arms"]) for row in result["rows"])
+
+
+@pytest.mark.slow
+def test_growth_has_a_point_on_every_axis(tmp_path, monkeypatch, capsys):
+    """Also where no peer is installed; two points of an axis have a slope."""
+    monkeypatch.setattr(bench.importlib.util, "find_spec", lambda name: None)
+    path = tmp_path / "growth.json"
+    assert bench.main(["growth", "--small", "--device", "cpu", "--json", str(path)]) == 0
+    result = json.loads(path.read_text())
+    assert [row["axis"] for row in result["rows"]] == list(bench.GROWTH)
+    assert [row["at"] for row in result["rows"]] == [values[0] for values in bench.GROWTH.values()]
+    assert markdown(result) and "16 rollouts" in capsys.readouterr().out
+
+
+def test_slopes_by_hand():
+    """Twice the rows take four times as long in one arm, as long in the other."""
+    rows = [
+        Row("", [Arm("nanotoolrl", [at**2]), Arm("other", [3.0])], axis="rows", at=at)
+        for at in (2.0, 4.0, 8.0)
+    ]
+    assert bench.slopes(rows) == {"rows": {"nanotoolrl": pytest.approx(2), "other": pytest.approx(0)}}
+    assert "| rows to the power of | 2.00 | 0.00 |" in bench.slopes_table(bench.slopes(rows))
+    assert bench.slopes(rows[:1]) == {}
+
+
+def test_a_task_is_lengthened(policy):
+    task = load_tasks("train")[0]
+    longer = bench.lengthened(policy, task, 700)
+    length = len(policy.chat.prompt_ids(*Episode(longer).prompt(), "hermes"))
+    assert 700 <= length <= 705 and longer.turns[1:] == task.turns[1:]
+    assert longer.turns[0].user.endswith(task.turns[0].user)
+
+
+@pytest.mark.slow
+def test_the_parts_of_a_step_make_it_up(tmp_path, capsys):
+    path = tmp_path / "parts.json"
+    assert bench.main(["parts", "--small", "--device", "cpu", "--json", str(path)]) == 0
+    (found,) = [Parts(**one) for one in json.loads(path.read_text())["parts"]]
+    assert {"attention", "MLP", "head", "choice", "norms", "projections", REST} <= set(found.parts)
+    assert found.limit == max(found.read, found.compute) > 0
+    assert parts_table([found]) in capsys.readouterr().out
+    assert bench.main(["parts", "--device", "meta"]) == 2
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("dtype", ["auto", "bf16"])
+def test_parity_command(monkeypatch, tmp_path, dtype):
+    monkeypatch.setattr(bench, "load_tasks", lambda name: [small_task()] * 20)
+    path = tmp_path / "parity.json"
+    assert bench.main(["step", "--parity", "--device", "cpu", "--dtype", dtype, "--json", str(path)]) == 0
+    assert json.loads(path.read_text())["parity"]["N"] > 0
 
 
 @pytest.mark.slow
