@@ -1,6 +1,7 @@
 """Every performance row, beside its peers, in one run: `python -m nanotoolrl.bench kernel|sampler|step`.
-`parts` shows where a decode step's time goes. `busy` times a whole run beside other work. `memory` is
-arithmetic: which settings fit real models into which GPUs.
+`parts` shows where a decode step's time goes, `growth` how a step's time grows, `before` what a revision took
+for the same runs. `busy` times a whole run beside other work. `memory` is arithmetic: which settings fit real
+models into which GPUs.
 
 Each builds its workload, checks every result before its speed is looked at, runs the peers that are installed
 in turns, and prints medians with their spread, peak memory, error, and the share of a limit that is measured
@@ -11,6 +12,7 @@ Peers: TRL, Liger and cut-cross-entropy if installed, and what one would write w
 """
 
 import argparse
+import csv
 import ctypes
 import functools
 import gc
@@ -273,6 +275,15 @@ def kernel_runs(
         name, inner = f"Liger {version} GRPO loss", f"Liger {version} inner function"
         call, chunk = liger._ChunkedSelectiveLogProbFunction.apply, liger._SELECTIVE_LOGPROB_VOCAB_CHUNK_SIZE
         runs[name] = grpo_loss
+        if hidden.is_cuda:
+            from liger_kernel.functional import fused_linear_cross_entropy as frontend
+
+            fused = f"Liger {version} cross-entropy"
+            plain = functools.partial(frontend, reduction="none")
+            runs[fused] = both_ways(lambda: (-plain(hidden / temperature, weight, ids)[0], None))
+            notes[fused] = "no entropy"
+        else:
+            missing.append(f"liger-kernel {version}: its fused cross-entropy needs a GPU")
         runs[inner] = both_ways(lambda: (call(hidden, weight, ids, None, temperature, chunk), None))
         notes |= {name: "what it offers to users; no entropy, no log-probs", inner: "private; no entropy"}
     if version := installed("cut_cross_entropy", "cut-cross-entropy", missing):
@@ -749,6 +760,50 @@ def busy(device: torch.device, repeats: int, small: bool) -> list[Row]:
     return rows
 
 
+# ----------------------------------------------------------------------------------------------------- before
+def before(device: torch.device, repeats: int, small: bool, revision: str) -> list[Row]:
+    """Short runs of the present source and of an older revision, in turns: the whole command, and the tokens
+    a second of its sampling. Raises ValueError where git does not know the revision."""
+    works = ["--scheme hint --steps 3 --lr 2e-4", "--preset collapse --steps 12"]
+    if small:
+        works = ["--preset smoke --steps 1"]
+    rows = []
+    with tempfile.TemporaryDirectory() as folder:
+        tree = Path(folder) / "tree"
+        add = ["git", "worktree", "add", "--detach", str(tree), revision]
+        made = subprocess.run(add, cwd=ROOT, capture_output=True, text=True)
+        if made.returncode:
+            raise ValueError(f"no revision {revision}: {made.stderr.strip()}")
+        try:
+            for flags in works:
+                rows += before_rows(f"{flags} --eval-count 0", {OURS: ROOT, revision: tree}, repeats, device)
+        finally:
+            subprocess.run(["git", "worktree", "remove", "--force", str(tree)], cwd=ROOT, check=True)
+    return rows
+
+
+def before_rows(flags: str, trees: dict[str, Path], repeats: int, device: torch.device) -> list[Row]:
+    """(the whole command, its sampling) in each of the source trees."""
+    whole, sampling = (
+        Row(name, [Arm(tree) for tree in trees]) for name in (f"train.py {flags}", "its sampling")
+    )
+
+    def run(name: str, arm: Arm) -> None:
+        with tempfile.TemporaryDirectory() as out:
+            command = [sys.executable, "train.py", *flags.split(), "--out", f"{out}/run"]
+            subprocess.run(command, cwd=trees[name], check=True, capture_output=True)
+            with open(f"{out}/run/metrics.csv", encoding="utf-8") as file:
+                steps = list(csv.DictReader(file))
+        arm.seconds.append(sum(float(step["sample_seconds"]) for step in steps))
+        arm.work = sum(int(step["tokens"]) for step in steps)
+
+    works = {arm.name: functools.partial(run, arm.name, arm) for arm in sampling.arms}
+    timed(whole, works, repeats, device)
+    for arm in sampling.arms:
+        arm.seconds = arm.seconds[1:]  # without the warm-up
+    return [whole, sampling]
+
+
 # ----------------------------------------------------------------------------------------------------- parity
 @dataclass
 class Parity:
@@ -868,7 +923,14 @@ def cells(row: Row, arm: Arm) -> list[str]:
     ]
 
 
-COMMANDS = {"kernel": kernel, "sampler": sampler, "step": step, "growth": growth, "busy": busy}
+COMMANDS = {
+    "kernel": kernel,
+    "sampler": sampler,
+    "step": step,
+    "growth": growth,
+    "before": before,
+    "busy": busy,
+}
 HEADER = ["", "median (range)", "time, ours = 1", "of the limit", "peak memory", "error", ""]
 
 
@@ -909,7 +971,9 @@ def slopes_table(found: dict[str, dict[str, float]]) -> str:
 def main(argv: list[str] | None = None) -> int:
     """The command: returns 0, 1 if a result is wrong, 2 if it cannot run."""
     parser = argparse.ArgumentParser(prog="python -m nanotoolrl.bench", description=__doc__.split("\n\n")[0])
-    parser.add_argument("what", choices=("kernel", "sampler", "step", "growth", "parts", "busy", "memory"))
+    parser.add_argument(
+        "what", choices=("kernel", "sampler", "step", "growth", "parts", "before", "busy", "memory")
+    )
     parser.add_argument(
         "--repeats",
         type=number(int, above=0),
@@ -924,6 +988,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument(
         "--dtype", default="auto", choices=tuple(DTYPES), help="of the weights, with --parity"
     )
+    parser.add_argument("--revision", default="6a21ee6", help="of before (default: %(default)s)")
     parser.add_argument("--small", action="store_true", help="tiny shapes, to see that it runs")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write the result down")
     args = parser.parse_args(argv)
@@ -951,7 +1016,7 @@ def main(argv: list[str] | None = None) -> int:
             print(parts_table(found))
             good, body = True, {"parts": [asdict(one) for one in found]}
         else:
-            extra = {"model": args.model} if args.what == "step" else {}
+            extra = {"step": {"model": args.model}, "before": {"revision": args.revision}}.get(args.what, {})
             rows = COMMANDS[args.what](device, repeats, args.small, **extra)
             print(table(rows))
             good = not any(arm.wrong for row in rows for arm in row.arms)
