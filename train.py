@@ -161,6 +161,8 @@ def setup(config: Config) -> tuple[Run, list[Task], int]:
     if skipped:
         print(named(skipped, "skipped"))
     tasks = [task for task in tasks if task.id not in skipped]
+    if config.task_count:
+        tasks = subset(tasks, config.task_count)
     if len(tasks) < config.prompts:
         there_are = f"{len(tasks)} tasks with --min-turns {config.min_turns} can be solved within the limits"
         raise Refused(f"{there_are}, fewer than --prompts {config.prompts}")
@@ -216,16 +218,23 @@ def opening_scores(run: Run, held: list[Task], directory: RunDirectory) -> dict[
 
 
 def score_tasks(run: Run, held: list[Task], when: str) -> dict[str, Scores]:
-    """Scores on the evaluation tasks, greedy and sampled as in training; {} if there are no tasks."""
+    """Scores on the evaluation tasks and on some of the training tasks, greedy and sampled as in training, by
+    a name for each; {} where there is no evaluation."""
     config = run.config
-    if not held:
-        return {}
-    sampled = f" and {config.eval_samples} x sampled" if config.eval_samples else ""
-    print(f"evaluating {when} training: {len(held)} tasks, greedy{sampled}, {config.format} ...", flush=True)
-    scores = {"greedy": greedy(run, held)}
+    sets = {"held out" if config.tasks != config.eval_tasks else "trained on": held}
+    if config.eval_trained:
+        sets.setdefault("trained on", subset(run.tasks, config.eval_trained))
+    ways: dict[str, dict] = {"greedy": {}}
     if config.eval_samples:
-        how = rules(config.limits()) | {"temperature": config.temperature, "samples": config.eval_samples}
-        scores["sampled"] = evaluate(run.sampler, held, config.format, **how)
+        ways["sampled"] = {"temperature": config.temperature, "samples": config.eval_samples}
+    scores = {}
+    if held:
+        what = ", ".join(f"{len(tasks)} tasks {name}" for name, tasks in sets.items())
+        print(f"evaluating {when} training: {what}, {' and '.join(ways)}, {config.format} ...", flush=True)
+        for name, tasks in sets.items():
+            for way, how in ways.items():
+                how |= rules(config.limits())
+                scores[f"{name}, {way}"] = evaluate(run.sampler, tasks, config.format, **how)
     return scores
 
 

@@ -724,9 +724,10 @@ def parts(device: torch.device, small: bool) -> list[Parts]:
 def busy(device: torch.device, repeats: int, small: bool) -> list[Row]:
     """The default run as a command, alone and beside other work: one busy process for every core. And a short
     run with the ways in which torch's threads can wait for each other (nanotoolrl/__init__.py)."""
-    whole, short = "--scheme hint", "--scheme hint --steps 3 --eval-count 0"
+    whole, short, collapse = "--scheme hint", "--scheme hint --steps 3 --eval-count 0", "--preset collapse"
     if small:
         whole, short = "--preset smoke", "--preset smoke --steps 1 --eval-count 0"
+        collapse = f"{short} --lr 1e-3"
     cores = available_cores()
     unset = {k: v for k, v in os.environ.items() if k not in ("OMP_WAIT_POLICY", "GOMP_SPINCOUNT")}
 
@@ -750,12 +751,13 @@ def busy(device: torch.device, repeats: int, small: bool) -> list[Row]:
             "asleep at once": {"OMP_WAIT_POLICY": "PASSIVE", "GOMP_SPINCOUNT": "0"},
             f"{beside} that begin 5 s later": {"busy_processes": cores, "after": 5},
         },
+        collapse: {OURS: {}},
     }
     rows = []
     for flags, arms in ways.items():
         rows.append(Row(f"python train.py {flags}", [Arm(name) for name in arms]))
         works = {name: functools.partial(run, flags, **how) for name, how in arms.items()}
-        times = repeats if flags == whole or small else 3 * repeats
+        times = 3 * repeats if flags == short and not small else repeats
         timed(rows[-1], works, times, device, warm_up=False)
     return rows
 
@@ -964,6 +966,44 @@ def slopes_table(found: dict[str, dict[str, float]]) -> str:
         lines.append(
             f"| {axis} to the power of | " + " | ".join(f"{by_arm[name]:.2f}" for name in names) + " |"
         )
+    return "\n".join(lines)
+
+
+# (result file, how its row begins, what is looked at: times as fast as the fastest peer, share of the limit,
+# or seconds; goal)
+GOALS = (
+    ("kernel", "linear log-prob", "fastest peer", 1.0),
+    ("kernel", "linear log-prob", "limit", 0.8),
+    ("sampler", "decode, 1 row", "fastest peer", 1.5),
+    ("sampler", "decode, 64 rows", "fastest peer", 1.5),
+    ("sampler", "(a)", "fastest peer", 12.0),
+    ("sampler", "(b)", "fastest peer", 12.0),
+    ("step", "GRPO step", "fastest peer", 10.0),
+    ("before", "python train.py --scheme hint", "fastest peer", 2.0),
+    ("before", "its sampling", "fastest peer", 2.5),
+    ("busy", "python train.py --scheme hint", "seconds", 150.0),
+    ("busy", "python train.py --preset collapse", "seconds", 180.0),
+)
+
+
+def goals(results: dict[str, dict]) -> str:
+    """Markdown: what was aimed at and what was measured, by the names of result files."""
+    lines = ["| what | goal | measured | |", "|---|---|---|---|"]
+    for file, start, kind, goal in GOALS:
+        raw = next(row for row in results[file]["rows"] if row["name"].startswith(start))
+        row = Row(**raw | {"arms": [Arm(**arm) for arm in raw["arms"]]})
+        ours, *others = row.arms
+        peers = [arm for arm in others if not arm.name.startswith(OURS)]
+        if kind == "seconds":
+            aim, value, met = f"at most {goal:.0f} s", f"{ours.median:.0f} s", ours.median <= goal
+        elif kind == "limit":
+            share = row.limit / ours.median
+            aim, value, met = f"{goal:.0%} of the limit", f"{share:.0%}", share >= goal
+        else:
+            peer = min(peers, key=lambda arm: arm.median)
+            ratio = peer.median / ours.median
+            aim, value, met = f"{goal:g}x {peer.name}", f"{ratio:.2f}x", ratio >= goal
+        lines.append(f"| {row.name} | {aim} | {value} | {'met' if met else 'not met'} |")
     return "\n".join(lines)
 
 

@@ -52,6 +52,7 @@ PRESETS: dict[str, dict] = {
         "group": 4,
         "warmup": 1,
         "eval_count": 16,
+        "eval_trained": 8,
         "eval_samples": 1,
         "eval_part": 8,
         "eval_every": 1,

@@ -89,6 +89,7 @@ class Config:
         False, "bfcl: hidden tools can be called, no cap on messages but the benchmark's"
     )
     min_turns: int = setting(1, "train on those of them with at least so many user turns", least=1)
+    task_count: int = setting(0, "train on a fixed sample of so many of them; 0: on all", least=0)
     format: str = setting("hermes", "syntax of tool calls", tuple(FORMATS))
     steps: int = setting(20, "RL steps", above=0)
     seed: int = setting(0, "of task order and sampling noise", least=0, most=2**63 - 1)
@@ -169,8 +170,9 @@ class Config:
         "test", "tasks of the evaluation before and after training (with --tasks bfcl: bfcl:test)"
     )
     eval_count: int = setting(400, "a fixed sample of so many of them; 0: no evaluation", least=0)
+    eval_trained: int = setting(32, "a fixed sample of so many training tasks, beside them; 0: none", least=0)
     eval_samples: int = setting(
-        2, "sampled rollouts of each of them, beside the greedy one; 0: none", least=0, most=10_000
+        2, "sampled rollouts of each of these, beside the greedy one; 0: none", least=0, most=10_000
     )
     eval_every: int = setting(10, "steps between evaluations on a part of that sample; 0: none", least=0)
     eval_part: int = setting(50, "tasks in that part", least=0)

@@ -261,6 +261,11 @@ def stored_run(scheme: str) -> Path | None:
     return runs[0] if runs else None
 
 
+def greedy_scores(run: Path, when: str) -> Scores:
+    """Those of a run on held-out tasks, before or after training."""
+    return Scores(**json.loads((run / "result.json").read_text(encoding="utf-8"))[when]["held out, greedy"])
+
+
 def stored_scores(path: Path) -> dict[str, Scores]:
     """The scores that `evaluate --json` wrote."""
     scores = json.loads(path.read_text(encoding="utf-8"))["scores"]
@@ -308,13 +313,11 @@ def test_the_table_of_collapse_and_help_is_made_from_the_committed_results():
     rows = re.findall(r"^\| `python train.py --scheme ([\w-]+)` \| (.*) \|$", README, re.MULTILINE)
     assert len(rows) > 3
     for name, cell in rows:
-        result = json.loads((stored_run(name) / "result.json").read_text())
-        assert cell == with_interval(Scores(**result["after"]["greedy"])), name
+        assert cell == with_interval(greedy_scores(stored_run(name), "after")), name
     with (RESULTS / "collapse.csv").open() as file:
         ends = ", ".join(f"{100 * float(row['greedy_after']):.1f}" for row in csv.DictReader(file))
     assert f"| `python train.py --scheme grpo --preset collapse`, five seeds | {ends} |" in README
-    before = json.loads((stored_run("grpo") / "result.json").read_text())["before"]["greedy"]
-    assert f"from {with_interval(Scores(**before))}" in README
+    assert f"from {with_interval(greedy_scores(stored_run('grpo'), 'before'))}" in README
 
 
 def test_the_transcripts_are_the_committed_ones():
@@ -366,15 +369,15 @@ def test_the_scheme_table_is_made_from_the_registry_and_the_committed_results():
     """A scheme that somebody just adds, without a committed run, needs no row."""
     lines = []
     for name, scheme in listed().items():
-        scores = Scores(**json.loads((stored_run(name) / "result.json").read_text())["after"]["greedy"])
+        scores = Scores(
+            **json.loads((stored_run(name) / "result.json").read_text())["after"]["held out, greedy"]
+        )
         share, low, high, n = scores.of("all")
         success = f"{100 * share:.1f} [{100 * low:.1f}, {100 * high:.1f}]"
         assert n == 400
         lines.append(f"| `{name}` | {scheme.about} | `python train.py --scheme {name}` | {success} |")
     assert "\n".join(lines) in PAGES["docs/schemes.md"], "\n".join(lines)
-    before = Scores(
-        **json.loads((stored_run(SETTINGS["scheme"].default) / "result.json").read_text())["before"]
-    )
+    before = greedy_scores(stored_run("grpo"), "before")
     share, low, high, _ = before.of("all")
     assert f"{100 * share:.1f} [{100 * low:.1f}, {100 * high:.1f}]" in PAGES["docs/schemes.md"]
 

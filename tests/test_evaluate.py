@@ -61,13 +61,13 @@ def test_closing_table_by_hand():
     """Both tasks of index 0 are newly solved, of two indices: the difference is 1/2, its error 1/2."""
     then = {"base": {"0-base": 0.0, "1-base": 1.0}, "miss_func": {"0-miss_func": 0.0, "1-miss_func": 1.0}}
     now = {name: dict.fromkeys(tasks, 1.0) for name, tasks in then.items()}
-    before, after = {"greedy": Scores(then)}, {"greedy": Scores(now)}
-    lines = closing_table(before, after).splitlines()
-    assert lines[0].split() == ["greedy,", "%", "before", "after", "difference"]
-    assert [line.split()[0] for line in lines[1:]] == ["base", "miss_func", "all"]
-    assert lines[3].split()[1] == "50.0" and "100.0 " in lines[3] and "50.0 [-48.0, 148.0] n=4" in lines[3]
+    before, after = Scores(then), Scores(now)
+    header, line = closing_table({"trained on, sampled": before}, {"trained on, sampled": after}).splitlines()
+    assert header.split() == ["success", "%", "before", "after", "difference,", "paired"]
+    assert line.startswith("trained on, sampled ") and line.endswith(" 50.0 [-48.0, 148.0] n=4")
+    assert line.split()[3] == "50.0" and " 100.0 [" in line
     with pytest.raises(KeyError):
-        Scores({"base": {"2-base": 1.0}}).since(before["greedy"], "all")
+        Scores({"base": {"2-base": 1.0}}).since(before)
 
 
 def test_evaluation_does_not_depend_on_slots_or_order(policy):
@@ -292,7 +292,7 @@ def test_evaluation_is_under_the_limits_of_training(tmp_path, capsys):
     shown = ["--doctor", "--tasks", held, "--count", "4", "--model", str(out), "--json", str(stored)]
     assert evaluating.main(shown) == 0
     assert "cannot be solved: task test-" in capsys.readouterr().err
-    after = json.loads((out / "result.json").read_text())["after"]["greedy"]
+    after = json.loads((out / "result.json").read_text())["after"]["held out, greedy"]
     page = json.loads(stored.read_text())
     assert page["model"]["states"] == after["states"] and page["arguments"]["max_new_tokens"] == 24
     command = [

@@ -29,17 +29,19 @@ ALL = [(name, schedule) for name, one in SCHEMES.items() for schedule in one.sch
 def test_every_scheme_runs_with_evaluation(scheme, schedule, tmp_path, capsys):
     out = tmp_path / "run"
     flags = ["--scheme", scheme, "--eval-count", 4, "--eval-tasks", OTHERS, "--show-every", 1]
+    flags += ["--eval-trained", 2]
     flags += ["--max-messages", 4, "--max-new-tokens", 48, "--eval-every", 0]
     flags += ["--schedule", schedule] if schedule else []
     assert run(*flags, out=out) == 0
     printed = capsys.readouterr().out
     assert "2 prompts x 2 rollouts = 4 trajectories, 2 updates" in printed
-    assert "before" in printed and "after" in printed and "long_context" in printed
+    assert "before" in printed and "after" in printed and "difference, paired" in printed
     assert ("assistant |" in printed and "turns:" in printed) or (scheme, schedule) == ("sft", "none")
     result = json.loads((out / "result.json").read_text())
-    assert [*result["after"]] == ["greedy", "sampled"] == [*result["before"]]
-    for scores in result["after"].values():
-        assert sum(len(rewards) for rewards in scores["rewards"].values()) == 4
+    ways = ["held out, greedy", "held out, sampled", "trained on, greedy", "trained on, sampled"]
+    assert [*result["after"]] == [*result["before"]] == ways
+    counts = [sum(map(len, scores["rewards"].values())) for scores in result["after"].values()]
+    assert counts == [4, 4, 2, 2]
     stored = json.loads((out / "config.json").read_text())
     assert stored["scheme"] == scheme and stored["versions"]["torch"] == torch.__version__
     made, start = (json.loads((path / "config.json").read_text()) for path in (out / "model", NANO))
@@ -55,7 +57,7 @@ def test_greedy_evaluation_on_a_part_every_few_steps(tmp_path):
     lines = [json.loads(line) for line in (tmp_path / "run" / "probes.jsonl").read_text().splitlines()]
     assert sum(lines[2]["greedy_states"].values()) >= 3 and "greedy_states" not in lines[1]
     result = json.loads((tmp_path / "run" / "result.json").read_text())["after"]
-    assert Scores(**result["greedy"]).of("all").n == 4
+    assert Scores(**result["held out, greedy"]).of("all").n == 4
     assert run(*flags, "--eval-every", 0, out=tmp_path / "off") == 0
     assert all(row["eval_success"] == "" for row in rows(tmp_path / "off"))
     assert all(torch.equal(weights(tmp_path / "run")[k], v) for k, v in weights(tmp_path / "off").items())

@@ -66,9 +66,9 @@ class Scores:
         found = self._by_task(category)
         return share_of(list(found.values()), [index_of(*key) for key in found])
 
-    def since(self, before: "Scores", category: str) -> Share:
+    def since(self, before: "Scores") -> Share:
         """Share solved more than before, on the same tasks. Raises KeyError where they are others."""
-        now, then = self._by_task(category), before._by_task(category)
+        now, then = self._by_task("all"), before._by_task("all")
         return difference(list(now.values()), [then[key] for key in now], [index_of(*key) for key in now])
 
     def _by_task(self, category: str) -> dict[tuple[str, str], float]:
@@ -134,14 +134,13 @@ def table(columns: dict[str, Scores]) -> str:
 
 
 def closing_table(before: dict[str, Scores], after: dict[str, Scores]) -> str:
-    """Success in % before and after training in each way of playing, and the difference on the same tasks."""
-    lines = []
+    """Success in % before and after training, a row for each set of tasks and way of playing, and the
+    difference on the same tasks."""
+    titles = ("before", "after", "difference, paired")
+    lines = [f"{'success %':<22}" + "".join(f"{title:>24}" for title in titles)]
     for way, then in before.items():
-        now = after[way]
-        lines.append(f"{way + ', %':<14}" + "".join(f"{x:>24}" for x in ("before", "after", "difference")))
-        for name in categories([then, now]):
-            cells = then.of(name), now.of(name), now.since(then, name)
-            lines.append(f"{name:<14}" + "".join(f" {cell!s:>23}" for cell in cells))
+        cells = then.of("all"), after[way].of("all"), after[way].since(then)
+        lines.append(f"{way:<22}" + "".join(f" {cell!s:>23}" for cell in cells))
     return "\n".join(lines)
 
 
