@@ -45,7 +45,9 @@ QWEN = PAPER | {
     "probe_every": 10,
 }
 PRESETS: dict[str, dict] = {
-    "nano": {},
+    # What runs by default: few tasks, seen ten times each, so that a run is seen to learn within minutes.
+    "first": {"task_count": 32, "updates": 2, "lr": 4e-4, "warmup": 2, "eval_count": 100},
+    "nano": {},  # all training tasks, at half that rate: what schemes are compared with
     "smoke": {
         "steps": 2,
         "prompts": 4,

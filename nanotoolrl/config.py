@@ -82,7 +82,7 @@ class Config:
     # what runs
     scheme: str = setting("hint", "trainer variant; see --list")
     schedule: str = setting("", "when an SFT signal is trained (default: the scheme's own)")
-    preset: str = setting("nano", "named set of settings, overridden by flags")
+    preset: str = setting("first", "named set of settings, overridden by flags")
     model: str = setting(BUILT_IN, "checkpoint or run directory, hub name, or nano, the built-in model")
     tasks: str = setting("train", f"training tasks: {TASK_NAMES}; of bfcl the train half unless named")
     bfcl_official: bool = setting(
