@@ -9,7 +9,9 @@ from typing import Any
 import torch
 from torch import nn
 
+from bench.measure import best_seconds, bytes_per_second
 from nanotoolrl.decode import Decoder, Feed
+from nanotoolrl.loading import BUILT_IN, load
 from nanotoolrl.model import Policy
 from nanotoolrl.transformer import MLP, RMSNorm
 
@@ -125,6 +127,19 @@ def decode_parts(
     name = f"{B} rows, {prompts} prompts of {prompt}, then {own} to {2 * own} tokens"
     read = (weights + cached) * policy.head.element_size() / copy_speed
     return Parts(name, whole, parts, read, (2 * weights * B + attended) / product_speed)
+
+
+def parts(device: torch.device, small: bool) -> list[Parts]:
+    """Decode steps of the built-in model: one row, the tail of a rollout, its middle, its beginning. Raises
+    ValueError on a GPU, where a clock in Python sees nothing."""
+    if device.type != "cpu":
+        raise ValueError("parts are timed on a CPU; on a GPU torch's profiler shows kernels (bench/gpu.sh)")
+    square = torch.ones(1024, 1024)
+    product = 2 * 1024**3 / best_seconds(lambda: square @ square, device)
+    copy = bytes_per_second(device)
+    shapes = [(2, 2, 16, 4)] if small else [(1, 1, 180, 100), (16, 4, 180, 500), (64, 8, 180, 200)]
+    shapes += [] if small else [(128, 8, 180, 20)]
+    return [decode_parts(load(BUILT_IN, device="cpu"), *shape, copy, product) for shape in shapes]
 
 
 def parts_table(found: list[Parts]) -> str:

@@ -10,7 +10,8 @@ from pathlib import Path
 import torch
 from torch.profiler import ProfilerActivity, profile
 
-from bench.rows import new_run, seeded_policy
+from bench.models import seeded_policy
+from bench.steps import new_run
 from nanotoolrl.config import Config
 from nanotoolrl.decode import Decoder, Feed
 from nanotoolrl.run import group_advantages, rollout

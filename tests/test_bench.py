@@ -7,10 +7,13 @@ import pytest
 import torch
 from helpers.rollouts import ragged_episodes, sampled, small_task
 
-from bench import rows as bench
+from bench import command as bench
+from bench import kernel, measure, runs, sampling, steps
+from bench.measure import Arm, Row, markdown, table
+from bench.models import seeded_policy
+from bench.parity import check_parity
 from bench.parts import REST, Parts, parts_table
 from bench.replay import ReplayProcessor
-from bench.rows import Arm, Row, check_parity, markdown, table
 from nanotoolrl.env import Episode
 from nanotoolrl.loading import load
 from nanotoolrl.sampler import Sampler
@@ -48,12 +51,12 @@ def test_command(what, tmp_path, capsys):
 @pytest.mark.slow
 def test_growth_has_a_point_on_every_axis(tmp_path, monkeypatch, capsys):
     """Also where no peer is installed; two points of an axis have a slope."""
-    monkeypatch.setattr(bench.importlib.util, "find_spec", lambda name: None)
+    monkeypatch.setattr(measure.importlib.util, "find_spec", lambda name: None)
     path = tmp_path / "growth.json"
     assert bench.main(["growth", "--small", "--device", "cpu", "--json", str(path)]) == 0
     result = json.loads(path.read_text())
-    assert [row["axis"] for row in result["rows"]] == list(bench.GROWTH)
-    assert [row["at"] for row in result["rows"]] == [values[0] for values in bench.GROWTH.values()]
+    assert [row["axis"] for row in result["rows"]] == list(steps.GROWTH)
+    assert [row["at"] for row in result["rows"]] == [values[0] for values in steps.GROWTH.values()]
     assert markdown(result) and "16 rollouts" in capsys.readouterr().out
 
 
@@ -63,14 +66,14 @@ def test_slopes_by_hand():
         Row("", [Arm("nanotoolrl", [at**2]), Arm("other", [3.0])], axis="rows", at=at)
         for at in (2.0, 4.0, 8.0)
     ]
-    assert bench.slopes(rows) == {"rows": {"nanotoolrl": pytest.approx(2), "other": pytest.approx(0)}}
-    assert "| rows to the power of | 2.00 | 0.00 |" in bench.slopes_table(bench.slopes(rows))
-    assert bench.slopes(rows[:1]) == {}
+    assert steps.slopes(rows) == {"rows": {"nanotoolrl": pytest.approx(2), "other": pytest.approx(0)}}
+    assert "| rows to the power of | 2.00 | 0.00 |" in steps.slopes_table(steps.slopes(rows))
+    assert steps.slopes(rows[:1]) == {}
 
 
 def test_a_task_is_lengthened(policy):
     task = load_tasks("train")[0]
-    longer = bench.lengthened(policy, task, 700)
+    longer = steps.lengthened(policy, task, 700)
     length = len(policy.chat.prompt_ids(*Episode(longer).prompt(), "hermes"))
     assert 700 <= length <= 705 and longer.turns[1:] == task.turns[1:]
     assert longer.turns[0].user.endswith(task.turns[0].user)
@@ -98,7 +101,7 @@ def test_parity_command(monkeypatch, tmp_path, dtype):
 
 @pytest.mark.slow
 def test_missing_peers_are_named(monkeypatch, capsys):
-    monkeypatch.setattr(bench.importlib.util, "find_spec", lambda name: None)
+    monkeypatch.setattr(measure.importlib.util, "find_spec", lambda name: None)
     bench.main(["kernel", "--small", "--repeats", "1", "--device", "cpu"])
     out = capsys.readouterr().out
     for package in ("trl", "liger-kernel", "cut-cross-entropy"):
@@ -107,13 +110,13 @@ def test_missing_peers_are_named(monkeypatch, capsys):
 
 @pytest.mark.slow
 def test_a_wrong_result_fails_however_fast(monkeypatch, capsys):
-    right = bench.token_logprob
+    right = kernel.token_logprob
 
     def wrong(*arguments):
         logprob, entropy = right(*arguments)
         return logprob + 1e-3, entropy
 
-    monkeypatch.setattr(bench, "token_logprob", wrong)
+    monkeypatch.setattr(kernel, "token_logprob", wrong)
     assert bench.main(["kernel", "--small", "--repeats", "1", "--device", "cpu"]) == 1
     said = capsys.readouterr()
     assert "WRONG" in said.out and "a result is wrong" in said.err
@@ -163,7 +166,7 @@ def test_bad_flags_are_refused(capsys):
 def test_busy_runs_what_it_says(monkeypatch):
     """Processes are only noted: which command, in which environment, beside how many others."""
     monkeypatch.setenv("GOMP_SPINCOUNT", "5")
-    monkeypatch.setattr(bench, "available_cores", lambda: 3)
+    monkeypatch.setattr(runs, "available_cores", lambda: 3)
     going, ran = [], []
 
     def start(command):
@@ -174,14 +177,15 @@ def test_busy_runs_what_it_says(monkeypatch):
         named = {name: env[name] for name in ("OMP_WAIT_POLICY", "GOMP_SPINCOUNT") if name in env}
         ran.append((command[1:4], named, len(going)))
 
-    monkeypatch.setattr(bench, "subprocess", SimpleNamespace(Popen=start, run=run))
-    whole, short = bench.busy(CPU, repeats=1, small=False)
+    monkeypatch.setattr(runs, "subprocess", SimpleNamespace(Popen=start, run=run))
+    whole, short, collapse = runs.busy(CPU, repeats=1, small=False)
     default = ["train.py", "--scheme", "hint"]
     assert ran[:2] == [(default, {}, 0), (default, {}, 3)] and not going
     asleep = {"OMP_WAIT_POLICY": "PASSIVE", "GOMP_SPINCOUNT": "0"}
     ways = [({}, 0), ({"GOMP_SPINCOUNT": "300000"}, 0), (asleep, 0), ({}, 3)]
-    assert ran[2:] == [(default, *way) for way in ways] * 3
-    assert [len(arm.seconds) for row in (whole, short) for arm in row.arms] == [1, 1, 3, 3, 3, 3]
+    assert ran[2:-1] == [(default, *way) for way in ways] * 3
+    assert ran[-1] == (["train.py", "--preset", "collapse"], {}, 0)
+    assert [len(arm.seconds) for row in (whole, short, collapse) for arm in row.arms] == [1, 1, 3, 3, 3, 3, 1]
 
 
 def test_messages_of(policy):
@@ -200,7 +204,7 @@ def test_replay_leaves_one_token():
 
 @pytest.mark.slow
 def test_a_wrong_replay_is_wrong_on_every_device(monkeypatch):
-    policy = bench.seeded_policy(CPU, small=True)
-    monkeypatch.setattr(bench, "generate_rollout", lambda *_: [[0]])
-    work = bench.workload("x", bench.load_tasks("train")[:1], 2, 0)
-    assert bench.sampler_row(policy, work, repeats=1).arms[0].wrong
+    policy = seeded_policy(CPU, small=True)
+    monkeypatch.setattr(sampling, "generate_rollout", lambda *_: [[0]])
+    work = sampling.workload("x", load_tasks("train")[:1], 2, 0)
+    assert sampling.sampler_row(policy, work, repeats=1).arms[0].wrong

@@ -17,11 +17,14 @@ from pathlib import Path
 import pytest
 
 import train
-from bench import rows as bench
+from bench.measure import markdown
+from bench.memory import memory_table
+from bench.parity import Parity
+from bench.parts import Parts, parts_table
+from bench.steps import slopes_table
 from nanotoolrl import calls, commandline, env
 from nanotoolrl.calls import FORMATS, message_state, parse_calls, render_calls
 from nanotoolrl.commandline import parse
-from nanotoolrl.config import SETTINGS
 from nanotoolrl.look import study
 from nanotoolrl.look.evaluate import Scores, states_table, table
 from nanotoolrl.look.figures import FIGURES
@@ -239,24 +242,20 @@ def test_the_readme_is_short():
 
 # ----------------------------------------------------------------------------- numbers from committed results
 def committed_runs() -> dict[Path, dict]:
-    """Every committed default run by its directory, with its config: those of the default scheme, by seed,
-    and one of each other scheme."""
-    places = (f"{SETTINGS['scheme'].default}/*/config.json", "schemes/*/config.json")
-    paths = [path for place in places for path in sorted(RESULTS.glob(place))]
+    """Every committed run of a scheme in the settings in which schemes are compared, with its config."""
+    paths = sorted(RESULTS.glob("schemes/*/config.json"))
     return {path.parent: json.loads(path.read_text(encoding="utf-8")) for path in paths}
 
 
-def default_runs() -> dict[int, Path]:
-    """The committed runs of the default scheme by seed: those that README's tables are made from."""
-    default = SETTINGS["scheme"].default
-    found = {one["seed"]: path for path, one in committed_runs().items() if one["scheme"] == default}
-    assert found
-    return dict(sorted(found.items()))
+def default_runs(kind: str) -> dict[int, Path]:
+    """The committed runs of the default command by seed: `hint`, or `no-hint`, which is without one."""
+    paths = (RESULTS / "first" / kind).glob("seed*/config.json")
+    return {seed: path for path in paths for seed in [json.loads(path.read_text())["seed"]]}
 
 
 def stored_run(scheme: str) -> Path | None:
-    """Directory of the committed default run of a scheme with seed 0, if there is one."""
-    runs = [path for path, one in committed_runs().items() if (one["scheme"], one["seed"]) == (scheme, 0)]
+    """Directory of the committed run of a scheme, if there is one."""
+    runs = [path for path, one in committed_runs().items() if one["scheme"] == scheme]
     assert len(runs) < 2, runs
     return runs[0] if runs else None
 
@@ -278,16 +277,20 @@ def with_interval(scores: Scores) -> str:
     return f"{100 * share:.1f} [{100 * low:.1f}, {100 * high:.1f}]"
 
 
-def summary_row(name: str, columns: dict[str, Scores]) -> str:
-    """The row of README's table of the default run."""
-    return f"| {name} | {' | '.join(map(with_interval, columns.values()))} |"
-
-
-def moves(columns: dict[str, Scores]) -> str:
-    """How far success has moved in each of the runs, in points."""
-    before, *after = (100 * scores.success for scores in columns.values())
-    first, *rest = (f"{end - before:+.1f}" for end in after)
-    return f"{', '.join([first, *rest[:-1]])} and {rest[-1]}"
+def first_table(kind: str) -> str:
+    """Markdown: what the runs of the default command ended with, a row for each seed."""
+    lines = []
+    for seed, path in sorted(default_runs(kind).items()):
+        result = json.loads((path.parent / "result.json").read_text(encoding="utf-8"))
+        cells = [str(seed)]
+        for way in result["before"]:
+            before, after = (Scores(**result[when][way]) for when in ("before", "after"))
+            change = after.since(before)
+            moved = f"{100 * change.share:+.1f} [{100 * change.low:+.1f}, {100 * change.high:+.1f}]"
+            cells.append(f"{100 * before.success:.1f} to {100 * after.success:.1f}: {moved}")
+        lines.append(f"| {' | '.join(cells)} |")
+    header = f"| seed | {' | '.join(result['before'])} |"
+    return "\n".join([header, "|---" * len(cells) + "|", *lines])
 
 
 def test_the_claims_are_counted_in_the_committed_results():
@@ -310,7 +313,9 @@ def test_the_claims_are_counted_in_the_committed_results():
 
 
 def test_the_table_of_collapse_and_help_is_made_from_the_committed_results():
-    rows = re.findall(r"^\| `python train.py --scheme ([\w-]+)` \| (.*) \|$", README, re.MULTILINE)
+    rows = re.findall(
+        r"^\| `python train.py --scheme ([\w-]+) --preset nano` \| (.*) \|$", README, re.MULTILINE
+    )
     assert len(rows) > 3
     for name, cell in rows:
         assert cell == with_interval(greedy_scores(stored_run(name), "after")), name
@@ -327,42 +332,43 @@ def test_the_transcripts_are_the_committed_ones():
         assert f"```text\n{text[text.index('     user |') :]}```" in README
 
 
-def test_the_results_table_is_made_from_the_committed_results():
-    results = {seed: json.loads((run / "result.json").read_text()) for seed, run in default_runs().items()}
-    first = next(iter(results.values()))
-    columns = {"before": Scores(**first["before"])}
-    columns |= {f"after, seed {seed}": Scores(**result["after"]) for seed, result in results.items()}
-    assert table(columns) in START
-    assert summary_row("greedy", columns) in README
-    assert f"greedy success by {moves(columns)}" in README and f"greedy success by {moves(columns)}" in START
-    assert all(result["before"]["rewards"] == first["before"]["rewards"] for result in results.values())
-    assert stored_scores(RESULTS / "base" / "greedy.json")["hermes"].states == first["before"]["states"]
+@pytest.mark.parametrize("kind", ["hint", "no-hint"])
+def test_the_tables_of_the_default_run_are_made_from_its_committed_runs(kind):
+    assert first_table(kind) in START, first_table(kind)
+    assert sorted(default_runs(kind)) == list(range(5))
 
 
-def test_the_sampled_table_is_made_from_the_committed_results():
-    start = json.loads((RESULTS / "base" / "sampled.json").read_text())
-    ends = {seed: json.loads((run / "sampled.json").read_text()) for seed, run in default_runs().items()}
-    columns = {"before": Scores(**start["scores"]["hermes"])}
-    columns |= {f"after, seed {seed}": Scores(**end["scores"]["hermes"]) for seed, end in ends.items()}
-    assert table(columns) in START
-    assert summary_row("sampled", columns) in README
-    assert f"sampled success by {moves(columns)} points" in README
-    same = {"tasks", "count", "temperature", "hint", "seed", "context", "max_messages"}
-    assert all(end["arguments"][name] == start["arguments"][name] for end in ends.values() for name in same)
+def test_what_the_readme_says_of_the_default_run():
+    """How often sampled success has doubled on the tasks trained on, and the worst and best of each."""
+    ends = [json.loads((path.parent / "result.json").read_text()) for path in default_runs("hint").values()]
+    moved = {
+        way: [(Scores(**end["before"][way]).success, Scores(**end["after"][way]).success) for end in ends]
+        for way in ends[0]["before"]
+    }
+    trained = [after / before for before, after in moved["trained on, sampled"]]
+    assert min(trained) >= 2 and f"{min(trained):.1f} to {max(trained):.1f} times" in README
+    changes = [100 * (after - before) for before, after in moved["held out, sampled"]]
+    assert f"between {min(changes):+.1f} and {max(changes):+.1f} points" in README
+    assert all(after >= before for before, after in moved["trained on, greedy"])
 
 
 def test_the_speed_tables_are_made_from_the_committed_results():
     for path in sorted((RESULTS / "bench").glob("*.json")):
         result = json.loads(path.read_text())
         if "parity" in result:
-            assert str(bench.Parity(**result["parity"])) in SPEED
+            assert str(Parity(**result["parity"])) in SPEED
+            continue
+        if "parts" in result:
+            assert parts_table([Parts(**one) for one in result["parts"]]) in SPEED
         else:
-            assert bench.markdown(result) in SPEED
-            assert result["command"] == f"python -m nanotoolrl.bench {path.stem}"
+            assert markdown(result) in SPEED
+        if "slopes" in result:
+            assert slopes_table(result["slopes"]) in SPEED
+        assert result["command"] == f"python -m nanotoolrl.bench {path.stem}"
 
 
 def test_the_memory_table_is_made_by_its_command():
-    assert bench.memory_table() in PAGES["docs/real-models.md"]
+    assert memory_table() in PAGES["docs/real-models.md"]
 
 
 def test_the_scheme_table_is_made_from_the_registry_and_the_committed_results():
@@ -375,7 +381,9 @@ def test_the_scheme_table_is_made_from_the_registry_and_the_committed_results():
         share, low, high, n = scores.of("all")
         success = f"{100 * share:.1f} [{100 * low:.1f}, {100 * high:.1f}]"
         assert n == 400
-        lines.append(f"| `{name}` | {scheme.about} | `python train.py --scheme {name}` | {success} |")
+        lines.append(
+            f"| `{name}` | {scheme.about} | `python train.py --scheme {name} --preset nano` | {success} |"
+        )
     assert "\n".join(lines) in PAGES["docs/schemes.md"], "\n".join(lines)
     before = greedy_scores(stored_run("grpo"), "before")
     share, low, high, _ = before.of("all")
@@ -438,13 +446,11 @@ def test_the_model_card_is_made_from_the_committed_scores():
 
 def test_committed_runs_are_whole_and_made_with_the_present_defaults():
     for folder, config in committed_runs().items():
-        assert folder.name == (
-            config["scheme"] if folder.parent.name == "schemes" else f"seed{config['seed']}"
-        )
+        assert folder.name == config["scheme"] and config["seed"] == 0
         with (folder / "metrics.csv").open() as file:
             rows = list(csv.DictReader(file))
         assert [int(row["step"]) for row in rows] == list(range(1, config["steps"] + 1))
-        now = vars(parse(["--scheme", config["scheme"], "--seed", str(config["seed"])])[0])
+        now = vars(parse(["--scheme", config["scheme"], "--preset", "nano"])[0])
         same = set(now) & set(config) - {"out", "threads", "show_every"}  # others came later
         assert {key: config[key] for key in same} == {key: now[key] for key in same}
         assert (folder / "result.json").exists()

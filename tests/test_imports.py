@@ -73,7 +73,7 @@ def test_the_graph_is_seen():
     """At the top of a file, within a function, from a package, by folder."""
     edges = graph()
     assert "nanotoolrl.signals" in edges["nanotoolrl.look.metrics"]
-    assert "bench.trl" in edges["bench.rows"]
+    assert "bench.trl" in edges["bench.steps"]
     assert "nanotoolrl.gpu.distributed" in edges["nanotoolrl.cli"]
     assert {"nanotoolrl.world", "nanotoolrl.world.api"} <= edges["nanotoolrl.env"]
     assert "nanotoolrl.world.domains.music" in edges["nanotoolrl.world.domains"]
@@ -94,7 +94,7 @@ def test_no_import_leads_back_to_where_it_began():
         ("nanotoolrl.env", "from nanotoolrl.world import generate"),
         ("nanotoolrl.world.domains.music", "from nanotoolrl.world.domains import ORDER"),
         ("nanotoolrl.world.words", "from nanotoolrl.world.tasks import load_tasks"),
-        ("bench.trl", "from bench.rows import transformers_model"),
+        ("bench.trl", "from bench.steps import new_run"),
     ],
 )
 def test_one_line_more_would_be_found(name, line, monkeypatch):

@@ -7,7 +7,7 @@ import torch
 from helpers.models import MODELS, policy_like
 from transformers import Qwen2Config
 
-from bench import rows as bench
+from bench import memory as bench
 from nanotoolrl.commandline import parse
 from nanotoolrl.gpu.memory import available, describe, plan
 from nanotoolrl.model import Policy
