@@ -26,8 +26,9 @@ from bench.parity import check_parity
 from bench.parts import parts, parts_table
 from bench.runs import before, busy
 from bench.sampling import sampler
-from bench.steps import growth, slopes, slopes_table, step
+from bench.steps import draw, growth, slopes, slopes_table, step
 from nanotoolrl.cli import MOST_THREADS, command, cpu_threads, number
+from nanotoolrl.config import Refused
 from nanotoolrl.files import check_writable, finite
 from nanotoolrl.loading import BUILT_IN, DTYPES, ModelError, load
 from nanotoolrl.world.tasks import load_tasks
@@ -103,6 +104,7 @@ def main(argv: list[str] | None = None) -> int:
     )
     parser.add_argument("--revision", default="6a21ee6", help="of before (default: %(default)s)")
     parser.add_argument("--small", action="store_true", help="tiny shapes, to see that it runs")
+    parser.add_argument("--figure", type=Path, metavar="FILE", help="of growth: draw it")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write the result down")
     args = parser.parse_args(argv)
     if args.what == "memory":
@@ -137,11 +139,14 @@ def main(argv: list[str] | None = None) -> int:
             if args.what == "growth":
                 body["slopes"] = slopes(rows)
                 print(slopes_table(body["slopes"]))
-    except (ModelError, ValueError) as error:
+                if args.figure:
+                    draw(rows, args.figure)
+    except (ModelError, Refused) as error:
         print(f"bench: {error}", file=sys.stderr)
         return 2
     if args.json:
-        given = [x for x in argv or sys.argv[1:] if x not in ("--json", str(args.json))]
+        files = ("--json", "--figure", str(args.json), str(args.figure))
+        given = [x for x in argv or sys.argv[1:] if x not in files]
         line = "python -m nanotoolrl.bench " + " ".join(given)
         args.json.write_text(
             json.dumps(finite({"command": line, "machine": machine(device)} | body), indent=1) + "\n",

@@ -10,6 +10,7 @@ import torch
 from torch import nn
 
 from bench.measure import best_seconds, bytes_per_second
+from nanotoolrl.config import Refused
 from nanotoolrl.decode import Decoder, Feed
 from nanotoolrl.loading import BUILT_IN, load
 from nanotoolrl.model import Policy
@@ -131,9 +132,9 @@ def decode_parts(
 
 def parts(device: torch.device, small: bool) -> list[Parts]:
     """Decode steps of the built-in model: one row, the tail of a rollout, its middle, its beginning. Raises
-    ValueError on a GPU, where a clock in Python sees nothing."""
+    Refused on a GPU, where a clock in Python sees nothing."""
     if device.type != "cpu":
-        raise ValueError("parts are timed on a CPU; on a GPU torch's profiler shows kernels (bench/gpu.sh)")
+        raise Refused("parts are timed on a CPU; on a GPU torch's profiler shows kernels (bench/gpu.sh)")
     square = torch.ones(1024, 1024)
     product = 2 * 1024**3 / best_seconds(lambda: square @ square, device)
     copy = bytes_per_second(device)

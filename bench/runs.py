@@ -12,6 +12,7 @@ import torch
 
 from bench.measure import OURS, ROOT, Arm, Row, timed
 from nanotoolrl.cli import available_cores
+from nanotoolrl.config import Refused
 
 LIBGOMP_SPINS = "300000"  # what libgomp takes where no variable says anything
 
@@ -59,7 +60,7 @@ def busy(device: torch.device, repeats: int, small: bool) -> list[Row]:
 
 def before(device: torch.device, repeats: int, small: bool, revision: str) -> list[Row]:
     """Short runs of the present source and of an older revision, in turns: the whole command, and the tokens
-    a second of its sampling. Raises ValueError where git does not know the revision."""
+    a second of its sampling. Raises Refused where git does not know the revision."""
     works = ["--scheme hint --steps 3 --lr 2e-4", "--preset collapse --steps 12"]
     if small:
         works = ["--preset smoke --steps 1"]
@@ -69,7 +70,7 @@ def before(device: torch.device, repeats: int, small: bool, revision: str) -> li
         add = ["git", "worktree", "add", "--detach", str(tree), revision]
         made = subprocess.run(add, cwd=ROOT, capture_output=True, text=True)
         if made.returncode:
-            raise ValueError(f"no revision {revision}: {made.stderr.strip()}")
+            raise Refused(f"no revision {revision}: {made.stderr.strip()}")
         try:
             for flags in works:
                 rows += before_rows(f"{flags} --eval-count 0", {OURS: ROOT, revision: tree}, repeats, device)

@@ -5,8 +5,10 @@ import math
 import statistics
 from collections.abc import Callable
 from dataclasses import replace
+from pathlib import Path
 
 import torch
+from matplotlib.figure import Figure
 
 from bench.measure import OURS, Arm, Row, installed, timed
 from bench.models import sized_policy, transformers_model
@@ -14,6 +16,7 @@ from bench.replay import ReplaySampler
 from nanotoolrl.config import Config
 from nanotoolrl.env import Episode, Task
 from nanotoolrl.loading import BUILT_IN, load
+from nanotoolrl.look.figures import COLORS
 from nanotoolrl.model import Policy
 from nanotoolrl.run import Run, group_advantages, rollout
 from nanotoolrl.updates import policy_update
@@ -123,6 +126,23 @@ def lengthened(policy: Policy, task: Task, length: int) -> Task:
         if missing <= 0:
             return longer
         words += max(1, missing // 4)
+
+
+def draw(rows: list[Row], path: Path) -> None:
+    """Seconds of every arm against what grows, a panel each, both logarithmic."""
+    axes_of = dict.fromkeys(row.axis for row in rows)
+    figure = Figure(figsize=(4 * len(axes_of), 3.4), layout="constrained")
+    for k, axis in enumerate(axes_of):
+        axes = figure.add_subplot(1, len(axes_of), k + 1)
+        points = [row for row in rows if row.axis == axis]
+        for i, arm in enumerate(points[0].arms):
+            medians = [row.arms[i].median for row in points]
+            axes.loglog([row.at for row in points], medians, "o-", color=COLORS[i], label=arm.name)
+        axes.set_xlabel(axis)
+        axes.set_ylabel("seconds of a step")
+        axes.grid(alpha=0.3)
+        axes.legend(fontsize=7)
+    figure.savefig(path, dpi=120)
 
 
 def slopes(rows: list[Row]) -> dict[str, dict[str, float]]:

@@ -53,7 +53,10 @@ def test_growth_has_a_point_on_every_axis(tmp_path, monkeypatch, capsys):
     """Also where no peer is installed; two points of an axis have a slope."""
     monkeypatch.setattr(measure.importlib.util, "find_spec", lambda name: None)
     path = tmp_path / "growth.json"
-    assert bench.main(["growth", "--small", "--device", "cpu", "--json", str(path)]) == 0
+    figure = tmp_path / "growth.png"
+    files = ["--json", str(path), "--figure", str(figure)]
+    assert bench.main(["growth", "--small", "--device", "cpu", *files]) == 0
+    assert figure.read_bytes().startswith(b"\x89PNG")
     result = json.loads(path.read_text())
     assert [row["axis"] for row in result["rows"]] == list(steps.GROWTH)
     assert [row["at"] for row in result["rows"]] == [values[0] for values in steps.GROWTH.values()]
