@@ -221,19 +221,20 @@ def score_tasks(run: Run, held: list[Task], when: str) -> dict[str, Scores]:
     """Scores on the evaluation tasks and on some of the training tasks, greedy and sampled as in training, by
     a name for each; {} where there is no evaluation."""
     config = run.config
-    sets = {"held out" if config.tasks != config.eval_tasks else "trained on": held}
+    trained = {task.id for task in run.tasks}
+    sets = {"evaluated" if any(task.id in trained for task in held) else "held out": held}
     if config.eval_trained:
-        sets.setdefault("trained on", subset(run.tasks, config.eval_trained))
-    ways: dict[str, dict] = {"greedy": {}}
+        sets["trained on"] = subset(run.tasks, config.eval_trained)
+    how = rules(config.limits())
+    ways = {"greedy": how}
     if config.eval_samples:
-        ways["sampled"] = {"temperature": config.temperature, "samples": config.eval_samples}
+        ways["sampled"] = how | {"temperature": config.temperature, "samples": config.eval_samples}
     scores = {}
     if held:
         what = ", ".join(f"{len(tasks)} tasks {name}" for name, tasks in sets.items())
         print(f"evaluating {when} training: {what}, {' and '.join(ways)}, {config.format} ...", flush=True)
         for name, tasks in sets.items():
             for way, how in ways.items():
-                how |= rules(config.limits())
                 scores[f"{name}, {way}"] = evaluate(run.sampler, tasks, config.format, **how)
     return scores
 

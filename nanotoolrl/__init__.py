@@ -31,4 +31,4 @@ def others_at_work(load: Path = Path("/proc/loadavg"), looks: int = 50, pause: f
 if not {"OMP_WAIT_POLICY", "GOMP_SPINCOUNT"} & os.environ.keys():
     os.environ["OMP_WAIT_POLICY"] = "PASSIVE"
     os.environ["GOMP_SPINCOUNT"] = "0" if others_at_work() else str(SPINS)
-os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")  # large tensors in large pages (Linux): read twice as fast
+os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")  # large tensors in large pages, on Linux

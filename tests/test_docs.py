@@ -339,6 +339,14 @@ def test_the_tables_of_the_default_run_are_made_from_its_committed_runs(kind):
     assert seeds == list(range(len(seeds))) and len(seeds) > 2
 
 
+def test_the_table_of_what_was_tried_is_the_committed_one():
+    with (RESULTS / "first_search.csv").open() as file:
+        tried = [f"| `{flags}` | {step} | {on} | {best} |" for flags, step, on, best in csv.reader(file)][1:]
+    assert len(tried) > 5 and "\n".join(tried) in START
+    for line in tried:
+        parse(line.split("`")[1].split())
+
+
 def test_what_the_readme_says_of_the_default_run():
     """How often sampled success has doubled on the tasks trained on, and the worst and best of each."""
     ends = [json.loads((path.parent / "result.json").read_text()) for path in default_runs("hint").values()]
@@ -352,6 +360,11 @@ def test_what_the_readme_says_of_the_default_run():
     changes = [100 * (after - before) for before, after in moved["held out, sampled"]]
     assert f"between {min(changes):+.1f} and {max(changes):+.1f} points" in README
     assert all(after >= before for before, after in moved["trained on, greedy"])
+    greedy = [Scores(**end["after"]["held out, greedy"]) for end in ends]
+    drops = [one.since(Scores(**end["before"]["held out, greedy"])) for one, end in zip(greedy, ends)]
+    low, high = (100 * bound(drop.share for drop in drops) for bound in (min, max))
+    assert f"by {low:+.1f} to {high:+.1f}, each within its interval" in README
+    assert all(drop.low <= 0 <= drop.high for drop in drops)
 
 
 def test_the_speed_tables_are_made_from_the_committed_results():

@@ -24,6 +24,7 @@ from nanotoolrl.look.evaluate import (
     closing_table,
     evaluate,
     grid,
+    index_of,
     main,
     obstacle,
     states_table,
@@ -55,6 +56,17 @@ def test_table_by_hand():
     assert [line.split()[0] for line in lines] == ["success", "base", "miss_func", "all"]
     assert lines[1].split()[1] == "50.0" and lines[3].endswith("n=4")
     assert any(line.split() == ["call", "75.0"] for line in states_table({"now": scores}).splitlines())
+
+
+def test_twins_have_one_index():
+    """Ours, the benchmark's, and those of whoever has a category's name in a task's."""
+    for ids in (
+        {"base": "test-000-base", "miss_func": "test-000-miss_func"},
+        {"base": "multi_turn_base_12", "miss_param": "multi_turn_miss_param_12"},
+        {"base": "database-1-base", "long_context": "database-1-long_context"},
+    ):
+        assert len({index_of(category, task) for category, task in ids.items()}) == 1
+    assert index_of("base", "of my own") == "of my own"
 
 
 def test_closing_table_by_hand():

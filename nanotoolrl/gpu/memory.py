@@ -35,7 +35,7 @@ def plan(model: Transformer, config: Config, needed: Collection[str] = ()) -> di
     cached = 2 * shape.kv_heads * shape.head_width  # numbers of a position in a layer's cache
     context = min(config.context, shape.context)
     rows = config.prompts * config.group
-    evaluated = config.eval_count * max(1, config.eval_samples)
+    evaluated = max(config.eval_count, config.eval_trained) * max(1, config.eval_samples)
     slots = min(config.slots, -(-max(rows, evaluated) // distributed.world()))
     T = min(max(config.tokens_at_once, context), rows * context)  # tokens of a micro-batch, at least a row
     # Kept for the backward pass, by token: a norm's input in fp32, its output before and after the scale; of

@@ -78,8 +78,9 @@ class Scores:
 
 
 def index_of(category: str, task: str) -> str:
-    """What the twins of a task have in common: its id without the category."""
-    return task.replace(category, "")
+    """What the twins of a task have in common: its id without the category, where it last stands."""
+    before, _, after = task.rpartition(category)
+    return before + after
 
 
 def evaluate(
