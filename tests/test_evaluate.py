@@ -178,7 +178,7 @@ def test_grid_command(tmp_path, capsys):
     pairs = {f"{format} {tasks}" for format in ("xml", "hermes", "python") for tasks in ("test", "ood")}
     scores = json.loads(out.read_text())["scores"]
     assert set(scores) == pairs
-    assert all(len(sum(one["rewards"].values(), [])) == 4 for one in scores.values())
+    assert all(sum(map(len, one["rewards"].values())) == 4 for one in scores.values())
 
 
 @pytest.mark.slow

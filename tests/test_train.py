@@ -310,6 +310,8 @@ def test_tools_are_given_up_after_the_set_time(tmp_path, monkeypatch):
         1,
         "--eval-count",
         2,
+        "--eval-trained",
+        0,
         "--eval-tasks",
         OTHERS,
         "--tool-seconds",
@@ -318,7 +320,7 @@ def test_tools_are_given_up_after_the_set_time(tmp_path, monkeypatch):
         0,
     ]
     assert run(*flags, out=tmp_path / "run") == 0
-    assert seen.count(7.0) == 2 * 2 + 2 * 2  # rollouts, and two evaluations
+    assert seen.count(7.0) == 2 * 2 + 2 * (2 + 2)  # rollouts, and two evaluations, greedy and sampled
 
 
 @pytest.mark.slow
