@@ -82,7 +82,7 @@ def before(device: torch.device, repeats: int, small: bool, revision: str) -> li
 def before_rows(flags: str, trees: dict[str, Path], repeats: int, device: torch.device) -> list[Row]:
     """(the whole command, its sampling) in each of the source trees."""
     whole, sampling = (
-        Row(name, [Arm(tree) for tree in trees]) for name in (f"train.py {flags}", "its sampling")
+        Row(name, [Arm(tree) for tree in trees]) for name in (f"python train.py {flags}", "its sampling")
     )
 
     def run(name: str, arm: Arm) -> None:
