@@ -1,7 +1,7 @@
 """Every performance row, beside its peers, in one run: `python -m nanotoolrl.bench kernel|sampler|step`.
 `parts` shows where a decode step's time goes, `growth` how a step's time grows, `before` what a revision took
-for the same runs. `busy` times a whole run beside other work. `memory` is arithmetic: which settings fit real
-models into which GPUs.
+for the same runs. `whole` times the first commands, `busy` a short run beside other work. `memory` is
+arithmetic: which settings fit real models into which GPUs.
 
 Each builds its workload, checks every result before its speed is looked at, runs the peers that are installed
 in turns, and prints medians with their spread, peak memory, error, and the share of a limit that is measured
@@ -24,7 +24,7 @@ from bench.measure import OURS, Arm, Row, machine, table
 from bench.memory import memory_table
 from bench.parity import check_parity
 from bench.parts import parts, parts_table
-from bench.runs import before, busy
+from bench.runs import before, busy, whole
 from bench.sampling import sampler
 from bench.steps import draw, growth, slopes, slopes_table, step
 from nanotoolrl.cli import MOST_THREADS, command, cpu_threads, number
@@ -39,9 +39,10 @@ COMMANDS = {
     "step": step,
     "growth": growth,
     "before": before,
+    "whole": whole,
     "busy": busy,
 }
-
+REPEATS = {"growth": 1, "whole": 1, "busy": 3}  # where they are not those of all
 
 # (result file, how its row begins, what is looked at: times as fast as the fastest peer, share of the limit,
 # or seconds; goal)
@@ -55,8 +56,8 @@ GOALS = (
     ("step", "GRPO step", "fastest peer", 10.0),
     ("before", "python train.py --scheme hint", "fastest peer", 2.0),
     ("before", "its sampling", "fastest peer", 2.5),
-    ("busy", "python train.py --scheme hint", "seconds", 150.0),
-    ("busy", "python train.py --preset collapse", "seconds", 180.0),
+    ("whole", "python train.py --scheme hint", "seconds", 150.0),
+    ("whole", "python train.py --preset collapse", "seconds", 180.0),
 )
 
 
@@ -86,13 +87,12 @@ def main(argv: list[str] | None = None) -> int:
     """The command: returns 0, 1 if a result is wrong, 2 if it cannot run."""
     parser = argparse.ArgumentParser(prog="python -m nanotoolrl.bench", description=__doc__.split("\n\n")[0])
     parser.add_argument(
-        "what", choices=("kernel", "sampler", "step", "growth", "parts", "before", "busy", "memory")
+        "what", choices=("kernel", "sampler", "step", "growth", "parts", "before", "whole", "busy", "memory")
     )
     parser.add_argument(
         "--repeats",
         type=number(int, above=0),
-        help="timed runs of every arm (default: 5 on a CPU, 20 on a GPU; of growth and busy 1, of busy's "
-        "short runs 3)",
+        help="timed runs of every arm (default: 5 on a CPU, 20 on a GPU; of busy 3, of growth and whole 1)",
     )
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     threads = number(int, above=0, most=MOST_THREADS)
@@ -119,8 +119,7 @@ def main(argv: list[str] | None = None) -> int:
     except (OSError, RuntimeError, AssertionError) as error:  # the last: no CUDA
         parser.error(str(error))
     try:
-        once = args.what in ("busy", "growth")
-        repeats = args.repeats or (1 if once else 20 if device.type == "cuda" else 5)
+        repeats = args.repeats or REPEATS.get(args.what) or (20 if device.type == "cuda" else 5)
         if args.parity:
             policy = load(args.model, device=args.device, dtype=DTYPES[args.dtype])
             parity = check_parity(policy, load_tasks("train")[::19])

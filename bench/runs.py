@@ -6,6 +6,7 @@ import os
 import subprocess
 import sys
 import tempfile
+from collections.abc import Mapping
 from pathlib import Path
 
 import torch
@@ -17,45 +18,54 @@ from nanotoolrl.config import Refused
 LIBGOMP_SPINS = "300000"  # what libgomp takes where no variable says anything
 
 
+def whole(device: torch.device, repeats: int, small: bool) -> list[Row]:
+    """The commands that people type first, from beginning to end: the default run and the collapse."""
+    flags = ["--preset smoke"] if small else ["--scheme hint", "--preset collapse"]
+    rows = []
+    for what in flags:
+        rows.append(Row(f"python train.py {what}", [Arm(OURS)]))
+        timed(
+            rows[-1], {OURS: functools.partial(run_command, what, os.environ)}, repeats, device, warm_up=False
+        )
+    return rows
+
+
+def run_command(flags: str, environment: Mapping[str, str]) -> None:
+    """Run train.py to its end, in a directory that is removed."""
+    with tempfile.TemporaryDirectory() as folder:
+        command = [sys.executable, "train.py", *flags.split(), "--out", f"{folder}/run"]
+        subprocess.run(command, cwd=ROOT, env=environment, check=True, capture_output=True)
+
+
 def busy(device: torch.device, repeats: int, small: bool) -> list[Row]:
-    """The default run as a command, alone and beside other work: one busy process for every core. And a short
-    run with the ways in which torch's threads can wait for each other (nanotoolrl/__init__.py)."""
-    whole, short, collapse = "--scheme hint", "--scheme hint --steps 3 --eval-count 0", "--preset collapse"
-    if small:
-        whole, short = "--preset smoke", "--preset smoke --steps 1 --eval-count 0"
-        collapse = f"{short} --lr 1e-3"
+    """A short run as a command, alone and beside other work, one busy process for every core, with the ways
+    in which torch's threads can wait for each other (nanotoolrl/__init__.py)."""
+    flags = "--preset smoke --steps 1" if small else "--scheme hint --steps 3"
+    flags += " --eval-count 0"
     cores = available_cores()
     unset = {k: v for k, v in os.environ.items() if k not in ("OMP_WAIT_POLICY", "GOMP_SPINCOUNT")}
 
-    def run(flags: str, busy_processes: int = 0, after: float = 0, **waiting: str) -> None:
+    def run(busy_processes: int = 0, after: float = 0, **waiting: str) -> None:
         wait = f"import time; time.sleep({after})\nwhile True: pass"
         loops = [subprocess.Popen([sys.executable, "-c", wait]) for _ in range(busy_processes)]
         try:
-            with tempfile.TemporaryDirectory() as folder:
-                command = [sys.executable, "train.py", *flags.split(), "--out", f"{folder}/run"]
-                subprocess.run(command, cwd=ROOT, env=unset | waiting, check=True, capture_output=True)
+            run_command(flags, unset | waiting)
         finally:
             for loop in loops:
                 loop.kill()
 
     beside = f"beside {cores} busy processes"
     ways = {
-        whole: {OURS: {}, beside: {"busy_processes": cores}},
-        short: {
-            OURS: {},
-            "waiting as libgomp does by itself": {"GOMP_SPINCOUNT": LIBGOMP_SPINS},
-            "asleep at once": {"OMP_WAIT_POLICY": "PASSIVE", "GOMP_SPINCOUNT": "0"},
-            f"{beside} that begin 5 s later": {"busy_processes": cores, "after": 5},
-        },
-        collapse: {OURS: {}},
+        OURS: {},
+        beside: {"busy_processes": cores},
+        "waiting as libgomp does by itself": {"GOMP_SPINCOUNT": LIBGOMP_SPINS},
+        "asleep at once": {"OMP_WAIT_POLICY": "PASSIVE", "GOMP_SPINCOUNT": "0"},
+        f"{beside} that begin 5 s later": {"busy_processes": cores, "after": 5},
     }
-    rows = []
-    for flags, arms in ways.items():
-        rows.append(Row(f"python train.py {flags}", [Arm(name) for name in arms]))
-        works = {name: functools.partial(run, flags, **how) for name, how in arms.items()}
-        times = 3 * repeats if flags == short and not small else repeats
-        timed(rows[-1], works, times, device, warm_up=False)
-    return rows
+    row = Row(f"python train.py {flags}", [Arm(name) for name in ways])
+    works = {name: functools.partial(run, **how) for name, how in ways.items()}
+    timed(row, works, repeats, device, warm_up=False)
+    return [row]
 
 
 def before(device: torch.device, repeats: int, small: bool, revision: str) -> list[Row]:
