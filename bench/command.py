@@ -42,7 +42,7 @@ COMMANDS = {
     "whole": whole,
     "busy": busy,
 }
-REPEATS = {"growth": 1, "whole": 1, "busy": 3}  # where they are not those of all
+REPEATS = {"growth": 1, "whole": 1, "busy": 3, "before": 3}  # where they are not those of all
 
 # (result file, how its row begins, what is looked at: times as fast as the fastest peer, share of the limit,
 # or seconds; goal)
@@ -92,7 +92,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument(
         "--repeats",
         type=number(int, above=0),
-        help="timed runs of every arm (default: 5 on a CPU, 20 on a GPU; of busy 3, of growth and whole 1)",
+        help="timed runs of every arm (default: 5 on a CPU, 20 on a GPU; of before and busy 3, of growth and whole 1)",
     )
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     threads = number(int, above=0, most=MOST_THREADS)

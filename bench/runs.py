@@ -71,7 +71,7 @@ def busy(device: torch.device, repeats: int, small: bool) -> list[Row]:
 def before(device: torch.device, repeats: int, small: bool, revision: str) -> list[Row]:
     """Short runs of the present source and of an older revision, in turns: the whole command, and the tokens
     a second of its sampling. Raises Refused where git does not know the revision."""
-    works = ["--scheme hint --steps 3 --lr 2e-4", "--preset collapse --steps 12"]
+    works = ["--scheme hint --preset nano --steps 3", "--preset collapse --steps 12"]
     if small:
         works = ["--preset smoke --steps 1"]
     rows = []

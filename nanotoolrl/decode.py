@@ -51,11 +51,12 @@ class Decoder:
             self.reserve(self.cache.own, slots + 1, 1)  # the last one is scratch
 
     def reserve(self, store: Store, size: int, capacity: int) -> None:
-        """Make room for that many places and positions; on a GPU for twice as many positions as before,
-        because graphs hold the addresses of the cache and must be recorded again."""
-        if self.graphs and (size > store.size or capacity > store.capacity):
-            self.graphs.forget()
+        """Make room for that many places and positions: for twice as many positions as before, as all are
+        copied. On a GPU graphs hold their addresses and must be recorded again."""
+        if size > store.size or capacity > store.capacity:
             capacity = max(capacity, min(self.context, 2 * store.capacity))
+            if self.graphs:
+                self.graphs.forget()
         store.grow(size, capacity)
 
     def read(self, places: Sequence[int], prompts: Sequence[Sequence[int]]) -> Tensor:
