@@ -92,7 +92,8 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument(
         "--repeats",
         type=number(int, above=0),
-        help="timed runs of every arm (default: 5 on a CPU, 20 on a GPU; of before and busy 3, of growth and whole 1)",
+        help="timed runs of every arm (default: 5 on a CPU, 20 on a GPU; of before and busy 3, of growth and "
+        "whole 1)",
     )
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     threads = number(int, above=0, most=MOST_THREADS)
