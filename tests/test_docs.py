@@ -17,6 +17,7 @@ from pathlib import Path
 import pytest
 
 import train
+from bench.command import goals
 from bench.measure import markdown
 from bench.memory import memory_table
 from bench.parity import Parity
@@ -365,6 +366,11 @@ def test_what_the_readme_says_of_the_default_run():
     low, high = (100 * bound(drop.share for drop in drops) for bound in (min, max))
     assert f"by {low:+.1f} to {high:+.1f}, each within its interval" in README
     assert all(drop.low <= 0 <= drop.high for drop in drops)
+
+
+def test_the_goals_and_what_was_measured_are_those_of_the_committed_results():
+    results = {path.stem: json.loads(path.read_text()) for path in (RESULTS / "bench").glob("*.json")}
+    assert goals(results) in SPEED, goals(results)
 
 
 def test_the_speed_tables_are_made_from_the_committed_results():
