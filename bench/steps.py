@@ -90,8 +90,8 @@ def new_run(config: Config, policy: Policy) -> Run:
 
 
 GROWTH = {  # what grows, and the other two as they then are
-    "rollouts": (16, 32, 64, 128, 256, 512),  # of the built-in model, on prompts as they are
-    "tokens of a prompt": (250, 500, 1000, 2000, 3500),  # 16 rollouts of the built-in model, few messages
+    "rollouts": (16, 64, 512),  # of the built-in model, on prompts as they are
+    "tokens of a prompt": (250, 1000, 3500),  # 16 rollouts of the built-in model, few messages
     "million parameters": (1, 5, 25),  # 32 rollouts, those of the built-in model
 }
 
