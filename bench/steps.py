@@ -9,6 +9,7 @@ from pathlib import Path
 
 import torch
 from matplotlib.figure import Figure
+from matplotlib.ticker import LogLocator
 
 from bench.measure import OURS, Arm, Row, installed, timed
 from bench.models import sized_policy, transformers_model
@@ -138,6 +139,10 @@ def draw(rows: list[Row], path: Path) -> None:
         for i, arm in enumerate(points[0].arms):
             medians = [row.arms[i].median for row in points]
             axes.loglog([row.at for row in points], medians, "o-", color=COLORS[i], label=arm.name)
+        axes.set_xticks([row.at for row in points], [f"{row.at:g}" for row in points])
+        axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+        axes.yaxis.set_major_formatter("{x:g}")
+        axes.minorticks_off()
         axes.set_xlabel(axis)
         axes.set_ylabel("seconds of a step")
         axes.grid(alpha=0.3)
