@@ -41,6 +41,7 @@ from nanotoolrl.gpu.memory import available, describe, plan
 from nanotoolrl.judge import Judge
 from nanotoolrl.loading import DTYPES, ModelError, finite_logits, finite_weights, load
 from nanotoolrl.look.evaluate import Scores, closing_table, evaluate, named, obstacle, rules, say_unsolvable
+from nanotoolrl.look.falls import worth_keeping
 from nanotoolrl.look.metrics import measures, probe_step
 from nanotoolrl.look.rundir import RunDirectory
 from nanotoolrl.look.screen import SPOILED, STUCK, tell, why_ended
@@ -115,6 +116,10 @@ def loop(
                 directory.save(run, before)
             if not broken and config.keep_every and run.step % config.keep_every == 0:
                 directory.save_model(run.policy, f"models/step-{run.step}")
+            if not broken and config.keep_fall and "success" in row:
+                run.state.successes.append(row["success"])
+                if name := worth_keeping(run.state.successes):
+                    directory.save_model(run.policy, f"models/{name}")
     return code, broken
 
 
@@ -203,7 +208,7 @@ def probes_of_start(run: Run, directory: RunDirectory) -> ProbeSet:
     probes = ProbeSet(start, subset(run.tasks, config.probe_tasks), config.format)
     if distributed.from_first(lambda: directory.probes.stat().st_size == 0):
         measured = probes.measure(start)
-        nll = {name: measured.columns[name] for name in ("nll_control", "nll_content")}
+        nll = {name: value for name, value in measured.columns.items() if name.startswith("nll_")}
         directory.log_probes({"step": 0} | nll | {"tokens": measured.tokens})
     return probes
 

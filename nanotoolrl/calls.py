@@ -70,6 +70,7 @@ class CallFormat:
     as published; which brackets are tags in python, `_python_tags` says."""
 
     prefix: str  # the canonical start of a message that calls
+    closing: str  # what a block of calls ends with
     opener: re.Pattern
     find_tags: Callable[[str], list[Tag]]  # all of them, in order
     tags: tuple[str, ...]  # control tokens of the format, where the tokenizer has them
@@ -430,6 +431,7 @@ def _tag_finder(opener: str, closer: str) -> Callable[[str], list[Tag]]:
 FORMATS: dict[str, CallFormat] = {
     "hermes": CallFormat(
         "<tool_call>\n",
+        "</tool_call>",
         re.compile("<tool_call>"),
         _tag_finder("<tool_call>", "</tool_call>"),
         ("<tool_call>", "</tool_call>"),
@@ -440,6 +442,7 @@ FORMATS: dict[str, CallFormat] = {
     ),
     "python": CallFormat(
         "[",
+        ")]",
         _OPENER,
         _python_tags,
         (),
@@ -450,6 +453,7 @@ FORMATS: dict[str, CallFormat] = {
     ),
     "xml": CallFormat(
         "<function=",
+        "</function>",
         re.compile("<function="),
         _tag_finder("<function=", "</function>"),
         (),

@@ -103,6 +103,15 @@ class Config:
     temperature: float = setting(
         1.0, "of sampling, and of the log-probs that are trained", least=LEAST_TEMPERATURE
     )
+    top_p: float = setting(
+        1.0,
+        "sample among the likeliest tokens of so much probability; trained as if among all",
+        above=0,
+        most=1,
+    )
+    min_p: float = setting(
+        0.0, "sample among tokens at least so likely, relative to the likeliest", least=0, below=1
+    )
     max_new_tokens: int = setting(
         OUR_LIMITS.max_new_tokens,
         f"tokens per assistant message; longer ones are cut and fail (of bfcl: {BFCL_LIMITS.max_new_tokens})",
@@ -140,6 +149,23 @@ class Config:
     dual_clip: float = setting(3.0, "bound of the loss of a negative advantage, in advantages", above=0)
     kl: float = setting(0.0, "coefficient of KL(policy || start) in the loss (published: 1e-4)", least=0)
     entropy: float = setting(0.0, "coefficient of an entropy bonus", least=0)
+    guard: float = setting(
+        0.0, "share of the push-down that bad rollouts spare the tokens of --guard-tokens", least=0, most=1
+    )
+    guard_tokens: str = setting(
+        "control",
+        "control tokens; all structure; the paper's three; what opens a call; the stop",
+        ("control", "structure", "paper", "opener", "stop"),
+    )
+    record: str = setting(
+        "exact",
+        "what of a message is trained: its tokens; its text, encoded anew with a stop behind it (the "
+        "published round trip); or a part of that alone: encoding anew, the stop, no special tokens",
+        ("exact", "text", "encode", "stop", "vanish"),
+    )
+    skip_dead: bool = setting(
+        False, "take no optimiser step without contrast: else AdamW goes on by its momentum"
+    )
     loss_agg: str = setting(
         "token", "mean of the loss: over tokens, or over rows of the row's mean", ("token", "sequence")
     )
@@ -188,6 +214,9 @@ class Config:
     slots: int = setting(SLOTS, "episodes sampled at a time", above=0)
     save_every: int = setting(5, "steps between checkpoints", above=0)
     keep_every: int = setting(0, "steps between models that are kept, in OUT/models; 0: none", least=0)
+    keep_fall: bool = setting(
+        False, "keep the models before and at the fall of sampled success, in OUT/models"
+    )
     threads: int = setting(
         0, "CPU threads; 0: OMP_NUM_THREADS, else all cores that it may use", least=0, most=MOST_THREADS
     )

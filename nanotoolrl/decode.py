@@ -29,11 +29,24 @@ class Feed(NamedTuple):
     prompt_length: int = 0
 
 
-class Decoder:
-    """Feeds tokens to a policy and samples what follows. `seed` is of the noise; `fast`: the GPU's way."""
+def kept_logprobs(logprobs: Tensor, top_p: float, min_p: float) -> Tensor:
+    """Log-probs [B, V] with -inf where a token is not sampled. top_p: kept are the likeliest tokens whose
+    likelier ones have less probability than that (arXiv 1904.09751). min_p: kept are tokens at least so
+    likely as that share of the likeliest (arXiv 2407.01082). The likeliest token is always kept."""
+    sorted_logprobs, order = logprobs.sort(dim=-1, descending=True)
+    p = sorted_logprobs.exp()
+    left_out = (p.cumsum(-1) - p >= top_p) | (p < min_p * p[:, :1])
+    left_out[:, 0] = False
+    return logprobs.masked_fill(torch.zeros_like(left_out).scatter(1, order, left_out), float("-inf"))
 
-    def __init__(self, policy: Policy, seed: int, fast: bool) -> None:
+
+class Decoder:
+    """Feeds tokens to a policy and samples what follows. `seed` is of the noise; `fast`: the GPU's way;
+    `top_p` and `min_p`: see `kept_logprobs`."""
+
+    def __init__(self, policy: Policy, seed: int, fast: bool, top_p: float = 1.0, min_p: float = 0.0) -> None:
         self.policy, self.seed = policy, seed
+        self.top_p, self.min_p = top_p, min_p
         self.context = 0
         self.cache, self.graphs = Cache(policy, fast), None
         if fast:
@@ -97,7 +110,8 @@ class Decoder:
 
     def draw(self, logits: Tensor, noise: Tensor | None, temperature: float) -> tuple[Tensor, Tensor]:
         """(ids [B], log-probs [B]): the id in which each row's noise falls, the likeliest without noise."""
-        if logits.is_cuda and HAS_TRITON:
+        whole = self.top_p == 1 and self.min_p == 0
+        if logits.is_cuda and HAS_TRITON and whole:
             from nanotoolrl.gpu.kernels import pick  # needs Triton
 
             return pick(logits, noise, None, temperature)
@@ -105,7 +119,8 @@ class Decoder:
         if noise is None:
             ids = logprobs.argmax(-1)
         else:
-            cumulated = logprobs.double().exp().cumsum(-1)
+            kept = logprobs if whole else kept_logprobs(logprobs, self.top_p, self.min_p)
+            cumulated = kept.double().exp().cumsum(-1)
             ids = torch.searchsorted(cumulated, noise[:, None] * cumulated[:, -1:], right=True)[:, 0]
             ids = ids.clamp(max=logprobs.shape[1] - 1)
         return ids, logprobs.gather(1, ids[:, None])[:, 0]

@@ -4,7 +4,7 @@ Three looks at a run. `ProbeSet` measures a policy on a frozen set of ground-tru
 `logit_gradient` says which way the policy loss of a step pushes each control token (Hao et al. 2026, §5);
 `survival` and `advantage_mass` describe a step's rollouts.
 
-Shapes: N assistant tokens, C control tokens, D width, V vocabulary.
+Shapes: N assistant tokens, C control tokens, L places in a message, D width, V vocabulary.
 """
 
 import math
@@ -15,9 +15,10 @@ import torch
 from torch import Tensor
 
 from nanotoolrl.calls import FORMATS
-from nanotoolrl.chat import Chat, call_ends, control_tokens
+from nanotoolrl.chat import Chat, call_ends
 from nanotoolrl.env import Task
 from nanotoolrl.model import Policy, pad
+from nanotoolrl.places import CLASSES, PLACES, Structure
 from nanotoolrl.trajectory import Trajectory, demonstration
 
 ROWS_AT_ONCE = 512  # probe positions whose whole distributions exist at a time
@@ -72,11 +73,14 @@ class ProbeSet:
 
     def __init__(self, policy: Policy, tasks: Sequence[Task], format: str) -> None:
         chat = policy.chat
-        self.control = control_tokens(chat, format)
+        structure = Structure(chat, format)
+        self.control = structure.control
         self.control_ids = torch.tensor(list(self.control.values()), device=policy.device)  # [C]
         rows = [demonstration(chat, task, format) for task in tasks]
         self.ids, self.mask = pad([(row.tokens, row.loss_mask) for row in rows], policy.device)
         self.targets = self.ids[self.mask]  # [N]
+        classes = [c for row in rows for ids in row.spoken_ids() for c in structure.classes(ids)]
+        self.classes = torch.tensor(classes, device=policy.device)  # [N], an index into CLASSES
         self.first = (self.mask & ~self.mask.roll(1, 1))[self.mask]  # [N], a message begins
         message = self.first.cumsum(0) - 1  # [N], index of the message
         calls = torch.tensor([state == "call" for row in rows for state in row.states], device=policy.device)
@@ -120,8 +124,9 @@ class ProbeSet:
     def measure(self, policy: Policy) -> Measurement:
         """Columns: kl, mean KL(policy || start) in nats over the assistant's positions; spurious_control and
         required_control, mean over control tokens of their mean probability where they are certainly wrong,
-        and where they are next; spurious_growth, the largest spike; nll_control and nll_content, mean
-        negative log-likelihood in nats; displacement_truth, mean change of the ground truth's log-prob per
+        and where they are next; spurious_growth, the largest spike; nll_control and nll_content, and
+        nll_structure, nll_value, nll_opener and nll_text by class, mean negative log-likelihood in nats;
+        displacement_truth, mean change of the ground truth's log-prob per
         token since the start.
 
         Per token: required, spurious, growth, and its mean probability at the start of a message that should
@@ -157,6 +162,7 @@ class ProbeSet:
             "required_control": means["required"].nanmean().item(),
             "nll_control": -logprobs[control].mean().item(),
             "nll_content": -logprobs[~control].mean().item(),
+            **{f"nll_{name}": -logprobs[self.classes == c].mean().item() for c, name in enumerate(CLASSES)},
             "spurious_growth": max(values["growth"] for values in tokens.values()),
             "displacement_truth": (logprobs - self.start_logprobs).mean().item(),
         }
@@ -186,6 +192,22 @@ def logit_gradient(push: Tensor, ids: Tensor, probabilities: Tensor, control: Te
     return torch.stack([(push * (1 - probabilities) * own).sum(0), (-push * probabilities * ~own).sum(0)])
 
 
+def placed_gradient(
+    push: Tensor, ids: Tensor, probabilities: Tensor, control: Tensor, place: Tensor
+) -> Tensor:
+    """The net push, self and other together, on the logits of the control ids [C] at each of L places, from
+    tokens with a positive push (first) and from those with a negative one: [L, 2, C].
+
+    Arguments as in `logit_gradient`; place: [N], an index into PLACES. With tokens exactly as sampled the
+    expected net push on token k at a state is Cov(A, 1[k = x]). The sum over all places is the gradient on a
+    single bias of token k. Over the whole vocabulary the net push is 0, so what is missing to 0 here is the
+    push on all that are no control tokens.
+    """
+    net = push[:, None] * ((ids[:, None] == control).to(push) - probabilities)  # [N, C]
+    found = net.new_zeros(2 * len(PLACES), len(control))
+    return found.index_add_(0, 2 * place + (push < 0), net).view(len(PLACES), 2, len(control))
+
+
 @torch.inference_mode()
 def displacement_own(policy: Policy, trajectories: Sequence[Trajectory], temperature: float) -> float:
     """Mean change of log-prob per token, since they were sampled, of the step's successes (the policy's own,
@@ -212,18 +234,22 @@ def survival(trajectories: Sequence[Trajectory]) -> list[float]:
 
 
 def advantage_mass(
-    trajectories: Sequence[Trajectory], advantages: Tensor, control: Tensor
+    trajectories: Sequence[Trajectory], advantages: Tensor, structure: Structure
 ) -> dict[str, float]:
-    """Sums of positive and of negative advantages over control and over content tokens, per sampled token."""
-    ids = set(control.tolist())
-    names = [f"{kind}_{sign}" for kind in ("control", "content") for sign in ("positive", "negative")]
-    mass = dict.fromkeys(names, 0.0)
+    """Sums of positive and of negative advantages over control and over content tokens, and over each class
+    of tokens, per sampled token."""
+    kinds = ("control", "content", *CLASSES)
+    mass = dict.fromkeys([f"{kind}_{sign}" for kind in kinds for sign in ("positive", "negative")], 0.0)
     total = sum(row.sampled_tokens for row in trajectories)
     for row, advantage in zip(trajectories, advantages.tolist(), strict=True):
-        count = sum(on and t in ids for t, on in zip(row.tokens, row.loss_mask))
         sign = "positive" if advantage > 0 else "negative"
-        mass[f"control_{sign}"] += advantage * count / total
-        mass[f"content_{sign}"] += advantage * (row.sampled_tokens - count) / total
+        for ids in row.spoken_ids():
+            control = sum(token in structure.control_ids for token in ids)
+            counts = {"control": control, "content": len(ids) - control}
+            classes = structure.classes(ids) if advantage else []
+            counts |= {name: classes.count(c) for c, name in enumerate(CLASSES)}
+            for kind, count in counts.items():
+                mass[f"{kind}_{sign}"] += advantage * count / total
     return mass
 
 

@@ -14,13 +14,13 @@ import torch
 from torch import Tensor
 
 from nanotoolrl.calls import BROKEN_TAG_STATES
-from nanotoolrl.chat import control_tokens
 from nanotoolrl.config import Config
 from nanotoolrl.env import Episode, Task
 from nanotoolrl.gpu.masters import Masters
 from nanotoolrl.loading import DTYPES, load
 from nanotoolrl.losses import relative_advantages
 from nanotoolrl.model import Policy
+from nanotoolrl.places import Structure
 from nanotoolrl.sampler import Sampler
 from nanotoolrl.trajectory import Trajectory, demonstration
 from nanotoolrl.world.tasks import load_tasks
@@ -36,6 +36,7 @@ class State:
     probe: dict[str, float] = field(default_factory=dict)  # the last measurement, and its `step`
     pool: list[dict[str, Any]] = field(default_factory=list)  # collected examples (signals.py)
     skipped_in_a_row: int = 0  # updates that were not finite
+    successes: list[float] = field(default_factory=list)  # of the steps so far, sampled
     healthy: dict[str, Any] | None = None  # a `snapshot`: where `sentinel` goes back to
     reference: dict[str, Tensor] | None = None  # weights that KL terms pull to, if not those of the start
     own: dict[str, Any] = field(default_factory=dict)  # whatever else a scheme keeps: plain values, tensors
@@ -71,7 +72,8 @@ class Run:
         """A run before its first step."""
         masters = Masters(policy.model)
         optimizer = new_optimizer(masters, config.lr, config.weight_decay)
-        sampler = Sampler(policy, config.max_new_tokens, config.context, config.slots, config.seed)
+        kept = (config.top_p, config.min_p)
+        sampler = Sampler(policy, config.max_new_tokens, config.context, config.slots, config.seed, kept)
         return cls(config, policy, sampler, masters, optimizer, list(tasks))
 
     def next_step(self) -> None:
@@ -98,10 +100,14 @@ class Run:
         return load_tasks("foreign")
 
     @cached_property
+    def structure(self) -> Structure:
+        """What the tokens of a message are, in the format."""
+        return Structure(self.policy.chat, self.config.format)
+
+    @cached_property
     def control(self) -> Tensor:
         """Ids [C] of the control tokens of the format."""
-        ids = control_tokens(self.policy.chat, self.config.format).values()
-        return torch.tensor(list(ids), device=self.policy.device)
+        return torch.tensor(list(self.structure.control.values()), device=self.policy.device)
 
 
 def new_optimizer(masters: Masters, lr: float, weight_decay: float) -> torch.optim.Optimizer:

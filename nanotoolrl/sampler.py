@@ -92,7 +92,7 @@ class Sampler:
 
     max_new_tokens: tokens of one assistant message; a longer one is cut, and its task fails. context: tokens
     of a whole episode (default: what the model was made for). slots: rows decoded at a time. seed: of the
-    noise.
+    noise. kept: (top_p, min_p) of what is sampled among, see `kept_logprobs`.
     """
 
     def __init__(
@@ -102,11 +102,13 @@ class Sampler:
         context: int | None = None,
         slots: int = SLOTS,
         seed: int = 0,
+        kept: tuple[float, float] = (1.0, 0.0),
     ) -> None:
         self.policy, self.chat = policy, policy.chat
         self.max_new_tokens, self.slots = max_new_tokens, slots
         self.context = min(context or policy.context, policy.context)
-        self.decoder = Decoder(policy, seed, fast=policy.device.type == "cuda" and HAS_TRITON)
+        fast = policy.device.type == "cuda" and HAS_TRITON
+        self.decoder = Decoder(policy, seed, fast, *kept)
 
     @torch.inference_mode()
     def rollout(
@@ -205,6 +207,7 @@ class Sampler:
 
     def _open_message(self, row: Row, force_prefix: bool) -> None:
         row.message = []
+        row.trajectory.due.append(row.episode.calls_left > 0)
         if not (force_prefix and row.episode.calls_left):
             return
         prefix = FORMATS[row.episode.format].prefix

@@ -12,7 +12,7 @@ Shapes: P prompts, G rollouts per prompt, B = P G rows in group order, N trained
 
 import math
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -146,28 +146,20 @@ def void(run: Run, tasks: list[Task]) -> Step:
 @scheme(
     about="like grpo, but no control token is pushed down",
     source="after GTPO, arXiv 2508.03772",
-    settings={
-        "guard_weight": setting(1.0, "share of the push-down that control tokens are spared", least=0, most=1)
-    },
-    neutral={"guard_weight": 0.0},
+    uses=["guard"],
+    neutral={"guard": 0.0},
+    defaults={"guard": 1.0},
 )
 def guard(run: Run, tasks: list[Task]) -> Step:
-    """Like grpo, but on control tokens A < 0 becomes (1 - guard_weight) A: the direct test of the mechanism.
+    """GRPO with `--guard 1`: on control tokens A < 0 becomes (1 - guard) A. A name for the direct test of the
+    mechanism; every scheme takes `--guard`.
 
     Deviations: the source spares tokens that good and bad rollouts share at the same position, counted from
     either end; ours are the control tokens, wherever they stand. The source also weighs those tokens twice
     where A > 0, and filters out rollouts of high entropy.
     """
 
-    def objective(run: Run, tokens: Tokens) -> tuple[Tensor, Tensor]:
-        spared = tokens.control & (tokens.advantages < 0)  # [N]
-        kept = (1 - run.config.guard_weight) * tokens.advantages
-        weighed = torch.where(spared, kept, tokens.advantages)
-        return clipped_objective(run, replace(tokens, advantages=weighed))
-
-    trajectories = rollout(run, tasks)
-    advantages = group_advantages(run, trajectories)
-    return Step(trajectories, advantages, policy_update(run, trajectories, advantages, objective))
+    return grpo(run, tasks)
 
 
 @scheme(

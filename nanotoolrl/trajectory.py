@@ -1,5 +1,6 @@
 """`Trajectory`: one episode as tokens, which all parts exchange."""
 
+import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 
@@ -30,10 +31,12 @@ class Trajectory:
     prompt_length: int
     reward: float = 0.0
     states: list[str] = field(default_factory=list)  # one message state per assistant message
+    due: list[bool] = field(default_factory=list)  # of each: whether a call was due when it began
     verdicts: list[Verdict] = field(default_factory=list)  # one per finished turn
     turns: int = 1  # of the task
     source: str = "policy"  # who wrote it: "policy", "hint" (it saw one), "oracle", "reflection"
     sampled_prompt: list[int] | None = None
+    rewritten: int = 0  # messages whose recorded tokens are not those that were sampled (`recorded`)
 
     @classmethod
     def begin(cls, episode: Episode, prompt: list[int]) -> "Trajectory":
@@ -60,8 +63,10 @@ class Trajectory:
 
     @property
     def scored(self) -> bool:
-        """Whether `logprobs` are the sampler's under this very prompt; false for oracle and hinted rows."""
-        return self.source in ("policy", "hint") and self.sampled_prompt is None
+        """Whether `logprobs` are the sampler's of these tokens under this very prompt; false for oracle,
+        hinted and rewritten rows."""
+        own = self.source in ("policy", "hint")
+        return own and self.sampled_prompt is None and not self.rewritten
 
     def spoken_ids(self) -> list[list[int]]:
         """The sampled ids of every assistant message. Nothing may be forced."""
@@ -73,6 +78,10 @@ class Trajectory:
                 found[-1].append(token)
             before = sampled
         return found
+
+    def spoken(self) -> list[tuple[list[int], bool]]:
+        """(sampled ids, whether a call was due) of every assistant message; due, where nobody noted it."""
+        return [(ids, i >= len(self.due) or self.due[i]) for i, ids in enumerate(self.spoken_ids())]
 
     def messages(self, chat: Chat) -> list[tuple[str, bool]]:
         """(text, whether it ended with a stop token) of every assistant message. Nothing may be forced."""
@@ -106,6 +115,49 @@ class Trajectory:
         return replace(self, loss_mask=mask)
 
 
+def recorded(row: Trajectory, chat: Chat, how: str) -> Trajectory:
+    """The trajectory as a trainer would have it that keeps texts in place of tokens; itself if all agrees.
+
+    how "text": every sampled message is decoded without special tokens, encoded anew, and gets the layout's
+    stop, as in the published code of Hao et al. 2026. Its parts alone: "encode" (decoded and encoded, special
+    tokens and the stop stay), "stop" (messages without that stop get it), "vanish" (special tokens that were
+    sampled within a message are dropped). "exact": nothing changes. Log-probs of a row that changed are 0:
+    nobody sampled these tokens.
+    """
+    if how == "exact":
+        return row
+    special = chat.tokenizer.all_special_ids
+    tokens, mask, rewritten = list(row.tokens[: row.prompt_length]), [False] * row.prompt_length, 0
+    stop_written = False  # though the message had another end, or none
+    for sampled, part in itertools.groupby(
+        range(row.prompt_length, len(row.tokens)), lambda t: row.loss_mask[t]
+    ):
+        ids = [row.tokens[t] for t in part]
+        if sampled:
+            written = _rewritten(ids, chat, how, special)
+            stop_written = written[-1:] == [chat.end_id] != ids[-1:]
+            rewritten += written != ids
+            ids = written
+        elif stop_written and ids[0] == chat.end_id:
+            ids = ids[1:]  # what closed the message for the sampler
+        tokens += ids
+        mask += [sampled] * len(ids)
+    if not rewritten:
+        return row
+    return replace(row, tokens=tokens, loss_mask=mask, logprobs=[0.0] * len(tokens), rewritten=rewritten)
+
+
+def _rewritten(ids: list[int], chat: Chat, how: str, special: list[int]) -> list[int]:
+    """The ids of one message, recorded as `how` says."""
+    stop = ids[-1:] if ids[-1] in chat.stop_ids else []
+    body = ids[: len(ids) - len(stop)]
+    if how in ("text", "vanish"):
+        body = [token for token in body if token not in special]
+    if how in ("text", "encode"):
+        body = chat.encode(chat.decode(body))
+    return body + ([chat.end_id] if how in ("text", "stop") else stop)
+
+
 def demonstration(chat: Chat, task: Task, format: str) -> Trajectory:
     """The ground truth of a task played turn by turn through a live episode, laid out as a rollout is.
 
@@ -117,6 +169,7 @@ def demonstration(chat: Chat, task: Task, format: str) -> Trajectory:
     for message in oracle(task, format):
         if message["role"] == "assistant":
             ids = chat.assistant_ids(message["content"], format)
+            row.due.append(episode.calls_left > 0)
             row.append(ids, sampled=True)
             row.states.append(message_state(message["content"], format))
             answer = episode.step(message["content"])

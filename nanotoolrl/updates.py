@@ -7,7 +7,7 @@
 4. `optimizer_step`: sum over processes, clip, step.
 
 Shapes: P prompts, G rollouts per prompt, B = P G rows in group order, R rows of a micro-batch, T tokens,
-D width, N trained tokens, C control tokens.
+D width, N trained tokens, C control tokens, L places in a message.
 """
 
 import itertools
@@ -15,19 +15,21 @@ import math
 import random
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from nanotoolrl.config import Config
 from nanotoolrl.gpu import distributed
 from nanotoolrl.losses import kl_k3, policy_loss
 from nanotoolrl.model import Policy, by_length, pad
-from nanotoolrl.probes import control_probabilities, logit_gradient
+from nanotoolrl.places import STRUCTURE
+from nanotoolrl.probes import control_probabilities, logit_gradient, placed_gradient
 from nanotoolrl.run import Run
-from nanotoolrl.trajectory import Trajectory
+from nanotoolrl.trajectory import Trajectory, recorded
 
 
 # --------------------------------------------------------------------------------- what an objective sees
@@ -55,6 +57,26 @@ class Tokens:
         return torch.isin(self.ids[self.mask], self.run.control)
 
     @cached_property
+    def place(self) -> Tensor:
+        """[N], where in its message each stands: an index into PLACES."""
+        structure = self.run.structure
+        found = [p for row in self.rows for ids, due in row.spoken() for p in structure.places(ids, due)]
+        return torch.tensor(found, device=self.row.device)
+
+    @cached_property
+    def spared(self) -> Tensor:
+        """[N], True on the tokens that `--guard` spares."""
+        structure, name = self.run.structure, self.run.config.guard_tokens
+        if name != "structure":
+            return torch.isin(
+                self.ids[self.mask], torch.tensor([*structure.named(name)], device=self.row.device)
+            )
+        found = [
+            c == STRUCTURE for row in self.rows for ids in row.spoken_ids() for c in structure.classes(ids)
+        ]
+        return torch.tensor(found, device=self.row.device)
+
+    @cached_property
     def reference(self) -> Tensor:
         """Log-probs [N] under the reference."""
         with torch.no_grad():
@@ -75,6 +97,15 @@ def clipped_objective(run: Run, tokens: Tokens) -> tuple[Tensor, Tensor]:
     config = run.config
     bounds = (config.clip, config.clip_high, config.dual_clip)
     return policy_loss(tokens.logprobs, tokens.old, tokens.advantages, *bounds)
+
+
+def guarded(tokens: Tokens) -> Tokens:
+    """The tokens, those that `--guard` spares with (1 - guard) A where A < 0."""
+    guard = tokens.run.config.guard
+    if guard == 0:
+        return tokens
+    kept = torch.where(tokens.spared & (tokens.advantages < 0), 1 - guard, 1.0)
+    return replace(tokens, advantages=tokens.advantages * kept)
 
 
 @dataclass(frozen=True)
@@ -116,6 +147,7 @@ def policy_update(
     divided by 14, the sampled tokens of all four rows: what is left out still counts.
     """
     config = run.config
+    trajectories = [recorded(row, run.policy.chat, config.record) for row in trajectories]
     notes = Notes()
     every_row = every_row or config.kl > 0 or config.entropy > 0
     by_token = config.loss_agg == "token"
@@ -123,13 +155,15 @@ def policy_update(
     trained = [rows_to_train(share, advantages, every_row) for share in shares]
     old = {i: old_logprobs(run, trajectories[i]) for rows in trained for i in rows}
     for update, (share, mine) in enumerate(zip(shares, trained, strict=True)):
+        if config.skip_dead and not (every_row or supervised or advantages[share].any()):
+            continue
         total = sum(trajectories[i].sampled_tokens for i in share) if by_token else len(share)
         loss_sum = 0.0
         for places in by_length([len(trajectories[i].tokens) for i in mine], config.tokens_at_once):
             batch = [mine[k] for k in places]
             rows = [trajectories[i] for i in batch]
             tokens, entropy = forward(run, rows, [old[i] for i in batch], advantages[batch], update == 0)
-            losses, clipped = token_losses(run, tokens, entropy, objective)
+            losses, clipped = token_losses(run, guarded(tokens), entropy, objective)
             loss = (losses if by_token else row_means(losses, tokens)).sum() / total
             (loss * run.masters.scale).backward()
             notes.take(tokens, clipped, entropy, first_update=update == 0)
@@ -139,7 +173,7 @@ def policy_update(
         loss_sum = distributed.total(loss_sum)
         notes.losses.append(loss_sum)
         notes.norms.append(optimizer_step(run, loss_sum, run.optimizer, config.lr * warm_up(run)))
-    return notes.metrics()
+    return notes.metrics() | rewritten(config, trajectories)
 
 
 # ---- stage 1: which rows
@@ -158,6 +192,14 @@ def rows_to_train(share: range, advantages: Tensor, every_row: bool) -> list[int
     """
     rows = [i for i in share if every_row or advantages[i] != 0]
     return [rows[k] for k in distributed.share(len(rows))]
+
+
+def rewritten(config: Config, trajectories: Sequence[Trajectory]) -> dict[str, float]:
+    """The share of messages that `--record` changed; nothing where it changes none by definition."""
+    if config.record == "exact":
+        return {}
+    messages = sum(len(row.spoken_ids()) for row in trajectories)
+    return {"rewritten": sum(row.rewritten for row in trajectories) / max(1, messages)}
 
 
 # ---- stage 2: what they were sampled with
@@ -281,6 +323,7 @@ class Notes:
     entropies: list[float] = field(default_factory=list)
     gaps: list[float] = field(default_factory=list)
     gradients: Tensor | None = None  # [2, C], see `logit_gradient`
+    forces: Tensor | None = None  # [L, 2, C], see `placed_gradient`
     probe_seconds: float = 0.0
     sft_losses: list[float] = field(default_factory=list)
     sft_tokens: int = 0
@@ -296,8 +339,9 @@ class Notes:
             self.entropies += entropy[~tokens.of("oracle")].tolist()
             self.gaps += (tokens.logprobs - tokens.old).abs()[own].tolist()
         started = time.perf_counter()
-        found = pushes(tokens)
-        self.gradients = found if self.gradients is None else self.gradients + found
+        gradients, forces = pushes(tokens)
+        self.gradients = gradients if self.gradients is None else self.gradients + gradients
+        self.forces = forces if self.forces is None else self.forces + forces
         self.probe_seconds += time.perf_counter() - started
 
     def take_supervised(self, loss: float, examples: list[Trajectory]) -> None:
@@ -310,6 +354,7 @@ class Notes:
     def metrics(self) -> dict[str, Any]:
         """Columns of metrics.csv; nan where there is nothing to average."""
         found = distributed.gathered([] if self.gradients is None else [self.gradients.cpu()])
+        forces = distributed.gathered([] if self.forces is None else [self.forces.cpu()])
         columns = {
             "loss": mean(self.losses),
             "entropy": mean(distributed.gathered(self.entropies)),
@@ -319,15 +364,17 @@ class Notes:
             "forward_tokens": distributed.total(self.tokens),
             "logprob_gap": max(distributed.gathered(self.gaps), default=math.nan),
             "logit_gradient": torch.stack(found).sum(0).tolist() if found else None,
+            "net_push": torch.stack(forces).sum(0).tolist() if forces else None,
             "probe_seconds": self.probe_seconds,
         }
         sft = {"sft_loss": mean(self.sft_losses), "sft_tokens": self.sft_tokens}
         return columns | (sft if self.sft_losses else {})
 
 
-def pushes(tokens: Tokens) -> Tensor:
-    """Which way the policy loss of a micro-batch pushes the logits of control tokens [2, C], through the
-    log-probs (an entropy or SFT term pushes, too, and is not counted)."""
+def pushes(tokens: Tokens) -> tuple[Tensor, Tensor]:
+    """Which way the policy loss of a micro-batch pushes the logits of control tokens, through the log-probs
+    (an entropy or SFT term pushes, too, and is not counted): by `logit_gradient` [2, C] and by
+    `placed_gradient` [L, 2, C]."""
     run = tokens.run
     ids = tokens.ids[tokens.mask]
     logprobs = tokens.logprobs
@@ -336,7 +383,8 @@ def pushes(tokens: Tokens) -> Tensor:
     p = control_probabilities(
         tokens.hidden, run.policy.head, ids, logprobs, run.control, temperature
     )  # [N, C]
-    return logit_gradient(-logprobs.grad, ids, p, run.control) / temperature / run.masters.scale
+    push = -logprobs.grad / temperature / run.masters.scale
+    return logit_gradient(push, ids, p, run.control), placed_gradient(push, ids, p, run.control, tokens.place)
 
 
 def mean(values: Sequence[float]) -> float:

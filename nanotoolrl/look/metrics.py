@@ -16,6 +16,7 @@ from nanotoolrl.calls import MESSAGE_STATES
 from nanotoolrl.cli import command
 from nanotoolrl.gpu import distributed
 from nanotoolrl.look.screen import SPURIOUS_JUMP, STATE_JUMP
+from nanotoolrl.places import PLACES
 from nanotoolrl.probes import ProbeSet, advantage_mass, displacement_own, survival
 from nanotoolrl.run import Run, Step, trained_reward
 from nanotoolrl.schemes import Scheme
@@ -77,6 +78,15 @@ FIRST = {
     ),
     "nll_control": Metric("nats", "mean negative log-likelihood of control tokens, on the probe set"),
     "nll_content": Metric("nats", "mean negative log-likelihood of the other tokens, on the probe set"),
+    **{
+        f"nll_{name}": Metric("nats", f"the same of {what}")
+        for name, what in {
+            "structure": "structure: control tokens and the skeleton of calls",
+            "value": "values: the words in calls that the caller chose",
+            "opener": "the first tokens of replies",
+            "text": "the rest of replies, without the stop",
+        }.items()
+    },
     "spurious_growth": Metric(
         "ratio",
         "the largest spike: a control token's spurious probability to that at the start, both at least 1e-6",
@@ -101,6 +111,9 @@ LAST = {
     "sft_tokens": Metric(
         "count", "its trained tokens; a burst stands in the row of the step that follows it"
     ),
+    "rewritten": Metric(
+        "share", "messages whose recorded tokens are not those that were sampled (`--record`)"
+    ),
     "skipped_updates": Metric("count", "updates left out because loss or gradient were not finite"),
     "skipped_tasks": Metric(
         "count", "training tasks left out because nobody can solve them within the limits of an episode"
@@ -109,7 +122,7 @@ LAST = {
     "sample_seconds": Metric("s", "of sampling"),
     "seconds": Metric("s", "of the whole step"),
 }
-NOT_COLUMNS = {"logit_gradient"}  # what an update returns for probes.jsonl
+NOT_COLUMNS = {"logit_gradient", "net_push"}  # what an update returns for probes.jsonl
 PAGE = """\
 # Metrics
 
@@ -141,15 +154,18 @@ The file has a line a step. The first line is step 0, the start, with `nll_contr
 |---|---|
 | `survival` | entry k: share of the policy's own rollouts, of tasks with so many turns, that passed the \
 first k + 1 |
-| `advantage_mass` | sums of positive and negative advantages on control and content tokens, per sampled \
-token |
+| `advantage_mass` | sums of positive and negative advantages on control and content tokens, and on each \
+class of tokens, per sampled token |
+| `net_push` | the same push by place in the message and control token: from good rollouts, from bad ones |
 | `logit_gradient` | how the policy loss pushes the logit of each control token, summed over the step's \
 updates |
 | `greedy_states` | message states of the evaluation, in steps that have one |
 | `tokens` | the probes of each control token, in measured steps |
 
 `logit_gradient` counts the push through the sampled tokens' log-probs: `self` comes from where the token was
-sampled, `other` from everywhere else. Entropy and SFT terms are not in it.
+sampled, `other` from everywhere else. Entropy and SFT terms are not in it. `net_push` is their sum. It counts
+by sign of the push, and by what stood before: the start of a message (a call or a reply is due), behind the
+tag, inside a call, behind its body, behind the call, inside a reply (`nanotoolrl/places.py`).
 
 `tokens` has these numbers of each control token:
 
@@ -240,11 +256,18 @@ def probe_step(run: Run, step: Step, probes: ProbeSet) -> tuple[dict[str, Any], 
     started = time.perf_counter()
     if step.trajectories:
         details["survival"] = survival(step.trajectories)
-        details["advantage_mass"] = advantage_mass(step.trajectories, step.advantages, run.control)
+        details["advantage_mass"] = advantage_mass(step.trajectories, step.advantages, run.structure)
     if step.metrics.get("logit_gradient"):
         names = ("self", "other")
         pushes = zip(probes.control, *step.metrics["logit_gradient"], strict=True)
         details["logit_gradient"] = {token: dict(zip(names, push)) for token, *push in pushes}
+    if step.metrics.get("net_push"):
+        details["net_push"] = {
+            place: {
+                token: list(pair) for token, *pair in zip(probes.control, *both, strict=True) if any(pair)
+            }
+            for place, both in zip(PLACES, step.metrics["net_push"], strict=True)
+        }
     if run.step % run.config.probe_every == 0:
         measured = distributed.from_first(lambda: probes.measure(run.policy))  # a scheme may act on it
         columns = dict(measured.columns)

@@ -28,41 +28,12 @@ from nanotoolrl.files import check_writable
 from nanotoolrl.look.evaluate import Scores
 from nanotoolrl.look.rundir import logged_steps
 from nanotoolrl.look.runfiles import RunFiles, Unreadable, read_run
+from nanotoolrl.look.studies import STUDIES
 
 ROOT = Path(__file__).resolve().parent.parent.parent
 REFUSED = 2  # exit code of a run that was made with other settings, or cannot be made
 ENDED = 130  # of one that has not begun when the study is ended
 WINDOW = 640  # rollouts over which sampled success is averaged
-
-SCREEN = "--scheme grpo --eval-count 100 --eval-part 100"  # a look, not a claim
-SMALL = "--prompts 4 --probe-every 4"
-WHOLE = "--eval-count 400 --eval-part 400 --eval-every 33"
-COLLAPSE_SEARCH = {
-    "lr4e-4": "--steps 40 --lr 4e-4",
-    "lr8e-4": "--steps 80 --lr 8e-4 --warmup 20",
-    "lr1e-3": "--steps 40 --lr 1e-3 --warmup 20",
-    "ramp2e-3": "--steps 40 --lr 2e-3 --warmup 40",
-    "ramp3e-3": "--steps 36 --lr 3e-3 --warmup 36",
-    "updates4-lr4e-4": "--steps 25 --lr 4e-4 --updates 4",
-    "updates4-lr8e-4": "--steps 20 --lr 8e-4 --updates 4",
-    "updates16-lr2e-4": "--steps 20 --lr 2e-4 --updates 16",
-    "hard-updates4-lr4e-4": "--steps 30 --lr 4e-4 --updates 4 --min-turns 3",
-    "prompts8-lr6e-4": "--steps 80 --lr 6e-4 --warmup 20 --prompts 8 --eval-every 20",
-    "small-batch-lr4e-4": f"--steps 160 --lr 4e-4 --warmup 20 {SMALL} --eval-every 20",
-    "small-batch-lr8e-4": f"--steps 120 --lr 8e-4 --warmup 20 {SMALL} --eval-every 30",
-    "small-batch-lr1e-3": f"--steps 100 --lr 1e-3 --warmup 60 {SMALL} --eval-every 20",
-    "small-batch-lr1e-3-warmup30": f"--steps 100 --lr 1e-3 --warmup 30 {SMALL} {WHOLE}",
-    "small-batch-lr1e-3-warmup30-seed1": f"--steps 100 --lr 1e-3 --warmup 30 {SMALL} {WHOLE} --seed 1",
-    "small-batch-ramp": f"--steps 110 --lr 1.6e-3 --warmup 110 {SMALL} --eval-every 20",
-}
-STUDIES = {
-    "collapse-search": {name: f"{SCREEN} {flags}" for name, flags in COLLAPSE_SEARCH.items()},
-    "collapse": {
-        f"seed{seed}": f"--scheme grpo --preset collapse --seed {seed} --eval-count 400 --eval-part 400 "
-        "--eval-every 40"
-        for seed in range(5)
-    },
-}
 
 
 class Children:

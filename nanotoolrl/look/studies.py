@@ -1,0 +1,66 @@
+"""The studies of `python -m nanotoolrl.study`: a name, its runs, and the flags of each for train.py."""
+
+SEEDS = range(5)
+
+# The search for `--preset collapse`.
+SCREEN = "--scheme grpo --eval-count 100 --eval-part 100"  # a look, not a claim
+SMALL = "--prompts 4 --probe-every 4"
+WHOLE = "--eval-count 400 --eval-part 400 --eval-every 33"
+COLLAPSE_SEARCH = {
+    "lr4e-4": "--steps 40 --lr 4e-4",
+    "lr8e-4": "--steps 80 --lr 8e-4 --warmup 20",
+    "lr1e-3": "--steps 40 --lr 1e-3 --warmup 20",
+    "ramp2e-3": "--steps 40 --lr 2e-3 --warmup 40",
+    "ramp3e-3": "--steps 36 --lr 3e-3 --warmup 36",
+    "updates4-lr4e-4": "--steps 25 --lr 4e-4 --updates 4",
+    "updates4-lr8e-4": "--steps 20 --lr 8e-4 --updates 4",
+    "updates16-lr2e-4": "--steps 20 --lr 2e-4 --updates 16",
+    "hard-updates4-lr4e-4": "--steps 30 --lr 4e-4 --updates 4 --min-turns 3",
+    "prompts8-lr6e-4": "--steps 80 --lr 6e-4 --warmup 20 --prompts 8 --eval-every 20",
+    "small-batch-lr4e-4": f"--steps 160 --lr 4e-4 --warmup 20 {SMALL} --eval-every 20",
+    "small-batch-lr8e-4": f"--steps 120 --lr 8e-4 --warmup 20 {SMALL} --eval-every 30",
+    "small-batch-lr1e-3": f"--steps 100 --lr 1e-3 --warmup 60 {SMALL} --eval-every 20",
+    "small-batch-lr1e-3-warmup30": f"--steps 100 --lr 1e-3 --warmup 30 {SMALL} {WHOLE}",
+    "small-batch-lr1e-3-warmup30-seed1": f"--steps 100 --lr 1e-3 --warmup 30 {SMALL} {WHOLE} --seed 1",
+    "small-batch-ramp": f"--steps 110 --lr 1.6e-3 --warmup 110 {SMALL} --eval-every 20",
+}
+
+
+def arms(settings: dict[str, str]) -> dict[str, str]:
+    """A run of every arm for every seed, seed by seed: a study that was cut short has whole seeds."""
+    return {
+        f"{arm}-seed{seed}": f"{flags} --seed {seed}" for seed in SEEDS for arm, flags in settings.items()
+    }
+
+
+SPIKE = "--scheme grpo --preset spike"
+ROUNDTRIP = "--scheme grpo --preset roundtrip"
+EXACT = f"{SPIKE} --guard 0"  # plain GRPO, exactly on policy
+STUDIES = {
+    "collapse-search": {name: f"{SCREEN} {flags}" for name, flags in COLLAPSE_SEARCH.items()},
+    "collapse": {
+        f"seed{seed}": f"--scheme grpo --preset collapse --seed {seed} --eval-count 400 --eval-part 400 "
+        "--eval-every 40"
+        for seed in SEEDS
+    },
+    # How much of the push-down is spared: the dose.
+    "dose": arms({f"guard{dose}": f"{SPIKE} --guard {dose}" for dose in (0, 0.25, 0.5, 0.75, 1)}),
+    # Which tokens are spared.
+    "spared": arms(
+        {name: f"{SPIKE} --guard-tokens {name}" for name in ("structure", "paper", "opener", "stop")}
+    ),
+    # Tokens that are trained as their text, beside the twin that trains what was sampled.
+    "roundtrip": arms({how: f"{ROUNDTRIP} --record {how}" for how in ("text", "exact")}),
+    "roundtrip-parts": arms({how: f"{ROUNDTRIP} --record {how}" for how in ("encode", "stop", "vanish")}),
+    # Other ways to train what the policy did not sample, or not so.
+    "mismatch": arms(
+        {
+            "top-p": f"{EXACT} --top-p 0.9",
+            "min-p": f"{EXACT} --min-p 0.05",
+            "updates4": f"{EXACT} --updates 4",
+            "updates16": f"{EXACT} --updates 16",
+            "ops": "--scheme ops --preset spike --guard 0",
+            "hint": "--scheme hint --preset spike --guard 0",
+        }
+    ),
+}

@@ -1,0 +1,127 @@
+"""What the tokens of an assistant message are: their class, and the place in the message where each stands.
+
+A class says what a token is for, a place what stood before it. Every assistant token has one class:
+
+    structure   a control token, or skeleton: the newline behind a tag, `name`, `": "`, `arguments`, ...
+    value       a word that the caller chose: names of tools and parameters, strings, numbers
+    opener      the first token of a reply
+    text        the rest of a reply; its stop token is structure
+
+Inside a call the line between skeleton and value is drawn by word characters: punctuation within a string
+counts as skeleton. A place is found by looking back only, so it is known before the token is sampled.
+
+Example, the built-in model's tokens of one call, with class and place:
+
+    <tool_call>  structure  start_call (start_reply, where no call is due)
+    \\n           structure  behind_tag
+    {"           structure  behind_tag
+    name         structure  in_call
+    ": "         structure  in_call
+    get_time     value      in_call
+    ", "         structure  in_call
+    arguments    structure  in_call
+    ...
+    "}}          structure  in_call
+    \\n           structure  behind_body
+    </tool_call> structure  behind_body
+    <|im_end|>   structure  behind_call
+"""
+
+import re
+from collections.abc import Sequence
+from functools import cache
+
+from nanotoolrl.calls import FORMATS
+from nanotoolrl.chat import Chat, call_ends, control_tokens
+
+CLASSES = ("structure", "value", "opener", "text")
+STRUCTURE, VALUE, OPENER, TEXT = range(len(CLASSES))
+PLACES = ("start_call", "start_reply", "behind_tag", "in_call", "behind_body", "behind_call", "in_reply")
+START_CALL, START_REPLY, BEHIND_TAG, IN_CALL, BEHIND_BODY, BEHIND_CALL, IN_REPLY = range(len(PLACES))
+# Words that every call has, where they stand as such.
+SKELETON = {
+    "hermes": re.compile(r'<tool_call>\s*\{\s*"(name)"(?:\s*:\s*"[^"]*"\s*,\s*"(arguments)")?'),
+    "python": re.compile(r"(?!)"),
+    "xml": re.compile(r"</?(function|parameter)(?=[=>])"),
+}
+
+
+class Structure:
+    """Classes and places of the tokens of messages in one call format, as one tokenizer splits them."""
+
+    def __init__(self, chat: Chat, format: str) -> None:
+        self.format = format
+        self.control = control_tokens(chat, format)  # text -> id
+        self.control_ids = frozenset(self.control.values())
+        self.prefix = chat.assistant_ids(FORMATS[format].prefix, format)[:-1]
+        self.openers, self.closers = call_ends(chat, format)  # of the body of a call
+        self.end_id = chat.end_id
+        self.text_of = cache(lambda token: chat.decode([token]))
+
+    def named(self, name: str) -> frozenset[int]:
+        """Ids of a set of control tokens: "control" (all), "paper" (those that Hao et al. 2026 name: what
+        opens a call, what opens its body, the stop), "opener", "stop"."""
+        sets = {
+            "control": self.control_ids,
+            "paper": {self.prefix[0], *self.openers, self.end_id},
+            "opener": {self.prefix[0]},
+            "stop": {self.end_id},
+        }
+        return frozenset(sets[name])
+
+    def classes(self, ids: Sequence[int]) -> list[int]:
+        """The class of every token of a message, an index into CLASSES."""
+        pieces = [self.text_of(token) for token in ids]
+        text = "".join(pieces)
+        inside = self._calls(text)
+        skeleton = [
+            span for match in SKELETON[self.format].finditer(text) for span in match.regs[1:] if span[0] >= 0
+        ]
+        found = []
+        at = 0
+        for i, (token, piece) in enumerate(zip(ids, pieces)):
+            start, at = at, at + len(piece)
+            if token in self.control_ids:
+                found.append(STRUCTURE)
+            elif any(first <= start < last for first, last in inside):
+                words = [start + match.start() for match in re.finditer(r"\w", piece)]
+                free = [place for place in words if not any(a <= place < b for a, b in skeleton)]
+                found.append(VALUE if free else STRUCTURE)
+            elif not piece.strip() and any(last <= start for _, last in inside):
+                found.append(STRUCTURE)  # between two calls
+            else:
+                found.append(TEXT if i else OPENER)
+        return found
+
+    def _calls(self, text: str) -> list[tuple[int, int]]:
+        """(start, end) of every block of calls, to the end of the text where none closes it."""
+        spans: list[tuple[int, int]] = []
+        opened = -1
+        for start, end, step in FORMATS[self.format].find_tags(text):
+            if step > 0 and opened < 0:
+                opened = start
+            elif step < 0 and opened >= 0:
+                spans.append((opened, end))
+                opened = -1
+        return spans + [(opened, len(text))] * (opened >= 0)
+
+    def places(self, ids: Sequence[int], due: bool) -> list[int]:
+        """The place of every token of a message, an index into PLACES. due: whether the turn's ground truth
+        still has a call when the message begins."""
+        closing, tagged = FORMATS[self.format].closing, bool(FORMATS[self.format].tags)
+        found = [START_CALL if due else START_REPLY][: len(ids)]
+        state = IN_REPLY
+        since, tail = 0, ""  # tokens since the tag, the end of the text so far
+        for token in ids[:-1]:
+            tail = (tail + self.text_of(token))[-len(closing) :]
+            since += 1
+            if token == self.prefix[0] and state in (IN_REPLY, BEHIND_CALL):
+                state, since = BEHIND_TAG, 1
+            elif state in (IN_CALL, BEHIND_TAG, BEHIND_BODY) and tail.endswith(closing):
+                state = BEHIND_CALL
+            elif state == BEHIND_TAG and since > len(self.prefix):
+                state = IN_CALL
+            if tagged and state in (IN_CALL, BEHIND_TAG) and token in self.closers:
+                state = BEHIND_BODY
+            found.append(state)
+        return found
