@@ -78,6 +78,8 @@ class CallFormat:
     render: Callable[[list[Call]], str]
     read: Callable[[str], list[Call]]  # body of a block -> calls; raises ValueError
     salvage: Callable[[str], bool]  # whether a readable call hides in the body
+    words: tuple[str, ...] = ()  # that every call has
+    skeleton: re.Pattern = re.compile("(?!)")  # where they stand as such: its groups
 
 
 def render_calls(calls: list[Call], format: str) -> str:
@@ -439,6 +441,8 @@ FORMATS: dict[str, CallFormat] = {
         _render_hermes,
         _read_hermes,
         _salvage_json,
+        ("name", "arguments"),
+        re.compile(r'<tool_call>\s*\{\s*"(name)"(?:\s*:\s*"[^"]*"\s*,\s*"(arguments)")?'),
     ),
     "python": CallFormat(
         "[",
@@ -461,5 +465,7 @@ FORMATS: dict[str, CallFormat] = {
         _render_xml,
         _read_xml,
         _salvage_xml,
+        ("function", "parameter"),
+        re.compile("</?(function|parameter)(?=[=>])"),
     ),
 }

@@ -141,7 +141,10 @@ class Decoder:
 
     def step(self, state: Tensor, temperature: float) -> tuple[Tensor, Tensor]:
         """(ids [B], log-probs [B]) that are sampled when rows are fed as their columns of `state` say."""
-        slot, token, length, _, stream, place, prompt, prompt_length = state
+        return self.choose(self.feed(state), state[4], state[5], temperature)
+
+    def feed(self, state: Tensor) -> Tensor:
+        """Hidden states [B, D] after the tokens that rows are fed; a column of `state` is a `Feed`."""
+        slot, token, length, _, _, _, prompt, prompt_length = state
         attend = self.cache.stepping(Rows(slot, length, prompt, prompt_length))
-        hidden = self.policy.model(token[:, None], (prompt_length + length)[:, None], attend)[:, 0]  # [B, D]
-        return self.choose(hidden, stream, place, temperature)
+        return self.policy.model(token[:, None], (prompt_length + length)[:, None], attend)[:, 0]

@@ -262,6 +262,12 @@ class Episode:
         """Ground-truth calls of the turn minus the calls made in it: whether a call should come next."""
         return 0 if self.done else max(0, len(self.task.turns[self.turn].calls) - self._calls)
 
+    @property
+    def truth(self) -> Call | str:
+        """What the ground truth says next: the call that is due, else the reply of the turn."""
+        turn = self.task.turns[self.turn]
+        return turn.calls[self._calls] if self.calls_left else turn.reply
+
     def _answer(self, call: Call | BadCall) -> str:
         if isinstance(call, BadCall):
             return failure(call.reason)

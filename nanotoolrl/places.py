@@ -38,12 +38,6 @@ CLASSES = ("structure", "value", "opener", "text")
 STRUCTURE, VALUE, OPENER, TEXT = range(len(CLASSES))
 PLACES = ("start_call", "start_reply", "behind_tag", "in_call", "behind_body", "behind_call", "in_reply")
 START_CALL, START_REPLY, BEHIND_TAG, IN_CALL, BEHIND_BODY, BEHIND_CALL, IN_REPLY = range(len(PLACES))
-# Words that every call has, where they stand as such.
-SKELETON = {
-    "hermes": re.compile(r'<tool_call>\s*\{\s*"(name)"(?:\s*:\s*"[^"]*"\s*,\s*"(arguments)")?'),
-    "python": re.compile(r"(?!)"),
-    "xml": re.compile(r"</?(function|parameter)(?=[=>])"),
-}
 
 
 class Structure:
@@ -75,7 +69,10 @@ class Structure:
         text = "".join(pieces)
         inside = self._calls(text)
         skeleton = [
-            span for match in SKELETON[self.format].finditer(text) for span in match.regs[1:] if span[0] >= 0
+            span
+            for match in FORMATS[self.format].skeleton.finditer(text)
+            for span in match.regs[1:]
+            if span[0] >= 0
         ]
         found = []
         at = 0
@@ -92,6 +89,33 @@ class Structure:
             else:
                 found.append(TEXT if i else OPENER)
         return found
+
+    def is_word(self, token: int) -> bool:
+        """Whether a token has a word character and is no control token."""
+        return token not in self.control_ids and bool(re.search(r"\w", self.text_of(token)))
+
+    def goes_on(self, token: int) -> bool:
+        """Whether a value that is being written may go on with a token: a word, or a blank between two."""
+        return self.is_word(token) or not self.text_of(token).strip(" ")
+
+    def skeleton(self, ids: Sequence[int]) -> list[list[int]]:
+        """The pieces of a message between which its values stand, the last with the stop token.
+
+        Example: the pieces of a call `f(a="x")`, in hermes, are `<tool_call>\\n{"name": "`,
+        `", "arguments": {"`, `": "` and `"}}\\n</tool_call>` with the stop; slots are `f`, `a` and `x`.
+        Blanks between two words are part of the value.
+        """
+        value = [kind == VALUE for kind in self.classes(ids)]
+        for i in range(1, len(ids) - 1):
+            if value[i - 1] and value[i + 1] and not self.text_of(ids[i]).strip(" "):
+                value[i] = True
+        pieces: list[list[int]] = [[]]
+        for i, token in enumerate(ids):
+            if not value[i]:
+                pieces[-1].append(token)
+            elif pieces[-1]:
+                pieces.append([])
+        return pieces
 
     def _calls(self, text: str) -> list[tuple[int, int]]:
         """(start, end) of every block of calls, to the end of the text where none closes it."""
@@ -113,11 +137,11 @@ class Structure:
         state = IN_REPLY
         since, tail = 0, ""  # tokens since the tag, the end of the text so far
         for token in ids[:-1]:
-            tail = (tail + self.text_of(token))[-len(closing) :]
+            tail = tail[1 - len(closing) :] + self.text_of(token)
             since += 1
             if token == self.prefix[0] and state in (IN_REPLY, BEHIND_CALL):
                 state, since = BEHIND_TAG, 1
-            elif state in (IN_CALL, BEHIND_TAG, BEHIND_BODY) and tail.endswith(closing):
+            elif state in (IN_CALL, BEHIND_TAG, BEHIND_BODY) and closing in tail:
                 state = BEHIND_CALL
             elif state == BEHIND_TAG and since > len(self.prefix):
                 state = IN_CALL

@@ -28,17 +28,19 @@ import itertools
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from functools import cache, partial
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from nanotoolrl.calls import FORMATS, message_state
+from nanotoolrl.calls import FORMATS, Call, message_state, render_calls
 from nanotoolrl.decode import Decoder, Feed
 from nanotoolrl.env import OUR_LIMITS, Episode
 from nanotoolrl.gpu import distributed
 from nanotoolrl.logprob import HAS_TRITON
 from nanotoolrl.model import Policy, by_length
+from nanotoolrl.places import Structure
 from nanotoolrl.trajectory import Trajectory
 
 PREFILL_TOKENS = 8192  # most tokens in one prefill forward, padding included
@@ -70,6 +72,8 @@ class Row:
     pending: list[int] = field(default_factory=list)  # ids not yet in the cache
     cached: int = 0  # how many ids after the prompt are in its slot
     message: list[int] = field(default_factory=list)  # being written
+    pieces: list[list[int]] = field(default_factory=list)  # of it that are still to be given
+    chooses: bool = True  # whether the next token is the model's to choose, where pieces are left
 
     @property
     def waits(self) -> bool:
@@ -106,6 +110,7 @@ class Sampler:
     ) -> None:
         self.policy, self.chat = policy, policy.chat
         self.max_new_tokens, self.slots = max_new_tokens, slots
+        self.structure = cache(partial(Structure, policy.chat))  # of a format
         self.context = min(context or policy.context, policy.context)
         fast = policy.device.type == "cuda" and HAS_TRITON
         self.decoder = Decoder(policy, seed, fast, *kept)
@@ -118,13 +123,16 @@ class Sampler:
         temperature: float = 1.0,
         stream: int = 0,
         force_prefix: bool = False,
+        force_skeleton: bool = False,
     ) -> list[Trajectory]:
         """Play the episodes to their end and return their trajectories in the same order.
 
         hints: a text per episode for the system prompt ("" for none). temperature 0 is greedy (log-probs are
         then those of temperature 1). stream: together with the seed and the episode's index it keys the
         noise; give every call of a run its own. force_prefix: write the canonical prefix of a call (unmasked)
-        at the start of every message for which the turn's ground truth still has calls.
+        at the start of every message for which the turn's ground truth still has calls. force_skeleton: write
+        (unmasked) all of the ground truth's messages but the values in their calls, which the model writes; a
+        token that is no word ends a value.
         Under torchrun each process plays its share of the episodes and all get all trajectories.
         Raises ValueError if a prompt leaves no room in the context, or for a temperature that is none.
         """
@@ -136,9 +144,8 @@ class Sampler:
         if len(episodes) != len(hints):
             raise ValueError("there must be as many hints as episodes")
         mine = distributed.share(len(episodes))
-        queue = [
-            self._new_row(episodes[i], hints[i], (stream << 32) + i, force_prefix) for i in reversed(mine)
-        ]
+        forced = "skeleton" if force_skeleton else "prefix" if force_prefix else ""
+        queue = [self._new_row(episodes[i], hints[i], (stream << 32) + i, forced) for i in reversed(mine)]
         live: list[Row] = []  # by slot
         prompts: dict[tuple, Prompt] = {}  # of live rows, by their ids
         done: dict[int, Trajectory] = {}  # by noise stream
@@ -151,7 +158,7 @@ class Sampler:
             else:
                 ended = self._decode([row for row in live if not row.waits], temperature)
             for row in ended:
-                self._answer(row, force_prefix)
+                self._answer(row, forced)
                 if row.episode.done:
                     row.trajectory.end(row.episode)
                     done[row.stream] = row.trajectory
@@ -190,7 +197,7 @@ class Sampler:
                 self.decoder.cache.own.move(row.slot, slot, row.cached)
             row.slot = slot
 
-    def _new_row(self, episode: Episode, hint: str, stream: int, force_prefix: bool) -> Row:
+    def _new_row(self, episode: Episode, hint: str, stream: int, forced: str) -> Row:
         messages, tools = episode.prompt()
         prompt = self.chat.prompt_ids(messages, tools, episode.format)
         seen = self.chat.prompt_ids(messages, tools, episode.format, hint) if hint else prompt
@@ -202,19 +209,33 @@ class Sampler:
         if hint:
             trajectory.source, trajectory.sampled_prompt = "hint", list(seen)
         row = Row(episode, trajectory, list(seen), stream)
-        self._open_message(row, force_prefix)
+        self._open_message(row, forced)
         return row
 
-    def _open_message(self, row: Row, force_prefix: bool) -> None:
-        row.message = []
+    def _open_message(self, row: Row, forced: str) -> None:
+        row.message, row.pieces, row.chooses = [], [], True
         row.trajectory.due.append(row.episode.calls_left > 0)
-        if not (force_prefix and row.episode.calls_left):
-            return
-        prefix = FORMATS[row.episode.format].prefix
-        ids = self.chat.assistant_ids(prefix, row.episode.format)[:-1]
-        if row.length + len(ids) < self.context:
-            row.message = list(ids)
-            self._give(row, ids)
+        format, truth = row.episode.format, row.episode.truth
+        if forced == "prefix" and row.episode.calls_left:
+            row.pieces = [self.chat.assistant_ids(FORMATS[format].prefix, format)[:-1]]
+        elif forced == "skeleton" and isinstance(truth, Call):
+            ids = self.chat.assistant_ids(render_calls([truth], format), format)
+            row.pieces = self.structure(format).skeleton(ids)
+        elif forced == "skeleton":
+            *ids, stop = self.chat.assistant_ids(truth, format)
+            row.pieces, row.chooses = [ids, [stop]], False  # one token is sampled, and dropped
+        if row.pieces and not self._give_piece(row):
+            row.pieces, row.chooses = [], True
+
+    def _give_piece(self, row: Row) -> bool:
+        """Write the next piece of a message; returns whether there was room for it."""
+        ids = row.pieces[0]
+        if row.length + len(ids) >= self.context or len(row.message) + len(ids) >= self.max_new_tokens:
+            return False
+        row.message += ids
+        self._give(row, ids)
+        del row.pieces[0]
+        return True
 
     def _give(self, row: Row, ids: list[int]) -> None:
         row.trajectory.append(ids, sampled=False)
@@ -252,10 +273,12 @@ class Sampler:
         found = self.decoder.decode([self._feed(row) for row in ready], temperature)  # each [steps][B]
         ended = []
         for column, row in enumerate(ready):
+            scripted = bool(row.pieces)  # what follows its first token may not be what it gets
             for ids, logprobs in zip(*found, strict=True):
                 row.cached, row.pending = row.cached + 1, []
-                if self._take(row, ids[column], logprobs[column]):
+                if over := self._take(row, ids[column], logprobs[column]):
                     ended.append(row)
+                if over or scripted:
                     break
         return ended
 
@@ -268,14 +291,16 @@ class Sampler:
         return min(self.max_new_tokens - len(row.message), self.context - row.length)
 
     def _take(self, row: Row, token: int, logprob: float) -> bool:
-        """Append a sampled token; returns whether the message ended."""
+        """Append a sampled token, or the piece that stands there; returns whether the message ended."""
+        if row.pieces and not (row.chooses and self.structure(row.episode.format).goes_on(token)):
+            return not self._give_piece(row) or not row.pieces
         row.trajectory.append([token], sampled=True, logprobs=[logprob])
         row.pending.append(token)
         row.message.append(token)
         return token in self.chat.stop_ids or self._left(row) <= 0
 
     # ---- answer
-    def _answer(self, row: Row, force_prefix: bool) -> None:
+    def _answer(self, row: Row, forced: str) -> None:
         """Hand the finished message to the episode and queue what answers it."""
         stop_id = row.message[-1]
         stopped = stop_id in self.chat.stop_ids
@@ -289,4 +314,4 @@ class Sampler:
             row.episode.abort("the context is full")
             return
         self._give(row, ids)
-        self._open_message(row, force_prefix)
+        self._open_message(row, forced)

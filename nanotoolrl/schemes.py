@@ -22,9 +22,10 @@ from nanotoolrl.calls import VOID_STATES
 from nanotoolrl.config import Setting, declare, setting
 from nanotoolrl.env import Task
 from nanotoolrl.losses import kl_k3, likelihood_drop, shaped_loss
+from nanotoolrl.objective import Tokens, clipped_objective
 from nanotoolrl.run import Run, Step, demonstrations, failed_tasks, group_advantages, rollout
 from nanotoolrl.supervise import hint_text
-from nanotoolrl.updates import Tokens, clipped_objective, policy_update
+from nanotoolrl.updates import policy_update
 
 
 # ---------------------------------------------------------------------------------------------- the registry

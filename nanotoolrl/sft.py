@@ -8,9 +8,10 @@ from collections.abc import Sequence
 from typing import Any
 
 from nanotoolrl.cli import progress
+from nanotoolrl.notes import mean
 from nanotoolrl.run import Run, new_optimizer
 from nanotoolrl.trajectory import Trajectory
-from nanotoolrl.updates import mean, optimizer_step, sft_backward, warm_up
+from nanotoolrl.updates import optimizer_step, sft_backward, warm_up
 
 
 def collect(run: Run, examples: Sequence[Trajectory]) -> None:

@@ -7,16 +7,14 @@
 4. `optimizer_step`: sum over processes, clip, step.
 
 Shapes: P prompts, G rollouts per prompt, B = P G rows in group order, R rows of a micro-batch, T tokens,
-D width, N trained tokens, C control tokens, L places in a message.
+D width, N trained tokens.
 """
 
 import itertools
 import math
 import random
-import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field, replace
-from functools import cached_property
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -24,90 +22,16 @@ from torch import Tensor
 
 from nanotoolrl.config import Config
 from nanotoolrl.gpu import distributed
-from nanotoolrl.losses import kl_k3, policy_loss
+from nanotoolrl.losses import kl_k3
 from nanotoolrl.model import Policy, by_length, pad
-from nanotoolrl.places import STRUCTURE
-from nanotoolrl.probes import control_probabilities, logit_gradient, placed_gradient
+from nanotoolrl.notes import Notes
+from nanotoolrl.objective import Objective, Tokens, clipped_objective, guarded
+from nanotoolrl.record import recorded
 from nanotoolrl.run import Run
-from nanotoolrl.trajectory import Trajectory, recorded
+from nanotoolrl.trajectory import Trajectory
 
 
-# --------------------------------------------------------------------------------- what an objective sees
-@dataclass(frozen=True)
-class Tokens:
-    """The N trained tokens of the rows of a micro-batch, as an objective sees them.
-
-    `logprobs` [N] are differentiable. `old` [N] are those they were sampled with, `advantages` [N] those of
-    their rows, `row` [N] the index of each token's row.
-    """
-
-    run: Run
-    rows: list[Trajectory]
-    ids: Tensor  # [R, T]
-    mask: Tensor  # [R, T]
-    hidden: Tensor  # [N, D]
-    logprobs: Tensor
-    old: Tensor
-    advantages: Tensor
-    row: Tensor
-
-    @cached_property
-    def control(self) -> Tensor:
-        """[N], True on control tokens."""
-        return torch.isin(self.ids[self.mask], self.run.control)
-
-    @cached_property
-    def place(self) -> Tensor:
-        """[N], where in its message each stands: an index into PLACES."""
-        structure = self.run.structure
-        found = [p for row in self.rows for ids, due in row.spoken() for p in structure.places(ids, due)]
-        return torch.tensor(found, device=self.row.device)
-
-    @cached_property
-    def spared(self) -> Tensor:
-        """[N], True on the tokens that `--guard` spares."""
-        structure, name = self.run.structure, self.run.config.guard_tokens
-        if name != "structure":
-            return torch.isin(
-                self.ids[self.mask], torch.tensor([*structure.named(name)], device=self.row.device)
-            )
-        found = [
-            c == STRUCTURE for row in self.rows for ids in row.spoken_ids() for c in structure.classes(ids)
-        ]
-        return torch.tensor(found, device=self.row.device)
-
-    @cached_property
-    def reference(self) -> Tensor:
-        """Log-probs [N] under the reference."""
-        with torch.no_grad():
-            temperature = self.run.config.temperature
-            return self.run.reference.logprobs(self.ids, self.mask, temperature)[0]
-
-    def of(self, source: str) -> Tensor:
-        """[N], True on the tokens of rows from `source`."""
-        flags = torch.tensor([row.source == source for row in self.rows], device=self.row.device)
-        return flags[self.row]
-
-
-Objective = Callable[[Run, Tokens], tuple[Tensor, Tensor]]  # -> (loss, whether it was clipped), both [N]
-
-
-def clipped_objective(run: Run, tokens: Tokens) -> tuple[Tensor, Tensor]:
-    """GRPO's objective."""
-    config = run.config
-    bounds = (config.clip, config.clip_high, config.dual_clip)
-    return policy_loss(tokens.logprobs, tokens.old, tokens.advantages, *bounds)
-
-
-def guarded(tokens: Tokens) -> Tokens:
-    """The tokens, those that `--guard` spares with (1 - guard) A where A < 0."""
-    guard = tokens.run.config.guard
-    if guard == 0:
-        return tokens
-    kept = torch.where(tokens.spared & (tokens.advantages < 0), 1 - guard, 1.0)
-    return replace(tokens, advantages=tokens.advantages * kept)
-
-
+# ------------------------------------------------------------------------------------- supervision beside it
 @dataclass(frozen=True)
 class Supervision:
     """An SFT loss that rides along with policy updates.
@@ -304,92 +228,6 @@ def optimizer_step(run: Run, loss: float, optimizer: torch.optim.Optimizer, lr: 
         run.state.skipped_in_a_row = 0 if finite else run.state.skipped_in_a_row + 1
     run.masters.zero_gradients()
     return norm if finite else None
-
-
-# ---- and what is noted of it
-@dataclass
-class Notes:
-    """What is noted of a policy update, summed up by `metrics`.
-
-    Rows that are not the policy's own (hinted, oracle) stay out of `clipped` and `gaps`. Oracle rows also
-    stay out of `entropies`.
-    """
-
-    started: float = field(default_factory=time.perf_counter)
-    tokens: int = 0
-    losses: list[float] = field(default_factory=list)
-    norms: list[float | None] = field(default_factory=list)  # None: the update was skipped
-    clipped: list[bool] = field(default_factory=list)
-    entropies: list[float] = field(default_factory=list)
-    gaps: list[float] = field(default_factory=list)
-    gradients: Tensor | None = None  # [2, C], see `logit_gradient`
-    forces: Tensor | None = None  # [L, 2, C], see `placed_gradient`
-    probe_seconds: float = 0.0
-    sft_losses: list[float] = field(default_factory=list)
-    sft_tokens: int = 0
-
-    @torch.no_grad()
-    def take(self, tokens: Tokens, clipped: Tensor, entropy: Tensor | None, first_update: bool) -> None:
-        """Note a micro-batch after its backward pass. clipped, entropy: [N]."""
-        lengths = [len(row.tokens) for row in tokens.rows]
-        own = tokens.of("policy")  # [N]
-        self.tokens += sum(lengths)
-        self.clipped += clipped[own].tolist()
-        if first_update and entropy is not None:
-            self.entropies += entropy[~tokens.of("oracle")].tolist()
-            self.gaps += (tokens.logprobs - tokens.old).abs()[own].tolist()
-        started = time.perf_counter()
-        gradients, forces = pushes(tokens)
-        self.gradients = gradients if self.gradients is None else self.gradients + gradients
-        self.forces = forces if self.forces is None else self.forces + forces
-        self.probe_seconds += time.perf_counter() - started
-
-    def take_supervised(self, loss: float, examples: list[Trajectory]) -> None:
-        """Note an SFT loss that rode along."""
-        if examples:
-            self.sft_losses.append(loss)
-            self.sft_tokens += sum(row.sampled_tokens for row in examples)
-            self.tokens += sum(len(examples[i].tokens) for i in distributed.share(len(examples)))
-
-    def metrics(self) -> dict[str, Any]:
-        """Columns of metrics.csv; nan where there is nothing to average."""
-        found = distributed.gathered([] if self.gradients is None else [self.gradients.cpu()])
-        forces = distributed.gathered([] if self.forces is None else [self.forces.cpu()])
-        columns = {
-            "loss": mean(self.losses),
-            "entropy": mean(distributed.gathered(self.entropies)),
-            "grad_norm": mean([norm for norm in self.norms if norm is not None]),
-            "clip_fraction": mean(distributed.gathered(self.clipped)),
-            "train_tok_s": distributed.total(self.tokens) / (time.perf_counter() - self.started),
-            "forward_tokens": distributed.total(self.tokens),
-            "logprob_gap": max(distributed.gathered(self.gaps), default=math.nan),
-            "logit_gradient": torch.stack(found).sum(0).tolist() if found else None,
-            "net_push": torch.stack(forces).sum(0).tolist() if forces else None,
-            "probe_seconds": self.probe_seconds,
-        }
-        sft = {"sft_loss": mean(self.sft_losses), "sft_tokens": self.sft_tokens}
-        return columns | (sft if self.sft_losses else {})
-
-
-def pushes(tokens: Tokens) -> tuple[Tensor, Tensor]:
-    """Which way the policy loss of a micro-batch pushes the logits of control tokens, through the log-probs
-    (an entropy or SFT term pushes, too, and is not counted): by `logit_gradient` [2, C] and by
-    `placed_gradient` [L, 2, C]."""
-    run = tokens.run
-    ids = tokens.ids[tokens.mask]
-    logprobs = tokens.logprobs
-    assert logprobs.grad is not None  # after the backward pass
-    temperature = run.config.temperature
-    p = control_probabilities(
-        tokens.hidden, run.policy.head, ids, logprobs, run.control, temperature
-    )  # [N, C]
-    push = -logprobs.grad / temperature / run.masters.scale
-    return logit_gradient(push, ids, p, run.control), placed_gradient(push, ids, p, run.control, tokens.place)
-
-
-def mean(values: Sequence[float]) -> float:
-    """The mean; nan of nothing."""
-    return sum(values) / len(values) if values else math.nan
 
 
 # ---------------------------------------------------------------------------------------- supervised training

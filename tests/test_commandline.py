@@ -28,7 +28,7 @@ from nanotoolrl.signals import SCHEMES
             "--oracle-count must be below 2, as --group says; it is 9",
         ),
         (["--chord-mu", "1.5"], "--chord-mu must be from 0 to 1"),
-        (["--scheme", "guard", "--guard-weight", "3"], "--guard-weight must be from 0 to 1"),
+        (["--scheme", "guard", "--guard", "3"], "--guard must be from 0 to 1"),
         (["--group", "1"], "--group must be at least 2"),
         (["--seed", str(2**63)], "--seed must be at most 9223372036854775807"),
         (["--judge", "ftp://x"], "--judge"),

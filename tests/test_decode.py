@@ -157,3 +157,28 @@ def test_half_precision_weights(policy):
         with torch.no_grad():
             trained = half.logprobs(ids, mask)[0]
         assert row.logprobs[-1] == pytest.approx(trained.item(), abs=1e-4)
+
+
+def test_kept_logprobs_by_hand():
+    """0.5, 0.3, 0.15, 0.05, out of order; the likeliest is always kept."""
+    p = torch.tensor([[0.15, 0.5, 0.05, 0.3]])
+
+    def kept(top_p, min_p):
+        return torch.isfinite(decode.kept_logprobs(p.log(), top_p, min_p))[0].tolist()
+
+    assert kept(1.0, 0.0) == [True] * 4
+    assert kept(0.6, 0.0) == [False, True, False, True], "0.5 is less than 0.6, 0.8 is not"
+    assert kept(0.01, 0.0) == kept(1.0, 0.99) == [False, True, False, False]
+    assert kept(1.0, 0.2) == [True, True, False, True]
+
+
+def test_truncated_sampling_keeps_the_whole_log_probs(tiny):
+    """What is sampled is among the kept, and has the log-prob of the whole distribution."""
+    whole, cut = decode.Decoder(tiny, 0, fast=False), decode.Decoder(tiny, 0, fast=False, min_p=0.5)
+    logits = torch.randn(64, 50, generator=torch.Generator().manual_seed(1))
+    noise = torch.rand(64, generator=torch.Generator().manual_seed(2))
+    ids, logprobs = cut.draw(logits, noise, 1.0)
+    table = torch.log_softmax(logits, -1)
+    assert (table.gather(1, ids[:, None])[:, 0] == logprobs).all()
+    assert (logprobs.exp() >= 0.5 * table.exp().max(1).values - 1e-6).all()
+    assert (whole.draw(logits, noise, 1.0)[0] != ids).any()

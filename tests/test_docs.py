@@ -26,7 +26,7 @@ from bench.steps import slopes_table
 from nanotoolrl import calls, commandline, env
 from nanotoolrl.calls import FORMATS, message_state, parse_calls, render_calls
 from nanotoolrl.commandline import parse
-from nanotoolrl.look import study
+from nanotoolrl.look import studies
 from nanotoolrl.look.evaluate import Scores, states_table, table
 from nanotoolrl.look.figures import FIGURES
 from nanotoolrl.look.metrics import metrics, metrics_page
@@ -414,7 +414,7 @@ def test_the_scheme_table_is_made_from_the_registry_and_the_committed_results():
 def test_the_table_of_the_collapse_is_made_from_the_committed_study():
     with (RESULTS / "collapse.csv").open() as file:
         seeds = list(csv.DictReader(file))
-    assert [row["run"] for row in seeds] == list(study.STUDIES["collapse"])
+    assert [row["run"] for row in seeds] == list(studies.STUDIES["collapse"])
     for row in seeds:
         greedy = [f"{100 * float(row[f'greedy_{when}']):.1f}" for when in ("before", "best", "after")]
         ratios = [
@@ -439,7 +439,7 @@ def test_the_formats_after_the_collapse_are_those_of_the_committed_scores():
         return {format: one.of("all") for format, one in stored_scores(home / f"{name}.json").items()}
 
     home = RESULTS / "collapse"
-    for name in study.STUDIES["collapse"]:
+    for name in studies.STUDIES["collapse"]:
         if (home / f"doctor-{name}.json").exists():
             doctor = json.loads((home / f"doctor-{name}.json").read_text())
             assert line("before", doctor["reference"]["success"]) in COLLAPSE
@@ -453,7 +453,7 @@ def test_the_formats_after_the_collapse_are_those_of_the_committed_scores():
 def test_the_search_is_whole():
     """Every run of the study has a row in the committed table."""
     with (RESULTS / "collapse_search.csv").open() as file:
-        assert {row["run"] for row in csv.DictReader(file)} == set(study.COLLAPSE_SEARCH)
+        assert {row["run"] for row in csv.DictReader(file)} == set(studies.COLLAPSE_SEARCH)
 
 
 def test_the_model_card_is_made_from_the_committed_scores():

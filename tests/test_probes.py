@@ -2,6 +2,7 @@
 
 import math
 from dataclasses import replace
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -10,6 +11,7 @@ from helpers.models import Script, tiny_policy, whole_logits
 from nanotoolrl.calls import FORMATS, Call
 from nanotoolrl.chat import control_tokens
 from nanotoolrl.env import Episode, Task, Turn, Verdict, oracle
+from nanotoolrl.places import CLASSES, PLACES, Structure
 from nanotoolrl.probes import (
     ProbeSet,
     advantage_mass,
@@ -17,13 +19,15 @@ from nanotoolrl.probes import (
     displacement_own,
     growth,
     logit_gradient,
+    placed_gradient,
     survival,
 )
 from nanotoolrl.sampler import Sampler
 from nanotoolrl.trajectory import Trajectory, demonstration
 from nanotoolrl.world.tasks import load_tasks
 
-COLUMNS = "kl spurious_control required_control nll_control nll_content spurious_growth displacement_truth"
+COLUMNS = "kl spurious_control required_control nll_control nll_content"
+COLUMNS += " nll_structure nll_value nll_opener nll_text spurious_growth displacement_truth"
 
 
 @pytest.fixture
@@ -128,12 +132,20 @@ def plain(policy, start, tasks, format):
     for name, values in tokens.items():
         values["growth"] = max(values["spurious"], 1e-6) / max(begun[name]["spurious"], 1e-6)
     nll = [(-ours[token].item(), token in control.values()) for ours, _, token, *_ in places]
+    structure = Structure(start.chat, format)
+    said = [demonstration(start.chat, task, format).spoken_ids() for task in tasks]
+    classes = [c for row in said for ids in row for c in structure.classes(ids)]
+
+    def by_class(name):
+        return mean([x for (x, _), c in zip(nll, classes, strict=True) if CLASSES[c] == name])
+
     columns = {
         "kl": mean([(ours.exp() * (ours - theirs)).sum().item() for ours, theirs, *_ in places]),
         "spurious_control": mean([values["spurious"] for values in tokens.values()]),
         "required_control": mean([v["required"] for v in tokens.values() if not math.isnan(v["required"])]),
         "nll_control": mean([x for x, is_control in nll if is_control]),
         "nll_content": mean([x for x, is_control in nll if not is_control]),
+        **{f"nll_{name}": by_class(name) for name in CLASSES},
         "spurious_growth": max(values["growth"] for values in tokens.values()),
         "displacement_truth": mean([(ours[t] - theirs[t]).item() for ours, theirs, t, *_ in places]),
     }
@@ -252,6 +264,20 @@ def rolled(passed, turns, reward=0.0, tokens=(), mask=()):
     return Trajectory("t", "base", "hermes", list(tokens), list(mask), [0.0] * len(tokens), 0, **more)
 
 
+def test_placed_gradient_adds_up_to_both_sides():
+    """By hand for one token, and summed over places and signs the two sides of `logit_gradient`."""
+    generator = torch.Generator().manual_seed(0)
+    control, ids = torch.tensor([4, 7]), torch.tensor([4, 5, 7, 4])
+    push, p = torch.tensor([2.0, -1.0, 0.5, -0.5]), torch.rand(4, 2, generator=generator)
+    place = torch.tensor([0, 3, 3, 6])
+    found = placed_gradient(push, ids, p, control, place)
+    assert found.shape == (len(PLACES), 2, 2)
+    assert found[0, 0].tolist() == pytest.approx([2 * (1 - p[0, 0].item()), -2 * p[0, 1].item()])
+    assert found[3, 1].tolist() == pytest.approx(p[1].tolist()), "nobody sampled these: up"
+    assert found[6, 1, 0].item() == pytest.approx(-0.5 * (1 - p[3, 0].item()))
+    torch.testing.assert_close(found.sum((0, 1)), logit_gradient(push, ids, p, control).sum(0))
+
+
 def test_survival_by_hand():
     """Turn 2 passed after turn 1 failed does not count; fewer turns and help stay out."""
     rows = [rolled([1, 1], 2), rolled([0, 1], 2), rolled([1], 2), rolled([1], 1), rolled([], 3)]
@@ -264,10 +290,14 @@ def test_advantage_mass_by_hand():
     """Control tokens 8 and 9; 2 of the 3 sampled tokens of row 1, 1 of the 2 of row 2; 5 in all."""
     first = rolled([], 1, tokens=[9, 8, 5, 9], mask=[False, True, True, True])
     second = rolled([], 1, tokens=[8, 5, 9], mask=[True, True, False])
-    mass = advantage_mass([first, second], torch.tensor([2.0, -1.0]), torch.tensor([8, 9]))
-    assert mass == pytest.approx(
-        {"control_positive": 0.8, "control_negative": -0.2, "content_positive": 0.4, "content_negative": -0.2}
-    )
+    kinds = SimpleNamespace(control_ids={8, 9}, classes=lambda ids: [{8: 0, 9: 0, 5: 1}[i] for i in ids])
+    mass = advantage_mass([first, second], torch.tensor([2.0, -1.0]), kinds)
+    expected = {"control_positive": 0.8, "control_negative": -0.2}
+    expected |= {"content_positive": 0.4, "content_negative": -0.2}
+    expected |= {"structure_positive": 0.8, "structure_negative": -0.2}
+    expected |= {"value_positive": 0.4, "value_negative": -0.2}
+    assert {name: x for name, x in mass.items() if x} == pytest.approx(expected)
+    assert list(mass)[-4:] == ["opener_positive", "opener_negative", "text_positive", "text_negative"]
 
 
 def test_displacement_of_own_successes(policy):

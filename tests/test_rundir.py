@@ -53,7 +53,7 @@ def test_probes_hold_what_the_report_needs(four):
     for line in lines:
         assert all(0 <= share <= 1 for share in line["survival"])
         mass = line["advantage_mass"]
-        assert mass["control_negative"] <= 0 <= mass["control_positive"] and len(mass) == 4
+        assert mass["control_negative"] <= 0 <= mass["control_positive"] and len(mass) == 12
         assert set(line.get("logit_gradient", control)) == control
     assert any("logit_gradient" in line for line in lines)
     for row, line in zip(rows(four), lines, strict=True):

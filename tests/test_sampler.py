@@ -1,5 +1,6 @@
 """The batched, cached sampler against the slow obvious way: a full uncached forward for every token."""
 
+import itertools
 from dataclasses import replace
 
 import pytest
@@ -20,9 +21,11 @@ from transformers import AutoModelForCausalLM, LlamaConfig, Qwen2Config, Qwen3Co
 
 from bench.replay import ReplaySampler
 from nanotoolrl import sampler as sampler_module
-from nanotoolrl.calls import FORMATS
+from nanotoolrl.calls import FORMATS, render_calls
 from nanotoolrl.env import Episode
+from nanotoolrl.loading import load
 from nanotoolrl.model import Policy
+from nanotoolrl.places import Structure
 from nanotoolrl.sampler import Sampler
 from nanotoolrl.supervise import hint_text
 
@@ -382,3 +385,49 @@ def test_greedy_equals_generate(policy, train, config_class, tied):
         everything = torch.ones_like(prompt)
         theirs = model.generate(prompt, attention_mask=everything, do_sample=False, max_new_tokens=16)
         assert row.tokens == theirs[0].tolist()
+
+
+# ------------------------------------------------------------------------------------------ forced skeleton
+@pytest.mark.parametrize("format", FORMATS)
+def test_forced_skeleton(tiny, train, format):
+    """All of the ground truth's messages but the values in their calls, whatever the model is."""
+    episodes = [Episode(task, format) for task in train[:6]]
+    rows = Sampler(tiny, max_new_tokens=300).rollout(episodes, temperature=0.7, force_skeleton=True)
+    structure = Structure(tiny.chat, format)
+    for row, task in zip(rows, train, strict=False):
+        assert row.states and set(row.states) <= {"call", "reply", "overlong", "polluted"}
+        sampled = [t for t, on in zip(row.tokens, row.loss_mask) if on]
+        assert all(structure.goes_on(t) for t in sampled)
+        said = [text for text, _ in spoken(tiny.chat, row)]
+        due = list(itertools.chain.from_iterable([*turn.calls, turn.reply] for turn in task.turns))
+        for text, truth in zip(said[: len(row.states) - ("overlong" in row.states)], due):
+            if isinstance(truth, str):
+                assert text == truth
+            else:
+                wanted = tiny.chat.assistant_ids(render_calls([truth], format), format)
+                pieces = [tiny.chat.decode(piece) for piece in structure.skeleton(wanted)]
+                at = 0
+                for piece in pieces:
+                    at = (text + tiny.chat.decode([tiny.chat.end_id])).index(piece, at) + len(piece)
+
+
+def spoken(chat, row):
+    """(text, whether it stopped) of every assistant message, forced tokens included."""
+    text = chat.decode(row.tokens[row.prompt_length :])
+    parts = (chat.opening + text).split(chat.opening)[1:]
+    end = chat.decode([chat.end_id])
+    return [(part.split(end)[0], end in part) for part in parts]
+
+
+def test_a_model_that_knows_is_right_behind_a_skeleton(train):
+    """The built-in model solves more with the skeleton given than without."""
+    policy = load("nano")
+    found = [
+        sum(row.reward for row in Sampler(policy).rollout(episodes_of(train[:24]), temperature=0, **how))
+        for how in ({}, {"force_skeleton": True})
+    ]
+    assert found[1] > found[0] > 0
+
+
+def episodes_of(tasks):
+    return [Episode(task) for task in tasks]

@@ -23,7 +23,7 @@ from helpers.updates import (
     with_control_tokens,
 )
 
-from nanotoolrl import schemes, updates
+from nanotoolrl import objective, schemes
 from nanotoolrl.config import SETTINGS, setting
 from nanotoolrl.env import Call, Turn
 from nanotoolrl.look.metrics import metrics
@@ -51,13 +51,13 @@ def test_grpo_learns_the_contrast(policy):
 @pytest.fixture
 def recorded(monkeypatch):
     """(log-probs, old log-probs) of every call of the loss."""
-    calls, loss = [], updates.policy_loss
+    calls, loss = [], objective.policy_loss
 
     def recording(logprobs, old_logprobs, *rest):
         calls.append((logprobs.detach().clone(), old_logprobs.clone()))
         return loss(logprobs, old_logprobs, *rest)
 
-    monkeypatch.setattr(updates, "policy_loss", recording)
+    monkeypatch.setattr(objective, "policy_loss", recording)
     monkeypatch.setattr(schemes, "hint_text", lambda task, format: "Hint: say that docs is a folder.")
     monkeypatch.setattr(schemes, "group_advantages", lambda run, rows: torch.linspace(-1, 1, len(rows)))
     return calls
@@ -137,7 +137,7 @@ def test_void_by_hand(tiny, monkeypatch, weight):
 def test_guard_by_hand(tiny, monkeypatch, weight):
     rows, advantages = made_up(tiny)
     rows, control = with_control_tokens(tiny, rows)
-    gradients, _ = objective_of("guard", monkeypatch, tiny, rows, advantages, guard_weight=weight)
+    gradients, _ = objective_of("guard", monkeypatch, tiny, rows, advantages, guard=weight)
     loss, count = 0.0, 0
     for row, a in zip(rows, advantages.tolist(), strict=True):
         new = own_logprobs(tiny, row, 1.0)
@@ -145,6 +145,30 @@ def test_guard_by_hand(tiny, monkeypatch, weight):
         ids = [t for t, sampled in zip(row.tokens, row.loss_mask, strict=True) if sampled]
         factor = torch.tensor([(1 - weight) if a < 0 and t in control else 1.0 for t in ids])
         loss, count = loss - (a * factor * (new - old).exp()).sum(), count + len(ids)
+    all_close(gradients[0], gradient_of(loss / count, tiny), atol=2e-5, rtol=1e-3)
+
+
+@pytest.mark.parametrize("name", ["control", "structure", "paper", "opener", "stop"])
+def test_every_scheme_spares_the_tokens_of_its_guard(tiny, monkeypatch, name):
+    """`--guard 1` of grpo: bad rollouts push all tokens down but those of `--guard-tokens`."""
+    rows, advantages = made_up(tiny)
+    rows, _ = with_control_tokens(tiny, rows)
+    how = {"guard": 1.0, "guard_tokens": name}
+    gradients, _ = objective_of("grpo", monkeypatch, tiny, rows, advantages, **how)
+    structure = make_run(tiny).structure
+    loss, count, spared = 0.0, 0, 0
+    for row, a in zip(rows, advantages.tolist(), strict=True):
+        new = own_logprobs(tiny, row, 1.0)
+        old = torch.tensor([x for x, sampled in zip(row.logprobs, row.loss_mask, strict=True) if sampled])
+        ids = [t for t, sampled in zip(row.tokens, row.loss_mask, strict=True) if sampled]
+        if name == "structure":
+            kinds = [k == 0 for message in row.spoken_ids() for k in structure.classes(message)]
+        else:
+            kinds = [t in structure.named(name) for t in ids]
+        factor = torch.tensor([0.0 if a < 0 and kind else 1.0 for kind in kinds])
+        spared += int((factor == 0).sum())
+        loss, count = loss - (a * factor * (new - old).exp()).sum(), count + len(ids)
+    assert spared > 0
     all_close(gradients[0], gradient_of(loss / count, tiny), atol=2e-5, rtol=1e-3)
 
 

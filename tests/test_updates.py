@@ -23,6 +23,7 @@ from helpers.updates import (
 )
 
 from nanotoolrl import schemes, updates
+from nanotoolrl.record import recorded
 from nanotoolrl.run import (
     rollout,
 )
@@ -168,9 +169,11 @@ def test_size_of_micro_batches_never_matters(policy, kl):
     for tokens_at_once in (1, 200):
         parts, others = update(tokens_at_once)
         all_close(parts, whole, atol=1e-6)
-        pushes = (torch.tensor(one.pop("logit_gradient")) for one in (others, dict(metrics)))
-        torch.testing.assert_close(*pushes, rtol=1e-3, atol=1e-5)
-        expected = {name: value for name, value in metrics.items() if name != "logit_gradient"}
+        kept = dict(metrics)
+        for name in ("logit_gradient", "net_push"):
+            pushes = (torch.tensor(one.pop(name)) for one in (others, kept))
+            torch.testing.assert_close(*pushes, rtol=1e-3, atol=1e-5)
+        expected = kept
         assert others == pytest.approx(expected, rel=1e-4, abs=1e-5)
 
 
@@ -327,3 +330,38 @@ def test_sft_gradient_and_micro_batches(tiny):
         run = make_run(tiny, tokens_at_once=size)
         assert updates.sft_backward(run, shown) == pytest.approx(expected.item(), abs=1e-5)
         all_close([p.grad for p in tiny.model.parameters()], gradients, atol=2e-5, rtol=1e-3)
+
+
+# -------------------------------------------------------------------------------------- dead runs, recordings
+@pytest.mark.parametrize("skip", [False, True])
+def test_a_dead_step_goes_on_by_momentum_or_not(policy, skip):
+    """After a step with contrast, one without: AdamW moves on, `--skip-dead` stays."""
+    tiny = tiny_policy(policy.tokenizer)
+    run = make_run(tiny, torch.optim.AdamW, lr=1e-2, skip_dead=skip, updates=2)
+    rows, advantages = made_up(tiny)
+    policy_update(run, rows, advantages)
+    before = parameters_of(tiny)
+    metrics = policy_update(run, rows, torch.zeros_like(advantages))
+    moved = any((a != b).any() for a, b in zip(parameters_of(tiny), before, strict=True))
+    assert moved == (not skip) and (metrics["logprob_gap"] != metrics["logprob_gap"])
+    half = advantages.clone()
+    half[: len(half) // 2] = 0  # the first of two updates is dead, the second is not
+    policy_update(run, rows, half)
+    assert any((a != b).any() for a, b in zip(parameters_of(tiny), before, strict=True))
+
+
+def test_what_is_recorded_is_trained(policy):
+    """`--record text` trains the same as an update on rows that were recorded by hand, old log-probs anew."""
+    found = []
+    for how in ("text", "by hand"):
+        tiny = tiny_policy(policy.tokenizer)
+        run = make_run(tiny, torch.optim.SGD, lr=0.1, updates=2, record="text" if how == "text" else "exact")
+        rows, advantages = made_up(tiny)
+        if how == "by hand":
+            rows = [recorded(row, tiny.chat, "text") for row in rows]
+            assert any(row.rewritten for row in rows)
+        metrics = policy_update(run, rows, advantages)
+        assert ("rewritten" in metrics) == (how == "text")
+        found.append(parameters_of(tiny))
+    all_close(*found, atol=1e-7)
+    assert 0 < policy_update(make_run(tiny, record="stop"), *made_up(tiny))["rewritten"] <= 1

@@ -17,15 +17,19 @@ from nanotoolrl.probes import growth
 
 BROKEN = 0.2  # share of unhealthy messages from which on the structure counts as broken
 COLLAPSED = 0.25  # of the reference's success
-INTACT = 0.5  # of the reference's success, in another format or with the prefix forced
-FORCED = "forced prefix"
+INTACT = 2 / 3  # of the reference's success, in a way of playing that goes around the broken structure
+TELLING = 0.5  # of the reference's success in its own format: a way that solves less proves nothing
+FORCED, SKELETON = "forced prefix", "forced skeleton"
+OWN_STRUCTURE, OWN_VALUES = "its structure", "its values"  # the rest of a message is the reference's
+SWAPS = (OWN_STRUCTURE, OWN_VALUES)
 EXCERPT = 56  # characters shown of a broken message
 
 
 @dataclass
 class Checkup:
-    """What is known of one model: success by call format and with the prefix forced, message states in the
-    trained format, and per control token the numbers of `probes.Measurement`."""
+    """What is known of one model: success by way of playing (call formats, prefix or skeleton forced, one
+    class of tokens from the reference), message states in the trained format, and per control token the
+    numbers of `probes.Measurement`."""
 
     name: str
     format: str
@@ -40,32 +44,74 @@ class Checkup:
 
 
 def verdict(model: Checkup, reference: Checkup | None) -> str:
-    """One sentence: healthy, or what broke and whether the skill is intact, with the numbers it rests on.
+    """One sentence: whether success collapsed, whether structure is broken, whether the skill is intact, each
+    judged by itself, with the numbers it rests on.
 
     Without a reference only structure can be judged. "Below" means beyond both 95 % intervals; collapsed is
-    below a quarter of the reference's success, broken is 20 % of unhealthy messages or more.
+    below a quarter of the reference's success; broken is 20 % of unhealthy messages or more. The skill is
+    intact if a foreign format or a forced skeleton or prefix keeps two thirds of the reference's success in
+    it, where the reference solves at least half as much in that way as in its own format.
     """
     now = model.success[model.format]
     broken = model.unhealthy >= BROKEN
     structure = f"{model.unhealthy:.1%} of messages are broken{_breakage(model) if broken else ''}"
+    structure = f"structure is {'broken' if broken else 'healthy'} in {model.format}: {structure}"
     if reference is None:
-        if not broken:
-            return f"structure is healthy in {model.format}: {structure}; {_shown(now)} solved"
-        return f"structure is broken in {model.format}: {structure}; {_shown(now)} solved; {_others(model)}"
+        return f"{structure}; {_shown(now)} solved" + (f"; {_others(model)}" if broken else "")
     before = reference.success[reference.format]
+    solved = f"{_shown(now)} solved, {_shown(before)} before"
     if now[2] >= before[1]:
-        return f"no collapse in {model.format}: {_shown(now)} solved, {_shown(before)} before; {structure}"
+        word = "success holds" if broken else "no collapse"
+        return f"{word} in {model.format}: {solved}; {structure}"
     word = "collapsed" if now[0] < COLLAPSED * before[0] else "worse"
-    head = f"{word} in {model.format}: {_shown(now)} solved, {_shown(before)} before; {structure}"
+    head = f"{word} in {model.format}: {solved}; {structure}"
     kept = [
         (name, share)
         for name, share in model.success.items()
-        if name != model.format and share[0] >= INTACT * reference.success[name][0] > 0
+        if name not in (model.format, *SWAPS) and share[0] >= INTACT * _telling(reference, name) > 0
     ]
     if not kept:
-        return f"{head}; the skill went with it: {_others(model, reference)}"
+        return f"{head}; the skill went with it: {_others(model, reference)}{_swaps(model, reference)}"
     name, share = max(kept, key=lambda item: item[1][0] / reference.success[item[0]][0])
-    return f"{head}; skill intact: {_shown(share)} with {name}, {_shown(reference.success[name])} before"
+    said = f"skill intact: {_shown(share)} with {name}, {_shown(reference.success[name])} before"
+    return f"{head}; {said}{_swaps(model, reference)}"
+
+
+def _telling(reference: Checkup, name: str) -> float:
+    """What the reference solves in a way of playing; 0 if that is too little to prove anything."""
+    share = reference.success[name][0] if name in reference.success else 0.0
+    return share if share >= TELLING * reference.success[reference.format][0] else 0.0
+
+
+def left_of(model: Checkup, reference: Checkup) -> dict[str, float]:
+    """The share of the reference's success that is left where only the structure, or only the values, of a
+    message are the model's; nothing where that was not measured."""
+    before = reference.success[reference.format][0]
+    return {way: model.success[way][0] / before for way in SWAPS if way in model.success and before > 0}
+
+
+def lost_of(model: Checkup, reference: Checkup) -> str:
+    """What a model lost: "structure" or "values" if one keeps less than a quarter and the other two thirds,
+    "both" if neither keeps two thirds, "nothing" if both do, else "part". "" where it was not measured."""
+    left = left_of(model, reference)
+    if len(left) < 2:
+        return ""
+    structure, values = left[OWN_STRUCTURE], left[OWN_VALUES]
+    if min(structure, values) >= INTACT:
+        return "nothing"
+    if max(structure, values) < INTACT:
+        return "both"
+    if min(structure, values) >= COLLAPSED:
+        return "part"
+    return "structure" if structure < values else "values"
+
+
+def _swaps(model: Checkup, reference: Checkup) -> str:
+    left = left_of(model, reference)
+    if len(left) < 2:
+        return ""
+    structure, values = (f"{100 * left[way]:.0f} %" for way in SWAPS)
+    return f"; with the rest from before, its structure solves {structure} of that, its values {values}"
 
 
 def _breakage(model: Checkup) -> str:
@@ -91,7 +137,7 @@ def _breakage(model: Checkup) -> str:
 def _others(model: Checkup, reference: Checkup | None = None) -> str:
     parts = []
     for name, share in model.success.items():
-        if name != model.format:
+        if name not in (model.format, *SWAPS):
             before = f" ({_shown(reference.success[name])} before)" if reference else ""
             parts.append(f"{_shown(share)} with {name}{before}")
     return ", ".join(parts)
@@ -113,9 +159,10 @@ def page(model: Checkup, reference: Checkup | None) -> str:
     heads = "".join(f"{printable(one.name)[-28:]:>30}" for one in both)
     lines = [f"verdict: {verdict(model, reference)}", "", f"{'success %':<18}{heads}"]
     for name, share in model.success.items():
-        shares = [one.success[name] for one in both]
         label = f"{name} (trained)" if name == model.format else name
-        lines.append(f"{label:<18}" + "".join(f"{_shown(share) + f' n={share[3]}':>30}" for share in shares))
+        shares = [one.success.get(name) for one in both]
+        cells = [f"{_shown(share)} n={share[3]}" if share else "" for share in shares]
+        lines.append((f"{label:<18}" + "".join(f"{cell:>30}" for cell in cells)).rstrip())
     lines += ["", f"{'messages %':<18}{heads}"]
     for state in MESSAGE_STATES:
         shares = [one.states.get(state, 0) / max(1, sum(one.states.values())) for one in both]
@@ -131,6 +178,8 @@ def page(model: Checkup, reference: Checkup | None) -> str:
         lines.append(f"{token!r:<18}" + "".join(f"{_cell(row[name]):>{widths[name]}}" for name in names))
     lines.append("probabilities: where it is next; where it is certainly wrong; at the start of a")
     lines.append("message that should call, that should answer; after the canonical prefix")
+    if any(way in model.success for way in SWAPS):
+        lines.append("its structure, its values: the rest of a message is the reference's")
     if reference:
         lines.append("growth: where it is certainly wrong, in multiples of the reference's")
     return "\n".join(lines)

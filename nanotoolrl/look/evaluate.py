@@ -35,8 +35,19 @@ from nanotoolrl.env import (
 )
 from nanotoolrl.files import check_writable, finite
 from nanotoolrl.loading import BUILT_IN, ModelError, load
-from nanotoolrl.look.doctor import FORCED, Checkup, page, read_transcripts, transcripts_page, verdict
+from nanotoolrl.look.doctor import (
+    FORCED,
+    OWN_STRUCTURE,
+    OWN_VALUES,
+    SKELETON,
+    Checkup,
+    page,
+    read_transcripts,
+    transcripts_page,
+    verdict,
+)
 from nanotoolrl.look.intervals import Share, difference, share_of
+from nanotoolrl.look.swap import swapped
 from nanotoolrl.model import Policy
 from nanotoolrl.probes import ProbeSet
 from nanotoolrl.sampler import Sampler
@@ -94,13 +105,15 @@ def evaluate(
     tool_seconds: float = TOOL_SECONDS,
     samples: int = 1,
     force_prefix: bool = False,
+    force_skeleton: bool = False,
 ) -> Scores:
     """Play every task (greedily by default) and score it.
 
-    samples: rollouts of each task; its reward is their mean, so that intervals are over tasks. force_prefix:
-    the canonical prefix of a call is written wherever one should come: is the skill there, behind a broken
-    format? A task whose prompt does not fit the sampler's context fails. Tasks are played in order of the
-    size of their world: long episodes then run beside long ones.
+    samples: rollouts of each task; its reward is their mean, so that intervals are over tasks. Is the skill
+    there, behind a broken format? force_prefix: the canonical prefix of a call is written wherever one should
+    come; force_skeleton: all but the values in calls is. A task whose prompt does not fit the sampler's
+    context fails. Tasks are played in order of the size of their world: long episodes then run beside long
+    ones.
     """
     started = time.perf_counter()
     scores = Scores()
@@ -114,7 +127,8 @@ def evaluate(
     hints = [hints[i] for i in order] if hints else None
     how = {"strict_empty_turn": strict_empty_turn, "tool_seconds": tool_seconds}
     episodes = [Episode(tasks[i], format, max_messages, **how) for i in order]
-    trajectories = sampler.rollout(episodes, hints, temperature, force_prefix=force_prefix)
+    forced = {"force_prefix": force_prefix, "force_skeleton": force_skeleton}
+    trajectories = sampler.rollout(episodes, hints, temperature, **forced)
     for i in range(0, len(trajectories), samples):
         reward = sum(row.reward for row in trajectories[i : i + samples]) / samples
         task = trajectories[i]
@@ -217,15 +231,28 @@ def named(obstacles: dict[str, str], what: str) -> str:
 
 
 def checkup(
-    sampler: Sampler, name: str, tasks: Sequence[Task], format: str, probes: ProbeSet, limits: Limits
+    sampler: Sampler,
+    name: str,
+    tasks: Sequence[Task],
+    format: str,
+    probes: ProbeSet,
+    limits: Limits,
+    start: Policy | None = None,
 ) -> Checkup:
-    """What the doctor needs to know of a model: greedy success on `tasks` in every format and with the prefix
-    forced, message states, probes."""
-    ways = {one: (one, False) for one in (format, *(f for f in FORMATS if f != format))}
-    ways[FORCED] = (format, True)
+    """What the doctor needs to know of a model: greedy success on `tasks` in every format, with prefix or
+    skeleton forced, and with one class of tokens taken from the start, if there is one; message states,
+    probes."""
+    ways: dict[str, tuple[Sampler, str, dict[str, bool]]] = {
+        one: (sampler, one, {}) for one in (format, *(f for f in FORMATS if f != format))
+    }
+    ways[FORCED] = (sampler, format, {"force_prefix": True})
+    ways[SKELETON] = (sampler, format, {"force_skeleton": True})
+    if start:
+        ways[OWN_STRUCTURE] = (swapped(sampler, sampler.policy, start, format), format, {})
+        ways[OWN_VALUES] = (swapped(sampler, start, sampler.policy, format), format, {})
     played = {
-        way: evaluate(sampler, tasks, one, force_prefix=forced, **rules(limits))
-        for way, (one, forced) in tqdm(ways.items(), f"playing {name}", unit="evaluation")
+        way: evaluate(player, tasks, one, **forced, **rules(limits))
+        for way, (player, one, forced) in tqdm(ways.items(), f"playing {name}", unit="evaluation")
     }
     success = {way: scores.of("all") for way, scores in played.items()}
     return Checkup(name, format, success, played[format].states, probes.measure(sampler.policy).tokens)
@@ -440,9 +467,10 @@ def doctor(args: argparse.Namespace) -> tuple[str, dict]:
             print(f"nothing to compare with: {error}", file=sys.stderr)
     probes = ProbeSet(policies[-1], probe_tasks, trained)
     samplers = [sampler_of(policy, args.limits) for policy in policies]
+    starts = [policies[1] if len(policies) > 1 else None, None]
     found = [
-        checkup(sampler, name, tasks, trained, probes, args.limits)
-        for sampler, name in zip(samplers, names, strict=True)
+        checkup(sampler, name, tasks, trained, probes, args.limits, start)
+        for sampler, name, start in zip(samplers, names, starts)
     ]
     say_unsolvable(samplers[0], tasks, trained, args.limits, [""] * len(tasks))
     model = found[0]

@@ -58,3 +58,10 @@ def onset_of(steps: Sequence[float], values: Sequence[float], rise: float = RISE
 def onset_interval(steps: Sequence[float], values: Sequence[float]) -> tuple[float | None, float | None]:
     """The onsets for half and for double the rise: how much the answer hangs on the threshold."""
     return onset_of(steps, values, RISE / 2), onset_of(steps, values, RISE * 2)
+
+
+def mean_and_error(values: Sequence[float]) -> tuple[float, float]:
+    """The mean of two values or more, and its standard error."""
+    middle = sum(values) / len(values)
+    spread = sum((value - middle) ** 2 for value in values) / (len(values) - 1)
+    return middle, math.sqrt(spread / len(values))

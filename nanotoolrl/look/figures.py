@@ -9,7 +9,9 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from nanotoolrl.calls import UNHEALTHY_STATES
+from nanotoolrl.look.falls import RISE, fall_of, mean_and_error, onset_of
 from nanotoolrl.look.runfiles import RunFiles
+from nanotoolrl.places import CLASSES
 from nanotoolrl.probes import SPURIOUS_FLOOR
 
 # Okabe and Ito's palette: told apart by colour-blind readers, and in print by line style.
@@ -108,6 +110,87 @@ def divergence(axes: Axes, runs: Sequence[RunFiles]) -> None:
     axes.set_yscale("log")
 
 
+def token_classes(axes: Axes, runs: Sequence[RunFiles]) -> None:
+    """Change since the start of the negative log-likelihood of each class of ground-truth tokens; a mark
+    where it has its onset (falls.py)."""
+    for i, run in enumerate(runs):
+        for k, name in enumerate(CLASSES):
+            steps, values = run.series(f"nll_{name}")
+            if not steps:
+                continue
+            color = COLORS[(k if len(runs) == 1 else i) % 9]
+            label = name if len(runs) == 1 else f"{run.name}, {name}"
+            changes = [value - values[0] for value in values]
+            axes.plot(steps, changes, STYLES[k % 4], color=color, label=label)
+            onset = onset_of(steps, values)
+            if onset is not None:
+                axes.plot([onset], [changes[steps.index(onset)]], "v", color=color, markersize=8)
+    axes.set_ylabel("NLL above the start, nats; ▾ onset")
+    axes.set_yscale("symlog", linthresh=RISE)
+
+
+def net_push(axes: Axes, runs: Sequence[RunFiles]) -> None:
+    """Net push on the logit of each control token by place in the message, for one run: the mean over the
+    steps up to the fall, with two standard errors. For several runs the sum over places of the three tokens
+    that are pushed most."""
+    for i, run in enumerate(runs):
+        series = pushes_before_fall(run)
+        if len(runs) == 1:
+            rows = [(f"{token} {place}", values) for (token, place), values in series.items()]
+        else:
+            rows = []
+            for token in run.tokens:
+                parts = [values for (one, _), values in series.items() if one == token]
+                rows.append((token, [sum(values) for values in zip(*parts)]))
+        found = [(name, *mean_and_error(values)) for name, values in rows if len(values) > 1]
+        found = sorted(found, key=lambda row: -abs(row[1]))[: 12 if len(runs) == 1 else 3]
+        names = [name if len(runs) == 1 else f"{run.name}: {name}" for name, _, _ in found]
+        middles, errors = [m for _, m, _ in found], [2 * e for _, _, e in found]
+        if found:
+            axes.barh([n.replace("$", r"\$") for n in names], middles, xerr=errors, color=COLORS[i % 9])
+    axes.axvline(0, color="#999999", linewidth=0.6)
+    axes.tick_params(axis="y", labelsize=7)
+    axes.invert_yaxis()
+
+
+def bias_force(axes: Axes, runs: Sequence[RunFiles]) -> None:
+    """The force of the policy loss on one bias per control token, the sum over all places: from good and from
+    bad rollouts, and their net force, added up over the steps up to the fall."""
+    for i, run in enumerate(runs):
+        _, found = run.details("net_push")
+        kept = found[: fall_step(run) or len(found)]
+        for k, token in enumerate(run.tokens):
+            pairs = [tokens.get(token, (0, 0)) for places in kept for tokens in places.values()]
+            good, bad = (sum(pair[sign] for pair in pairs) for sign in (0, 1))
+            at, name = k + 0.8 * i / len(runs), "" if k else f"{run.name}, " * (len(runs) > 1)
+            size = 0.24 / len(runs)
+            for place, (value, label) in enumerate(((good, "good"), (bad, "bad"), (good + bad, "net"))):
+                color = COLORS[(place if len(runs) == 1 else i) % 9]
+                axes.bar(at + place * size, value, size, color=color, label=None if k else name + label)
+        axes.set_xticks(range(len(run.tokens)), [t.replace("$", r"\$") for t in run.tokens], rotation=40)
+    axes.axhline(0, color="#999999", linewidth=0.6)
+    axes.tick_params(axis="x", labelsize=7)
+    axes.set_ylabel("push on the logit, summed over steps")
+
+
+def pushes_before_fall(run: RunFiles) -> dict[tuple[str, str], list[float]]:
+    """The net push on each (control token, place) in every step up to the fall, else in all, in
+    thousandths."""
+    _, found = run.details("net_push")
+    kept = found[: fall_step(run) or len(found)]
+    places = list(dict.fromkeys(place for one in kept for place in one))
+    return {
+        (token, place): [1000 * sum(one.get(place, {}).get(token, (0, 0))) for one in kept]
+        for token in run.tokens
+        for place in places
+    }
+
+
+def fall_step(run: RunFiles) -> int | None:
+    """The step of the run's fall, if it fell."""
+    return fall_of([value or 0.0 for value in run.metrics.get("success", [])])
+
+
 def turn_survival(axes: Axes, runs: Sequence[RunFiles]) -> None:
     """Share of rollouts that passed all of their first k turns, of tasks with so many."""
     for i, run in enumerate(runs):
@@ -163,9 +246,16 @@ FIGURES: dict[str, Callable[[Axes, Sequence[RunFiles]], None]] = {
     "spurious control tokens": spurious,
     "required control tokens": required,
     "logit gradients": logit_gradients,
+    "net push": net_push,
+    "bias force": bias_force,
     "divergence": divergence,
+    "token classes": token_classes,
     "turn survival": turn_survival,
 }
+
+
+# Of figures that are not over steps.
+XLABELS = {"net push": "net push, thousandths a step, up to the fall", "bias force": ""}
 
 
 def draw(runs: Sequence[RunFiles], directory: Path) -> list[Path]:
@@ -177,15 +267,16 @@ def draw(runs: Sequence[RunFiles], directory: Path) -> list[Path]:
         with matplotlib.rc_context({"lines.marker": ".", "lines.markersize": 4}):  # a single step is a point
             figure(axes, runs)
         axes.set_title(title)
-        axes.set_xlabel("RL step")
+        axes.set_xlabel(XLABELS.get(title, "RL step"))
         axes.grid(alpha=0.3)
-        axes.locator_params(axis="x", integer=True)
+        if title not in XLABELS:
+            axes.locator_params(axis="x", integer=True)
         handles, labels = axes.get_legend_handles_labels()
         if handles:
             labels = [label.replace("$", r"\$") for label in labels]
             beside = {"loc": "center left", "bbox_to_anchor": (1.0, 0.5)}
             axes.legend(handles, labels, fontsize=7.5, ncols=1 + len(labels) // 15, **beside)
-        else:
+        elif not axes.has_data():
             axes.text(0.5, 0.5, "not measured", ha="center", va="center", transform=axes.transAxes)
         paths.append(directory / f"{title.replace(' ', '_')}.png")
         canvas.savefig(paths[-1], dpi=110, bbox_inches="tight")

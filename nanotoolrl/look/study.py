@@ -7,8 +7,6 @@ broken ones are resumed, and the table is made anew from the run directories eac
 import argparse
 import contextlib
 import csv
-import json
-import math
 import os
 import signal
 import subprocess
@@ -20,20 +18,19 @@ from pathlib import Path
 
 from tqdm import tqdm
 
-from nanotoolrl.calls import MESSAGE_STATES
 from nanotoolrl.cli import available_cores, command, number
 from nanotoolrl.commandline import parse, stored_config
 from nanotoolrl.config import Refused
 from nanotoolrl.files import check_writable
-from nanotoolrl.look.evaluate import Scores
+from nanotoolrl.look.arms import arms_of, draw, table_of
+from nanotoolrl.look.rows import row
 from nanotoolrl.look.rundir import logged_steps
-from nanotoolrl.look.runfiles import RunFiles, Unreadable, read_run
+from nanotoolrl.look.runfiles import Unreadable, read_run
 from nanotoolrl.look.studies import STUDIES
 
 ROOT = Path(__file__).resolve().parent.parent.parent
 REFUSED = 2  # exit code of a run that was made with other settings, or cannot be made
 ENDED = 130  # of one that has not begun when the study is ended
-WINDOW = 640  # rollouts over which sampled success is averaged
 
 
 class Children:
@@ -51,7 +48,7 @@ class Children:
             with self.lock:
                 if self.ended:
                     return ENDED
-                child = subprocess.Popen(command, env=environment, stdout=file, stderr=file)
+                child = subprocess.Popen(command, env=environment, stdout=file, stderr=file, cwd=ROOT)
                 self.going.add(child)
             code = child.wait()
             self.going.discard(child)
@@ -65,9 +62,16 @@ class Children:
                 child.terminate()
 
 
-def run(directory: Path, flags: str, children: Children) -> int:
+def run(directory: Path, flags: str, children: Children, count: int = 0) -> int:
     """One run of train.py on one thread, its output beside the directory; returns the exit code. One that is
-    unfinished, or now wants more --steps, goes on from its checkpoint; one with other settings is refused."""
+    unfinished, or now wants more --steps, goes on from its checkpoint; one with other settings is refused.
+    count: tasks that the doctor then plays (`judge`); 0: it is not asked."""
+    code = train(directory, flags, children)
+    return code or (judge(directory, count, children) if count else 0)
+
+
+def train(directory: Path, flags: str, children: Children) -> int:
+    """The run itself."""
     arguments = f"{flags} --threads 1 --show-every 0 --out {directory}".split()
     if (directory / "config.json").exists():
         wanted = parse(arguments)[0]
@@ -81,57 +85,6 @@ def run(directory: Path, flags: str, children: Children) -> int:
     directory.parent.mkdir(parents=True, exist_ok=True)
     command = [sys.executable, str(ROOT / "train.py"), *arguments]
     return children.run(command, directory.parent / f"{directory.name}.log")
-
-
-def row(name: str, flags: str, files: RunFiles) -> dict:
-    """What a run's files say, for one line of the table.
-
-    Greedy success: before, the best on the way (on `--eval-part` tasks), after. Sampled success: a mean over
-    640 rollouts. The spike is the largest of the run; NLLs are ratios of the last measurement to the start.
-    `halved_*` is measured at the first step, after the first 640 rollouts, whose sampled success is at most
-    half of theirs; `end_*` are the message states of the last 640 rollouts.
-    """
-    window = math.ceil(WINDOW / (files.config["prompts"] * files.config["group"]))
-    success = files.metrics["success"]
-    sampled = [mean(success[i : i + window]) for i in range(max(1, len(success) - window + 1))]
-    halved = next((window + i for i, share in enumerate(sampled) if i and share <= sampled[0] / 2), None)
-    result = files.path / "result.json"
-    finished = result.exists() and len(success) == files.config["steps"]
-    scores = json.loads(result.read_text(encoding="utf-8")) if finished else {}
-    # The first of the ways to play is greedy, on the evaluation tasks.
-    greedy = {when: Scores(**next(iter(ways.values()))).success for when, ways in scores.items()}
-    spikes = [(v["growth"], token) for line in files.probes for token, v in line.get("tokens", {}).items()]
-    spike, token = max(spikes, default=(None, None))
-    cells = {
-        "run": name,
-        "flags": flags,
-        "steps": len(success),
-        "minutes": sum(files.metrics["seconds"]) / 60,
-        "greedy_before": greedy.get("before"),
-        "greedy_best": max(files.series("eval_success")[1], default=None),
-        "greedy_after": greedy.get("after"),
-        "sampled_start": sampled[0],
-        "sampled_best": max(sampled),
-        "sampled_end": sampled[-1],
-        "spike": spike,
-        "spike_token": token,
-        "halved_step": halved,
-    }
-    for kind in ("nll_control", "nll_content"):
-        steps, values = files.series(kind)
-        cells[kind] = values[-1] / values[0] if values else None
-        if halved and values:
-            near = min(range(len(steps)), key=lambda i: abs(steps[i] - halved))
-            cells[f"halved_{kind}"] = values[near] / values[0]
-    for state in MESSAGE_STATES:
-        cells[f"end_{state}"] = mean(files.metrics[f"state_{state}"][-window:])
-    return cells
-
-
-def mean(values: list[float | None]) -> float | None:
-    """Of what is there; None if nothing is."""
-    there = [value for value in values if value is not None]
-    return sum(there) / len(there) if there else None
 
 
 def write(table: Path, rows: list[dict]) -> None:
@@ -158,6 +111,14 @@ def main(argv: list[str] | None = None) -> int:
         "--jobs", type=jobs, default=available_cores(), help="runs side by side, one thread each"
     )
     parser.add_argument("--runs", default="runs", help="directory for the run directories")
+    parser.add_argument(
+        "--judge",
+        type=number(int, least=0, most=10_000),
+        default=0,
+        metavar="TASKS",
+        help="have the doctor judge each run at its fall, else at its end, on so many tasks (default: 0)",
+    )
+    parser.add_argument("--figure", type=Path, help="draw the arms of the study into this PNG")
     parser.add_argument("--table", help="CSV (default: data/results/STUDY.csv)")
     args = parser.parse_args(argv)
     home = Path(args.runs).resolve() / args.study
@@ -176,7 +137,9 @@ def main(argv: list[str] | None = None) -> int:
         ThreadPoolExecutor(args.jobs) as pool,
         tqdm(total=len(study), unit="run") as bar,
     ):
-        waiting = {pool.submit(run, home / name, flags, children): name for name, flags in study.items()}
+        waiting = {
+            pool.submit(run, home / name, flags, children, args.judge): name for name, flags in study.items()
+        }
         try:
             for done in as_completed(waiting):
                 name = waiting[done]
@@ -193,6 +156,11 @@ def main(argv: list[str] | None = None) -> int:
             write(table, rows(study, home))
             print("stopped; the runs are saved, the same command goes on", file=sys.stderr)
             return 130
+    found = arms_of(rows(study, home))
+    if found:
+        print(table_of(found))
+        if args.figure:
+            draw(found, args.figure)
     return 1 if any(codes.values()) else 0
 
 
@@ -209,6 +177,19 @@ def interrupting(*numbers: int) -> Iterator[None]:
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)
+
+
+def judge(directory: Path, count: int, children: Children) -> int:
+    """Have the doctor judge a finished run at its fall, else at its end, if that was not done yet; its page
+    is doctor.json in the run directory. Returns the exit code."""
+    page = directory / "doctor.json"
+    if page.exists():
+        return 0
+    fall = directory / "models" / "fall"
+    model = fall if fall.is_dir() else directory / "model"
+    command = [sys.executable, "-m", "nanotoolrl.evaluate", "--doctor", "--model", str(model)]
+    command += ["--count", str(count), "--json", str(page)]
+    return children.run(command, directory.parent / f"{directory.name}.log")
 
 
 def rows(study: dict[str, str], home: Path) -> list[dict]:

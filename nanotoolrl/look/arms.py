@@ -1,0 +1,121 @@
+"""Arms of a study, each a setting with a run for every seed: their table and their figure.
+
+Means are over seeds, with 95 % intervals of Student's t. Every arm is compared at its fall, if it fell.
+"""
+
+import csv
+import math
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+# Quantiles of Student's t at 97.5 % for 1 to 9 degrees of freedom.
+T = (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262)
+SHOWN = ("<|im_end|>", '"}}', "<tool_call>")  # whose net push the table shows
+Row = Mapping[str, Any]
+
+
+def arms_of(rows: Sequence[Row]) -> dict[str, list[Row]]:
+    """The rows by arm: what stands before `-seedN` in the name of a run; other runs have none."""
+    found: dict[str, list[Row]] = {}
+    for row in rows:
+        arm, cut, _ = row["run"].rpartition("-seed")
+        if cut:
+            found.setdefault(arm, []).append(row)
+    return found
+
+
+def read_arms(path: Path) -> dict[str, list[Row]]:
+    """Those of a table that the study wrote."""
+    with path.open(encoding="utf-8", newline="") as file:
+        return arms_of(list(csv.DictReader(file)))
+
+
+def numbers(rows: Sequence[Row], column: str) -> list[float]:
+    """What a column holds, where it holds anything."""
+    return [float(row[column]) for row in rows if row.get(column) not in (None, "")]
+
+
+def interval(values: Sequence[float]) -> tuple[float, float]:
+    """(mean, half of its 95 % interval) over seeds; nan for what too few seeds cannot say."""
+    n = len(values)
+    if not n:
+        return math.nan, math.nan
+    middle = sum(values) / n
+    if n < 2 or n > len(T) + 1:
+        return middle, math.nan
+    spread = sum((value - middle) ** 2 for value in values) / (n - 1)
+    return middle, T[n - 2] * math.sqrt(spread / n)
+
+
+def table_of(arms: Mapping[str, Sequence[Row]]) -> str:
+    """A Markdown table with a line per arm: seeds, falls and their steps; sampled success, its best and its
+    last mean over 640 rollouts, in %; net push in thousandths; what was lost at the fall."""
+    heads = ["arm", "seeds", "fell", "at step", "best %", "end %", *(f"push `{token}`" for token in SHOWN)]
+    heads += ["lost"]
+    lines = ["| " + " | ".join(heads) + " |", "|" + "---|" * len(heads)]
+    for arm, rows in arms.items():
+        falls = numbers(rows, "fall")
+        lost = sorted(str(row["lost"]) for row in rows if row.get("lost") and row.get("fall"))
+        said = ", ".join(f"{name} {lost.count(name)}" for name in dict.fromkeys(lost))
+        cells = [arm, len(rows), len(falls), spread_of(falls)]
+        cells += [shown(numbers(rows, f"sampled_{when}"), 100, 0) for when in ("best", "end")]
+        cells += [shown(numbers(rows, f"net {token}"), 1, 2) for token in SHOWN]
+        lines.append("| " + " | ".join(map(str, [*cells, said])) + " |")
+    return "\n".join(lines)
+
+
+def shown(values: Sequence[float], factor: float, digits: int) -> str:
+    """Mean and interval of values times a factor. Example: `0.46 ± 0.05`."""
+    middle, half = interval([factor * value for value in values])
+    if math.isnan(middle):
+        return ""
+    return f"{middle:.{digits}f}" + ("" if math.isnan(half) else f" ± {half:.{digits}f}")
+
+
+def spread_of(falls: Sequence[float]) -> str:
+    """The steps of falls, the first and the last. Example: `15 to 18`."""
+    if not falls:
+        return ""
+    first, last = min(falls), max(falls)
+    return f"{first:.0f}" if first == last else f"{first:.0f} to {last:.0f}"
+
+
+def draw(arms: Mapping[str, Sequence[Row]], path: Path) -> None:
+    """Two panels as PNG: sampled success at the end of each run, and the net push on control tokens; a point
+    for each seed, and the mean with its interval."""
+    from matplotlib.figure import Figure  # for this alone
+
+    from nanotoolrl.look.figures import COLORS
+
+    canvas = Figure(figsize=(9, 3.4))
+    left, right = canvas.subplots(1, 2)
+    places = range(len(arms))
+    for axes, columns, factor in ((left, {"sampled_end": "success"}, 100), (right, pushes(arms), 1)):
+        for c, (column, label) in enumerate(columns.items()):
+            found = [[factor * x for x in numbers(rows, column)] for rows in arms.values()]
+            shift = 0.12 * (c - (len(columns) - 1) / 2)
+            for place, values in zip(places, found):
+                axes.plot([place + shift] * len(values), values, ".", color=COLORS[c], alpha=0.5)
+            middles = [interval(values) for values in found]
+            halves = [0.0 if math.isnan(half) else half for _, half in middles]
+            at = [place + shift for place in places]
+            axes.errorbar(
+                at, [m for m, _ in middles], halves, color=COLORS[c], label=label, capsize=3, marker="o"
+            )
+        axes.set_xticks(list(places), list(arms), rotation=20 if len(arms) > 3 else 0, fontsize=8)
+        axes.grid(alpha=0.3)
+    left.set_ylabel("sampled success, last 640 rollouts, %")
+    left.set_ylim(bottom=0)
+    right.set_ylabel("net push on the logit, thousandths a step")
+    right.axhline(0, color="#999999", linewidth=0.6)
+    right.legend(fontsize=8)
+    canvas.tight_layout()
+    path.parent.mkdir(parents=True, exist_ok=True)
+    canvas.savefig(path, dpi=110)
+
+
+def pushes(arms: Mapping[str, Sequence[Row]]) -> dict[str, str]:
+    """The columns of the net push that the table shows, with their labels."""
+    there = {name for rows in arms.values() for row in rows for name in row}
+    return {f"net {token}": token for token in SHOWN if f"net {token}" in there}

@@ -1,0 +1,165 @@
+"""What a run says, for one line of a study's table: measured from the files it left, and from the doctor."""
+
+import json
+import math
+from collections.abc import Sequence
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+from nanotoolrl.calls import MESSAGE_STATES, UNHEALTHY_STATES
+from nanotoolrl.look.doctor import SWAPS, Checkup, left_of, lost_of
+from nanotoolrl.look.evaluate import Scores
+from nanotoolrl.look.falls import fall_of, mean_and_error, onset_interval, onset_of
+from nanotoolrl.look.runfiles import RunFiles
+from nanotoolrl.places import CLASSES
+from nanotoolrl.world.tasks import in_epochs, load_tasks
+
+WINDOW = 640  # rollouts over which sampled success is averaged
+RATES = Path(__file__).resolve().parent.parent.parent / "data" / "results" / "base" / "rates.json"
+Cells = dict[str, Any]
+
+
+def row(name: str, flags: str, files: RunFiles) -> Cells:
+    """What a run's files say, for one line of the table.
+
+    Greedy success: before, the best on the way (on `--eval-part` tasks), after. Sampled success: a mean over
+    640 rollouts. The spike is the largest of the run; NLLs are ratios of the last measurement to the start.
+    `halved_*` is measured at the first step, after the first 640 rollouts, whose sampled success is at most
+    half of theirs; `end_*` are the message states of the last 640 rollouts.
+    """
+    window = math.ceil(WINDOW / (files.config["prompts"] * files.config["group"]))
+    success = files.metrics["success"]
+    sampled = [mean(success[i : i + window]) for i in range(max(1, len(success) - window + 1))]
+    halved = next((window + i for i, share in enumerate(sampled) if i and share <= sampled[0] / 2), None)
+    result = files.path / "result.json"
+    finished = result.exists() and len(success) == files.config["steps"]
+    scores = json.loads(result.read_text(encoding="utf-8")) if finished else {}
+    # The first of the ways to play is greedy, on the evaluation tasks.
+    greedy = {when: Scores(**next(iter(ways.values()))).success for when, ways in scores.items()}
+    spikes = [(v["growth"], token) for line in files.probes for token, v in line.get("tokens", {}).items()]
+    spike, token = max(spikes, default=(None, None))
+    cells = {
+        "run": name,
+        "flags": flags,
+        "steps": len(success),
+        "minutes": sum(files.metrics["seconds"]) / 60,
+        "greedy_before": greedy.get("before"),
+        "greedy_best": max(files.series("eval_success")[1], default=None),
+        "greedy_after": greedy.get("after"),
+        "sampled_start": sampled[0],
+        "sampled_best": max(sampled),
+        "sampled_end": sampled[-1],
+        "spike": spike,
+        "spike_token": token,
+        "halved_step": halved,
+    }
+    for kind in ("nll_control", "nll_content"):
+        steps, values = files.series(kind)
+        cells[kind] = values[-1] / values[0] if values else None
+        if halved and values:
+            near = min(range(len(steps)), key=lambda i: abs(steps[i] - halved))
+            cells[f"halved_{kind}"] = values[near] / values[0]
+    for state in MESSAGE_STATES:
+        cells[f"end_{state}"] = mean(files.metrics[f"state_{state}"][-window:])
+    return (
+        cells
+        | fall_cells(files)
+        | push_cells(files)
+        | null_cells(files, sampled, window)
+        | judged_cells(files)
+    )
+
+
+def mean(values: list[float | None]) -> float | None:
+    """Of what is there; None if nothing is."""
+    there = [value for value in values if value is not None]
+    return sum(there) / len(there) if there else None
+
+
+def fall_cells(files: RunFiles) -> Cells:
+    """`fall`: its step. `onset_CLASS`: that of each class of tokens, with those for half and double the rise.
+    `first`: the class with the earliest onset, if one is earlier than all others. `worst_state`: the
+    commonest unhealthy state from the fall on."""
+    success = [value or 0.0 for value in files.metrics["success"]]
+    fall = fall_of(success)
+    cells: Cells = {"fall": fall}
+    onsets = {}
+    for name in CLASSES:
+        steps, values = files.series(f"nll_{name}")
+        if len(values) > 1:
+            onsets[name] = onset_of(steps, values)
+            cells[f"onset_{name}"] = onsets[name]
+            cells[f"onset_{name}_half"], cells[f"onset_{name}_double"] = onset_interval(steps, values)
+    seen = sorted((step, name) for name, step in onsets.items() if step is not None)
+    if seen:
+        alone = len(seen) == 1 or seen[0][0] < seen[1][0]
+        cells["first"] = seen[0][1] if alone else "tie"
+    if fall:
+        shares = {s: mean(files.metrics[f"state_{s}"][fall - 1 :]) or 0.0 for s in UNHEALTHY_STATES}
+        cells["worst_state"] = max(shares, key=lambda state: shares[state])
+    return cells
+
+
+def push_cells(files: RunFiles) -> Cells:
+    """`net TOKEN`: the net push on the logit of each control token in thousandths, the mean over the steps up
+    to the fall, else over all; `net TOKEN error`: its standard error over steps."""
+    steps, found = files.details("net_push")
+    fall = fall_of([value or 0.0 for value in files.metrics["success"]])
+    kept = [places for step, places in zip(steps, found) if fall is None or step <= fall]
+    cells: Cells = {}
+    for token in files.tokens if len(kept) > 1 else ():
+        sums = [1000 * sum(sum(tokens.get(token, (0, 0))) for tokens in places.values()) for places in kept]
+        cells[f"net {token}"], cells[f"net {token} error"] = mean_and_error(sums)
+    return cells
+
+
+def null_cells(files: RunFiles, sampled: Sequence[float | None], window: int) -> Cells:
+    """`null_best`, `null_least`: what an untrained model would show as best and least sampled success, over
+    the same windows of the same tasks; `above_null`: the largest gain over it in one window."""
+    null = null_of(files.config, len(files.metrics["success"]))
+    if not null:
+        return {}
+    means = [sum(null[i : i + window]) / window for i in range(len(sampled))]
+    gains = [value - other for value, other in zip(sampled, means) if value is not None]
+    return {"null_best": max(means), "null_least": min(means), "above_null": max(gains, default=None)}
+
+
+def null_of(config: dict, steps: int) -> list[float]:
+    """Expected sampled success of the untrained built-in model on the tasks of each step, from its rates on
+    every training task (data/results/base/rates.json); [] where the run had another model, other tasks, or
+    samples otherwise than these rates were."""
+    usual = {"model": "nano", "tasks": "train", "format": "hermes", "min_turns": 1, "task_count": 0}
+    usual |= {"temperature": 1.0, "top_p": 1.0, "min_p": 0.0}
+    if any(config.get(name, value) != value for name, value in usual.items()) or not RATES.exists():
+        return []
+    if not {"seed", "prompts"} <= config.keys() or config["scheme"] in ("hint", "ops", "ghpo"):
+        return []
+    rates, tasks = base_rates(), load_tasks("train")
+    order = in_epochs(tasks, str(config["seed"]), range(steps * config["prompts"]))
+    per_step = [order[i : i + config["prompts"]] for i in range(0, len(order), config["prompts"])]
+    return [sum(rates[task.id] for task in chosen) / len(chosen) for chosen in per_step]
+
+
+@cache
+def base_rates() -> dict[str, float]:
+    """Sampled success of the built-in model by training task."""
+    scores = json.loads(RATES.read_text(encoding="utf-8"))["scores"]["hermes"]["rewards"]
+    return {task: rate for rewards in scores.values() for task, rate in rewards.items()}
+
+
+def judged_cells(files: RunFiles) -> Cells:
+    """What the doctor found (doctor.json): success by way of playing with its interval, and that of the
+    reference; the share of broken messages; what is left of structure and of values, and what is lost."""
+    path = files.path / "doctor.json"
+    if not path.exists():
+        return {}
+    found = json.loads(path.read_text(encoding="utf-8"))
+    model, reference = (Checkup(**found[name]) for name in ("model", "reference"))
+    cells: Cells = {"verdict": found["verdict"], "broken": model.unhealthy}
+    for way, (share, low, high, _) in model.success.items():
+        cells |= {f"judged {way}": share, f"judged {way} low": low, f"judged {way} high": high}
+        if way not in SWAPS:
+            cells[f"before {way}"] = reference.success[way][0]
+    cells |= {f"left {way}": share for way, share in left_of(model, reference).items()}
+    return cells | {"lost": lost_of(model, reference)}
