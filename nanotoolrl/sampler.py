@@ -218,12 +218,13 @@ class Sampler:
         format, truth = row.episode.format, row.episode.truth
         if forced == "prefix" and row.episode.calls_left:
             row.pieces = [self.chat.assistant_ids(FORMATS[format].prefix, format)[:-1]]
-        elif forced == "skeleton" and isinstance(truth, Call):
-            ids = self.chat.assistant_ids(render_calls([truth], format), format)
-            row.pieces = self.structure(format).skeleton(ids)
         elif forced == "skeleton":
-            *ids, stop = self.chat.assistant_ids(truth, format)
-            row.pieces, row.chooses = [ids, [stop]], False  # one token is sampled, and dropped
+            if isinstance(truth, Call):
+                ids = self.chat.assistant_ids(render_calls([truth], format), format)
+                row.pieces = self.structure(format).skeleton(ids)
+            else:
+                *ids, stop = self.chat.assistant_ids(truth, format)
+                row.pieces, row.chooses = [ids, [stop]], False  # one token is sampled, and dropped
         if row.pieces and not self._give_piece(row):
             row.pieces, row.chooses = [], True
 

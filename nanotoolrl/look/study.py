@@ -116,7 +116,7 @@ def main(argv: list[str] | None = None) -> int:
         type=number(int, least=0, most=10_000),
         default=0,
         metavar="TASKS",
-        help="have the doctor judge each run at its fall, else at its end, on so many tasks (default: 0)",
+        help="have the doctor judge each run that falls, at its fall, on so many tasks (default: 0)",
     )
     parser.add_argument("--figure", type=Path, help="draw the arms of the study into this PNG")
     parser.add_argument("--table", help="CSV (default: data/results/STUDY.csv)")
@@ -180,14 +180,12 @@ def interrupting(*numbers: int) -> Iterator[None]:
 
 
 def judge(directory: Path, count: int, children: Children) -> int:
-    """Have the doctor judge a finished run at its fall, else at its end, if that was not done yet; its page
-    is doctor.json in the run directory. Returns the exit code."""
-    page = directory / "doctor.json"
-    if page.exists():
+    """Have the doctor judge a finished run at its fall, if it fell and that was not done yet; its page is
+    doctor.json in the run directory. Returns the exit code."""
+    page, fall = directory / "doctor.json", directory / "models" / "fall"
+    if page.exists() or not fall.is_dir():
         return 0
-    fall = directory / "models" / "fall"
-    model = fall if fall.is_dir() else directory / "model"
-    command = [sys.executable, "-m", "nanotoolrl.evaluate", "--doctor", "--model", str(model)]
+    command = [sys.executable, "-m", "nanotoolrl.evaluate", "--doctor", "--model", str(fall)]
     command += ["--count", str(count), "--json", str(page)]
     return children.run(command, directory.parent / f"{directory.name}.log")
 
