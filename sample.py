@@ -22,15 +22,16 @@ from nanotoolrl.world.tasks import TASK_NAMES, load_tasks
 CHAT_TURNS = 50
 # Flags that say nothing beside --oracle and --chat.
 UNHEARD = {
-    "oracle": f"chat model temperature seed force_prefix {LIMITS}",
-    "chat": "force_prefix max_messages strict_empty_turn",
+    "oracle": f"chat model temperature seed force_prefix force_skeleton {LIMITS}",
+    "chat": "force_prefix force_skeleton max_messages strict_empty_turn",
 }
 
 
 def play(sampler: Sampler, task: Task, args: argparse.Namespace, limits: Limits, color: bool) -> Trajectory:
     """Play one task and print the conversation with a verdict per turn."""
     episode = Episode(task, args.format, **rules(limits))
-    row = sampler.rollout([episode], temperature=args.temperature, force_prefix=args.force_prefix)[0]
+    forced = {name: getattr(args, name) for name in ("force_prefix", "force_skeleton")}
+    row = sampler.rollout([episode], temperature=args.temperature, **forced)[0]
     turns = f"{len(task.turns)} turn{'s' * (len(task.turns) > 1)}"
     print(f"task {task.id}: {turns}, {len(task.tools)} tools shown, format {args.format}")
     print(readable(sampler.chat.decode(row.tokens), color))
@@ -119,6 +120,9 @@ def main(argv: list[str] | None = None) -> int:
     add_limits(parser)
     parser.add_argument(
         "--force-prefix", action="store_true", help="start every message that should call with the tag"
+    )
+    parser.add_argument(
+        "--force-skeleton", action="store_true", help="write all of the ground truth but the values in calls"
     )
     parser.add_argument("--oracle", action="store_true", help="print the ground-truth conversation instead")
     parser.add_argument("--chat", action="store_true", help="talk to the model on the task's world")

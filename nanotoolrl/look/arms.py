@@ -65,6 +65,30 @@ def table_of(arms: Mapping[str, Sequence[Row]]) -> str:
     return "\n".join(lines)
 
 
+WAYS = ("hermes", "forced prefix", "forced skeleton", "python", "xml", "its structure", "its values")
+
+
+def falls_table(rows: Sequence[Row]) -> str:
+    """A Markdown table with a line per run that was judged at its fall: success in % with its interval, by
+    way of playing; first that of the start. Then the share of broken messages, and their commonest state."""
+    judged = [row for row in rows if row.get("verdict")]
+    heads = ["run", "step", *WAYS, "broken %", "most"]
+    lines = ["| " + " | ".join(heads) + " |", "|" + "---|" * len(heads)]
+    if judged:
+        start = [judged[0].get(f"before {way}") for way in WAYS]
+        cells = ["" if value in (None, "") else f"{100 * float(value):.1f}" for value in start]
+        lines.append("| " + " | ".join(["before", "0", *cells, "", ""]) + " |")
+    for row in judged:
+        cells = []
+        for way in WAYS:
+            share, low, high = (100 * float(row[f"judged {way}{end}"]) for end in ("", " low", " high"))
+            cells.append(f"{share:.1f} [{low:.1f}, {high:.1f}]")
+        broken = f"{100 * float(row['broken']):.0f}"
+        cells = [row["run"], f"{float(row['fall']):.0f}", *cells, broken, row["worst_state"]]
+        lines.append("| " + " | ".join(cells) + " |")
+    return "\n".join(lines)
+
+
 def shown(values: Sequence[float], factor: float, digits: int) -> str:
     """Mean and interval of values times a factor. Example: `0.46 ± 0.05`."""
     middle, half = interval([factor * value for value in values])

@@ -261,9 +261,10 @@ def checkup(
 # ------------------------------------------------------------------------------------------------ the command
 # Which flags count in which kind of evaluation; others are refused, not ignored.
 LIMITS = " ".join(one.name for one in dataclasses.fields(Limits))
+PLAYED = "model format count temperature samples hint force_prefix force_skeleton seed"
 FLAGS = {
-    "score": f"model tasks bfcl_official format count temperature samples hint force_prefix seed {LIMITS}",
-    "grid": f"model format count temperature samples hint force_prefix seed {LIMITS}",
+    "score": f"tasks bfcl_official {PLAYED} {LIMITS}",
+    "grid": f"{PLAYED} {LIMITS}",
     "doctor": f"model tasks format count compare {LIMITS}",
     "transcripts": "format",
 }
@@ -341,6 +342,7 @@ def command_line() -> argparse.ArgumentParser:
     add("--samples", type=samples, default=1, help="rollouts of each task (default: 1); needs a temperature")
     add("--hint", action="store_true", help="put each task's hint into the system prompt")
     add("--force-prefix", action="store_true", help="write the start of a call wherever one should come")
+    add("--force-skeleton", action="store_true", help="write all of the ground truth but the values in calls")
     seed = number(int, least=0, most=2**63 - 1)
     add("--seed", type=seed, default=0, help="of the sampling noise (default: 0)")
     add_limits(parser)
@@ -429,7 +431,8 @@ def play(policy: Policy, tasks: Sequence[Task], format: str, args: argparse.Name
     """Evaluate as the flags say, and say on stderr that it is done, and which tasks nobody can solve."""
     sampler = sampler_of(policy, args.limits, args.seed)
     hints = [hint_text(task, format) if args.hint else "" for task in tasks]
-    how = {"samples": args.samples, "force_prefix": args.force_prefix} | rules(args.limits)
+    forced = {name: getattr(args, name) for name in ("force_prefix", "force_skeleton")}
+    how = {"samples": args.samples} | forced | rules(args.limits)
     scores = evaluate(sampler, tasks, format, args.temperature, hints, **how)
     print(f"{format}: {len(tasks)} tasks in {scores.seconds:.0f} s", file=sys.stderr)
     say_unsolvable(sampler, tasks, format, args.limits, hints)
