@@ -80,7 +80,7 @@ def test_figures_are_written_for_one_run_and_for_several(finished, page, capsys)
     assert "NLL control" in printed and "report.html" in printed and any(c in printed for c in "▁█")
     for folder in (finished / "report", page.parent):
         sizes = [(folder / f"{title.replace(' ', '_')}.png").stat().st_size for title in FIGURES]
-        assert len(sizes) == 7 and min(sizes) > 3000
+        assert len(sizes) == len(FIGURES) and min(sizes) > 3000
 
 
 @pytest.mark.parametrize("title", FIGURES)
@@ -107,7 +107,7 @@ def test_several_runs_are_told_apart(finished):
 
 def test_the_page_holds_what_the_log_holds(finished, page):
     data = embedded(page)
-    assert len(data["figures"]) == 7 and data["sampled"] == ""
+    assert len(data["figures"]) == len(FIGURES) and data["sampled"] == ""
     sft, first = data["runs"]
     assert sft["steps"] == []
     assert [step["step"] for step in first["steps"]] == [1, 2, 3]
@@ -259,6 +259,6 @@ def test_the_page_in_a_browser(page, tmp_path):
     logged = (page.parent.parent / "first" / "rollouts.jsonl").read_text().splitlines()
     assert seen["errors"] == [] and "CONSOLE" not in done.stderr
     assert (seen["steps"], seen["tasks"], seen["rollouts"]) == (3, 3 * 2, len(logged))
-    assert seen["shadings"] == 3 and seen["images"] == 7 and seen["scripts"] == 0
+    assert seen["shadings"] == 3 and seen["images"] == len(FIGURES) and seen["scripts"] == 0
     assert seen["states"] == sum(len(json.loads(line)["states"]) for line in logged)
     assert "<title>nanotoolrl report</title>" in done.stdout, "hostile text was run"

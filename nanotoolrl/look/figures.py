@@ -133,40 +133,45 @@ def net_push(axes: Axes, runs: Sequence[RunFiles]) -> None:
     """Net push on the logit of each control token by place in the message, for one run: the mean over the
     steps up to the fall, with two standard errors. For several runs the sum over places of the three tokens
     that are pushed most."""
+    names: list[str] = []
     for i, run in enumerate(runs):
         series = pushes_before_fall(run)
-        if len(runs) == 1:
-            rows = [(f"{token} {place}", values) for (token, place), values in series.items()]
-        else:
-            rows = []
-            for token in run.tokens:
-                parts = [values for (one, _), values in series.items() if one == token]
-                rows.append((token, [sum(values) for values in zip(*parts)]))
+        rows = [(f"{token} {place}", values) for (token, place), values in series.items()]
+        if len(runs) > 1:
+            of_token = {token: [v for (one, _), v in series.items() if one == token] for token in run.tokens}
+            rows = [(token, [sum(values) for values in zip(*parts)]) for token, parts in of_token.items()]
         found = [(name, *mean_and_error(values)) for name, values in rows if len(values) > 1]
         found = sorted(found, key=lambda row: -abs(row[1]))[: 12 if len(runs) == 1 else 3]
-        names = [name if len(runs) == 1 else f"{run.name}: {name}" for name, _, _ in found]
-        middles, errors = [m for _, m, _ in found], [2 * e for _, _, e in found]
-        if found:
-            axes.barh([n.replace("$", r"\$") for n in names], middles, xerr=errors, color=COLORS[i % 9])
+        label = "mean ± 2 standard errors" if len(runs) == 1 else run.name
+        at = range(len(names), len(names) + len(found))
+        errors = [2 * error for _, _, error in found]
+        middles = [middle for _, middle, _ in found]
+        axes.plot(middles, at, "o", color=COLORS[i % 9], label=label)
+        axes.errorbar(middles, at, xerr=errors, fmt="none", color=COLORS[i % 9], capsize=2)
+        names += [name.replace("$", r"\$") for name, _, _ in found]
     axes.axvline(0, color="#999999", linewidth=0.6)
-    axes.tick_params(axis="y", labelsize=7)
+    axes.set_yticks(range(len(names)), names, fontsize=7)
+    axes.set_ylabel("token and place" if len(runs) == 1 else "token")
     axes.invert_yaxis()
 
 
 def bias_force(axes: Axes, runs: Sequence[RunFiles]) -> None:
     """The force of the policy loss on one bias per control token, the sum over all places: from good and from
     bad rollouts, and their net force, added up over the steps up to the fall."""
+    marks = {"from good rollouts": "^", "from bad ones": "v", "net": "o"}
     for i, run in enumerate(runs):
         _, found = run.details("net_push")
         kept = found[: fall_step(run) or len(found)]
-        for k, token in enumerate(run.tokens):
+        forces: list[list[float]] = []
+        for token in run.tokens:
             pairs = [tokens.get(token, (0, 0)) for places in kept for tokens in places.values()]
             good, bad = (sum(pair[sign] for pair in pairs) for sign in (0, 1))
-            at, name = k + 0.8 * i / len(runs), "" if k else f"{run.name}, " * (len(runs) > 1)
-            size = 0.24 / len(runs)
-            for place, (value, label) in enumerate(((good, "good"), (bad, "bad"), (good + bad, "net"))):
-                color = COLORS[(place if len(runs) == 1 else i) % 9]
-                axes.bar(at + place * size, value, size, color=color, label=None if k else name + label)
+            forces.append([good, bad, good + bad])
+        for k, (name, mark) in enumerate(marks.items()):
+            label = name if len(runs) == 1 else f"{run.name}, {name}"
+            at = [place + 0.15 * (k - 1) for place in range(len(forces))]
+            color = COLORS[(k if len(runs) == 1 else i) % 9]
+            axes.plot(at, [row[k] for row in forces], mark, color=color, label=label, markersize=5)
         axes.set_xticks(range(len(run.tokens)), [t.replace("$", r"\$") for t in run.tokens], rotation=40)
     axes.axhline(0, color="#999999", linewidth=0.6)
     axes.tick_params(axis="x", labelsize=7)

@@ -43,8 +43,8 @@ class SwapDecoder:
             one.cache.own.move(*where)
 
     def open(self, slots: int, context: int) -> None:
-        for one in self.pair:
-            one.open(slots, context)
+        for decoder in self.pair:
+            decoder.open(slots, context)
 
     def read(self, places: Sequence[int], prompts: Sequence[Sequence[int]]) -> Tensor:
         return torch.cat([one.read(places, prompts) for one in self.pair], 1)  # [prompts, D + D]
