@@ -157,6 +157,34 @@ class Config:
         "control tokens; all structure; the paper's three; what opens a call; the stop",
         ("control", "structure", "paper", "opener", "stop"),
     )
+    guard_kl: float = setting(0.0, "coefficient of a KL term to the start on control tokens alone", least=0)
+    gtpo: float = setting(
+        0.0,
+        "tokens that good and bad rollouts of a group share at a place weigh 1 - GTPO in bad ones, 1 + GTPO "
+        "in good ones",
+        least=0,
+        most=1,
+    )
+    spare_passed: float = setting(
+        0.0,
+        "share of the push-down that a failed rollout spares turns before its first failed one",
+        least=0,
+        most=1,
+    )
+    rare: float = setting(
+        0.0, "share of a token's advantage that is multiplied by its probability", least=0, most=1
+    )
+    filter: float = setting(
+        1.0,
+        "share of the groups that are trained on: those with the largest variance of rewards",
+        above=0,
+        most=1,
+    )
+    loss: str = setting(
+        "ppo",
+        "of a token: PPO's; CISPO's, which clips its weight, not its gradient; GSPO's, with a ratio per row",
+        ("ppo", "cispo", "gspo"),
+    )
     record: str = setting(
         "exact",
         "what of a message is trained: its tokens; its text, encoded anew with a stop behind it (the "

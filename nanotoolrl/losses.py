@@ -46,6 +46,42 @@ def policy_loss(
     return torch.where(capped, -advantages * dual_clip, loss), capped | (bounded > plain)
 
 
+def cispo_loss(
+    logprobs: Tensor, old_logprobs: Tensor, advantages: Tensor, clip_high: float
+) -> tuple[Tensor, Tensor]:
+    """CISPO's loss and whether its weight was clipped, both [N] (MiniMax-M1, arXiv 2506.13585).
+
+    loss = -A w log p, w = min(r, 1 + clip_high) without a gradient: a token whose ratio is clipped weighs
+    less and still teaches. All inputs are [N].
+    """
+    ratio = (logprobs - old_logprobs).detach().clamp(-MAX_LOG_RATIO, MAX_LOG_RATIO).exp()
+    return -advantages * ratio.clamp(max=1 + clip_high) * logprobs, ratio > 1 + clip_high
+
+
+def gspo_loss(
+    logprobs: Tensor,
+    old_logprobs: Tensor,
+    advantages: Tensor,
+    row: Tensor,
+    clip_low: float,
+    clip_high: float,
+) -> tuple[Tensor, Tensor]:
+    """GSPO's loss and whether it was clipped, both [N] (arXiv 2507.18071, its token form).
+
+    loss = max(-A s, -A clamp(s, 1 - clip_low, 1 + clip_high)), s = exp(mean of logprob - old over the row's
+    tokens), with each token's own gradient. row: index [N] of each token's row. The source clips at 3e-4 and
+    4e-4, and takes the mean over rows (`--loss-agg sequence`).
+    """
+    rows = int(row.max()) + 1 if len(row) else 0
+    change = (logprobs - old_logprobs).detach()
+    sums = change.new_zeros(rows).index_add(0, row, change)
+    means = sums / change.new_zeros(rows).index_add(0, row, torch.ones_like(change)).clamp(min=1)
+    ratio = (means[row].clamp(-MAX_LOG_RATIO, MAX_LOG_RATIO) + logprobs - logprobs.detach()).exp()
+    plain = -advantages * ratio
+    bounded = -advantages * ratio.clamp(1 - clip_low, 1 + clip_high)
+    return torch.maximum(plain, bounded), bounded > plain
+
+
 def kl_k3(logprobs: Tensor, reference_logprobs: Tensor, most: float = 10.0) -> Tensor:
     """The k3 estimate of KL(policy || reference) per token [N], >= 0: exp(d) - d - 1 with d = reference -
     policy (J. Schulman's note; the "low_var_kl" of the published code, which also bounds it by 10).
@@ -70,14 +106,14 @@ def shaped_loss(logprobs: Tensor, advantages: Tensor, clip_low: float, clip_high
     return torch.maximum(-advantages * w, -advantages * w.clamp(1 - clip_low, 1 + clip_high))
 
 
-def likelihood_drop(logprobs: Tensor, old_logprobs: Tensor, preferred: Tensor, row: Tensor) -> Tensor:
-    """Penalty [N] where a preferred rollout has become less likely (LLDS, arXiv 2512.04220).
+def likelihood_drop(logprobs: Tensor, old_logprobs: Tensor, preferred: Tensor, part: Tensor) -> Tensor:
+    """Penalty [N] where a preferred message has become less likely (LLDS, arXiv 2512.04220).
 
-    old - logprob on the fallen tokens of rows that are `preferred` [N] (bool) and whose summed log-prob fell;
-    0 elsewhere. Less than 1e-3 nats is no fall: the gradient is 1 however small the fall, and must not come
-    from rounding. row: index [N] of each token's row.
+    old - logprob on the fallen tokens of messages that are `preferred` [N] (bool) and whose summed log-prob
+    fell; 0 elsewhere. Less than 1e-3 nats is no fall: the gradient is 1 however small the fall, and must not
+    come from rounding. part: index [N] of each token's message.
     """
     drop = old_logprobs - logprobs  # [N]
-    rows = int(row.max()) + 1 if len(row) else 0
-    fell = drop.new_zeros(rows).index_add(0, row, drop.detach()) > REAL_DROP  # [rows]
-    return torch.where(preferred & fell[row] & (drop > REAL_DROP), drop, 0.0)
+    parts = int(part.max()) + 1 if len(part) else 0
+    fell = drop.new_zeros(parts).index_add(0, part, drop.detach()) > REAL_DROP  # [parts]
+    return torch.where(preferred & fell[part] & (drop > REAL_DROP), drop, 0.0)

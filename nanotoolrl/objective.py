@@ -4,13 +4,13 @@ Shapes: R rows of a micro-batch, T tokens, D width, N trained tokens.
 """
 
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import cached_property
 
 import torch
 from torch import Tensor
 
-from nanotoolrl.losses import policy_loss
+from nanotoolrl.losses import cispo_loss, gspo_loss, policy_loss
 from nanotoolrl.places import STRUCTURE
 from nanotoolrl.run import Run
 from nanotoolrl.trajectory import Trajectory
@@ -33,6 +33,25 @@ class Tokens:
     old: Tensor
     advantages: Tensor
     row: Tensor
+    conflict: Tensor | None = None  # [N], see `weights.conflicts`
+
+    @cached_property
+    def message(self) -> Tensor:
+        """[N], the index of each token's message among all of the micro-batch."""
+        lengths = [len(ids) for row in self.rows for ids in row.spoken_ids()]
+        index = torch.arange(len(lengths), device=self.row.device)
+        return index.repeat_interleave(torch.tensor(lengths, device=self.row.device))
+
+    @cached_property
+    def passed(self) -> Tensor:
+        """[N], True on the tokens of turns before the first one that failed; of a row whose turns all passed,
+        on all of them."""
+        found = []
+        for row in self.rows:
+            failed = next((i for i, verdict in enumerate(row.verdicts) if not verdict.passed), row.turns)
+            for i, ids in enumerate(row.spoken_ids()):
+                found += [i < len(row.turn_of) and row.turn_of[i] < failed] * len(ids)
+        return torch.tensor(found, dtype=torch.bool, device=self.row.device)
 
     @cached_property
     def control(self) -> Tensor:
@@ -76,16 +95,11 @@ Objective = Callable[[Run, Tokens], tuple[Tensor, Tensor]]  # -> (loss, whether 
 
 
 def clipped_objective(run: Run, tokens: Tokens) -> tuple[Tensor, Tensor]:
-    """GRPO's objective."""
+    """GRPO's objective, or the one that `--loss` names."""
     config = run.config
-    bounds = (config.clip, config.clip_high, config.dual_clip)
-    return policy_loss(tokens.logprobs, tokens.old, tokens.advantages, *bounds)
-
-
-def guarded(tokens: Tokens) -> Tokens:
-    """The tokens, those that `--guard` spares with (1 - guard) A where A < 0."""
-    guard = tokens.run.config.guard
-    if guard == 0:
-        return tokens
-    kept = torch.where(tokens.spared & (tokens.advantages < 0), 1 - guard, 1.0)
-    return replace(tokens, advantages=tokens.advantages * kept)
+    given = tokens.logprobs, tokens.old, tokens.advantages
+    if config.loss == "cispo":
+        return cispo_loss(*given, config.clip_high)
+    if config.loss == "gspo":
+        return gspo_loss(*given, tokens.row, config.clip, config.clip_high)
+    return policy_loss(*given, config.clip, config.clip_high, config.dual_clip)

@@ -35,6 +35,7 @@ class State:
     first: dict[str, float] = field(default_factory=dict)  # shares of message states in the first step
     probe: dict[str, float] = field(default_factory=dict)  # the last measurement, and its `step`
     pool: list[dict[str, Any]] = field(default_factory=list)  # collected examples (signals.py)
+    began: int = 0  # the step after which the optimiser began anew
     skipped_in_a_row: int = 0  # updates that were not finite
     successes: list[float] = field(default_factory=list)  # of the steps so far, sampled
     healthy: dict[str, Any] | None = None  # a `snapshot`: where `sentinel` goes back to
@@ -173,6 +174,16 @@ def demonstrations(run: Run, tasks: Sequence[Task]) -> list[Trajectory]:
 
 
 # -------------------------------------------------------------------------------------------------- snapshots
+def begin_anew(run: Run) -> None:
+    """As if a run began with the policy as it is: moments of AdamW, warm-up and the reference of KL terms."""
+    config = run.config
+    run.optimizer = new_optimizer(run.masters, config.lr, config.weight_decay)
+    run.state.began = run.step - 1
+    if config.kl > 0 or config.guard_kl > 0:
+        run.state.reference = copied(run.policy.model.state_dict())
+        vars(run).pop("reference", None)
+
+
 def snapshot(run: Run) -> dict[str, Any]:
     """Copies of weights and optimiser state, to be put back by `roll_back`; in main memory, where there is
     more room than on a GPU."""

@@ -214,7 +214,7 @@ class Sampler:
 
     def _open_message(self, row: Row, forced: str) -> None:
         row.message, row.pieces, row.chooses = [], [], True
-        row.trajectory.due.append(row.episode.calls_left > 0)
+        row.trajectory.open_message(row.episode)
         format, truth = row.episode.format, row.episode.truth
         if forced == "prefix" and row.episode.calls_left:
             row.pieces = [self.chat.assistant_ids(FORMATS[format].prefix, format)[:-1]]

@@ -2,15 +2,14 @@
 
 A scheme makes one training step: it takes the run and the step's P tasks and returns a `Step`. It is composed
 of few verbs (run.py, updates.py) and reads like the method section of a paper; read `grpo` first. Here are
-the schemes that reward alone makes, the guards, and help inside the group; signals.py has those that train on
-examples. To add one, write the function and put `@scheme(...)` on it (docs/6-add-your-own.md).
+the schemes that reward alone makes; guidance.py has those with help inside the group, signals.py those that
+train on examples. To add one, write the function and put `@scheme(...)` on it (docs/6-add-your-own.md).
 
 Most schemes are GRPO plus something, and have a strength at whose neutral value they are GRPO, to the bit.
 
 Shapes: P prompts, G rollouts per prompt, B = P G rows in group order, N trained tokens.
 """
 
-import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -21,10 +20,9 @@ from torch import Tensor
 from nanotoolrl.calls import VOID_STATES
 from nanotoolrl.config import Setting, declare, setting
 from nanotoolrl.env import Task
-from nanotoolrl.losses import kl_k3, likelihood_drop, shaped_loss
+from nanotoolrl.losses import likelihood_drop
 from nanotoolrl.objective import Tokens, clipped_objective
-from nanotoolrl.run import Run, Step, demonstrations, failed_tasks, group_advantages, rollout
-from nanotoolrl.supervise import hint_text
+from nanotoolrl.run import Run, Step, begin_anew, group_advantages, rollout
 from nanotoolrl.updates import policy_update
 
 
@@ -167,28 +165,18 @@ def guard(run: Run, tasks: list[Task]) -> Step:
     name="guard-kl",
     about="like grpo, but control tokens are held by a KL term to the start",
     source="ours; the test beside guard",
-    settings={"guard_kl": setting(1.0, "coefficient of the KL term on control tokens", least=0)},
+    uses=["guard_kl"],
     neutral={"guard_kl": 0.0},
-    memory=["reference"],
+    defaults={"guard_kl": 1.0},
 )
 def guard_kl(run: Run, tasks: list[Task]) -> Step:
-    """Like grpo, but loss + guard_kl * k3(policy || start) on control tokens, in every rollout.
+    """GRPO with `--guard-kl 1`: loss + guard_kl * k3(policy || start) on control tokens, in every rollout. A
+    name for the test beside `guard`; every scheme takes `--guard-kl`.
 
     Unlike `--kl`, content tokens are free to move, and k3 has no upper bound: a control token is pulled back
     however far it fell (up to a factor of e^20).
     """
-    strength = run.config.guard_kl
-
-    def objective(run: Run, tokens: Tokens) -> tuple[Tensor, Tensor]:
-        loss, clipped = clipped_objective(run, tokens)
-        if strength > 0:
-            loss = loss + strength * tokens.control * kl_k3(tokens.logprobs, tokens.reference, most=math.inf)
-        return loss, clipped
-
-    trajectories = rollout(run, tasks)
-    advantages = group_advantages(run, trajectories)
-    metrics = policy_update(run, trajectories, advantages, objective, every_row=strength > 0)
-    return Step(trajectories, advantages, metrics)
+    return grpo(run, tasks)
 
 
 @scheme(
@@ -200,111 +188,37 @@ def guard_kl(run: Run, tasks: list[Task]) -> Step:
     defaults={"updates": 4},
 )
 def llds(run: Run, tasks: list[Task]) -> Step:
-    """Like grpo, but loss + llds_weight * max(0, log p_old - log p) on tokens of good rollouts (A > 0) whose
-    summed log-prob is below that at sampling (`likelihood_drop`).
+    """Like grpo, but loss + llds_weight * max(0, log p_old - log p) on messages of rollouts with A >= 0 whose
+    summed log-prob is below that at sampling (`likelihood_drop`). The source calls a message an action.
 
     In a step's first update nothing has fallen yet, so this needs `--updates` above 1 (its default is 4), in
-    which the updates on other prompts can displace this prompt's good rollouts. Deviation: the source also
-    has gates per action, and keeps actions with A = 0.
+    which the updates on other prompts can displace this prompt's good rollouts.
     """
 
     def objective(run: Run, tokens: Tokens) -> tuple[Tensor, Tensor]:
         loss, clipped = clipped_objective(run, tokens)
-        fallen = likelihood_drop(tokens.logprobs, tokens.old, tokens.advantages > 0, tokens.row)
+        fallen = likelihood_drop(tokens.logprobs, tokens.old, tokens.advantages >= 0, tokens.message)
         return loss + run.config.llds_weight * fallen, clipped
 
     trajectories = rollout(run, tasks)
     advantages = group_advantages(run, trajectories)
-    return Step(trajectories, advantages, policy_update(run, trajectories, advantages, objective))
-
-
-# ------------------------------------------------------------------------- help inside the group of rollouts
-FAILED_TASKS = {"failed_tasks": ("count", "tasks whose rollouts all failed (where `--ets-any` counts: any)")}
-HINTS = {"hint_count": setting(2, "rollouts of a group that see a hint", least=0, most="group")}
+    every_row = run.config.llds_weight > 0
+    metrics = policy_update(run, trajectories, advantages, objective, every_row)
+    return Step(trajectories, advantages, metrics)
 
 
 @scheme(
-    about="like grpo, but --oracle-count rollouts of a group are the ground truth",
-    source="Hao et al. 2026, §4, off-policy supervision (OPS)",
-    settings={
-        "oracle_count": setting(1, "rollouts of a group that are the ground truth", least=0, below="group"),
-        "ops_loss": setting("shaped", "of their tokens: p / (p + 0.1), or the ratio", ("shaped", "ratio")),
-    },
-    neutral={"oracle_count": 0},
+    about="control: grpo that begins anew every --restart-steps steps, as rounds of ets do",
+    source="ours; the published rounds are runs of their own",
+    settings={"restart_steps": setting(5, "steps after which the optimiser begins anew; 0: never", least=0)},
+    uses=["warmup"],
+    neutral={"restart_steps": 0},
 )
-def ops(run: Run, tasks: list[Task]) -> Step:
-    """Like grpo, but `oracle_count` of the G rollouts are the ground truth, played through a live episode.
-
-    They enter the group's mean and std. Loss of their tokens, `--ops-loss`: "shaped" (default, the published
-    code) has w = p / (p + 0.1) where the ratio stands, "ratio" (the text) the plain ratio to the policy
-    before the update, with no correction for who wrote them.
-
-    Deviations: LUFFY, where the shaping comes from, clips nothing and does not divide by the group's standard
-    deviation; here `--clip` and `--adv-std` hold for these tokens, too.
+def restart(run: Run, tasks: list[Task]) -> Step:
+    """Like grpo, but every `restart_steps` steps AdamW begins anew, with its warm-up, and KL terms pull to
+    the policy of that step: what the published rounds of ETS and PRS do besides their SFT.
     """
-
-    def objective(run: Run, tokens: Tokens) -> tuple[Tensor, Tensor]:
-        loss, clipped = clipped_objective(run, tokens)
-        if run.config.ops_loss == "shaped":
-            bounds = (run.config.clip, run.config.clip_high)
-            shaped = shaped_loss(tokens.logprobs, tokens.advantages, *bounds)
-            loss = torch.where(tokens.of("oracle"), shaped, loss)
-        return loss, clipped
-
-    count = run.config.oracle_count
-    rest = run.config.group - count
-    sampled = rollout(run, tasks, group=rest)
-    trajectories = []
-    for i, shown in zip(range(len(tasks)), demonstrations(run, tasks), strict=True):
-        trajectories += [shown] * count + sampled[i * rest : (i + 1) * rest]
-    advantages = group_advantages(run, trajectories)
-    return Step(trajectories, advantages, policy_update(run, trajectories, advantages, objective))
-
-
-@scheme(
-    about="like grpo, but some rollouts of a group see a hint that the update does not see",
-    source="Hao et al. 2026, §4, hint-based guidance (HBG)",
-    settings=HINTS | {"hint_keep": setting(False, "train hinted rollouts under the hinted prompt")},
-    neutral={"hint_count": 0},
-)
-def hint(run: Run, tasks: list[Task]) -> Step:
-    """Like grpo, but the first `hint_count` of the G rollouts are sampled with a hint in the system prompt.
-
-    The hint is removed before the update. The old log-probs of these rollouts are computed anew without it,
-    so that the ratio starts at 1: tokens sampled from pi(. | hint) are trained as if from pi(.).
-    `--hint-keep` trains them under the prompt they were sampled with instead.
-    """
-    count, format = run.config.hint_count, run.config.format
-    without = [""] * (run.config.group - count)
-    hints = [text for task in tasks for text in [hint_text(task, format)] * count + without]
-    trajectories = rollout(run, tasks, hints)
-    advantages = group_advantages(run, trajectories)
-    trained = [row.with_sampled_prompt() for row in trajectories] if run.config.hint_keep else trajectories
-    return Step(trajectories, advantages, policy_update(run, trained, advantages))
-
-
-@scheme(
-    about="like hint, but only where a whole group fails, and the update sees the hint",
-    source="GHPO, arXiv 2507.10628",
-    settings=HINTS,
-    neutral={"hint_count": 0},
-    metrics=FAILED_TASKS,
-)
-def ghpo(run: Run, tasks: list[Task]) -> Step:
-    """Like hint, but only in groups that failed without one: their first `hint_count` rollouts are replaced
-    by hinted ones, which are trained under the prompt with the hint.
-
-    Deviation: the source replaces the whole group's prompt and lengthens the hint in stages; our hint has one
-    length. `success` is that of the rollouts before the replacement.
-    """
-    group, count = run.config.group, run.config.hint_count
-    trajectories = rollout(run, tasks)
-    failed = failed_tasks(trajectories, group)
-    success = sum(row.reward for row in trajectories) / len(trajectories)
-    hints = [hint_text(tasks[i], run.config.format) for i in failed for _ in range(count)]
-    hinted = rollout(run, [tasks[i] for i in failed], hints, group=count, noise_key=1)
-    for n, i in enumerate(failed):
-        trajectories[i * group : i * group + count] = hinted[n * count : (n + 1) * count]
-    advantages = group_advantages(run, trajectories)
-    metrics = policy_update(run, [row.with_sampled_prompt() for row in trajectories], advantages)
-    return Step(trajectories, advantages, metrics | {"failed_tasks": len(failed), "success": success})
+    every = run.config.restart_steps
+    if every and run.step > 1 and (run.step - 1) % every == 0:
+        begin_anew(run)
+    return grpo(run, tasks)

@@ -22,6 +22,7 @@ from nanotoolrl.calls import FORMATS
 from nanotoolrl.config import Setting, setting
 from nanotoolrl.env import Task
 from nanotoolrl.gpu import distributed
+from nanotoolrl.guidance import FAILED_TASKS
 from nanotoolrl.judge import AT_ONCE, MODEL, TIMEOUT, Judge, wrong_url
 from nanotoolrl.run import (
     Run,
@@ -34,8 +35,8 @@ from nanotoolrl.run import (
     rollout,
     snapshot,
 )
-from nanotoolrl.schemes import FAILED_TASKS, grpo, scheme
 from nanotoolrl.schemes import SCHEMES as SCHEMES  # complete when this module is imported
+from nanotoolrl.schemes import grpo, scheme
 from nanotoolrl.sft import burst, collect, pool, sft_update
 from nanotoolrl.supervise import reflections
 from nanotoolrl.trajectory import Trajectory

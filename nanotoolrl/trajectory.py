@@ -31,6 +31,7 @@ class Trajectory:
     reward: float = 0.0
     states: list[str] = field(default_factory=list)  # one message state per assistant message
     due: list[bool] = field(default_factory=list)  # of each: whether a call was due when it began
+    turn_of: list[int] = field(default_factory=list)  # of each: the turn that it belongs to
     verdicts: list[Verdict] = field(default_factory=list)  # one per finished turn
     turns: int = 1  # of the task
     source: str = "policy"  # who wrote it: "policy", "hint" (it saw one), "oracle", "reflection"
@@ -44,6 +45,11 @@ class Trajectory:
         row = cls(task.id, task.category, episode.format, [], [], [], len(prompt), turns=len(task.turns))
         row.append(prompt, sampled=False)
         return row
+
+    def open_message(self, episode: Episode) -> None:
+        """Note where the episode is when an assistant message begins."""
+        self.due.append(episode.calls_left > 0)
+        self.turn_of.append(episode.turn)
 
     def end(self, episode: Episode) -> None:
         """Note how the episode went."""
@@ -125,7 +131,7 @@ def demonstration(chat: Chat, task: Task, format: str) -> Trajectory:
     for message in oracle(task, format):
         if message["role"] == "assistant":
             ids = chat.assistant_ids(message["content"], format)
-            row.due.append(episode.calls_left > 0)
+            row.open_message(episode)
             row.append(ids, sampled=True)
             row.states.append(message_state(message["content"], format))
             answer = episode.step(message["content"])

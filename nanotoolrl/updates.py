@@ -14,7 +14,7 @@ import itertools
 import math
 import random
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -25,10 +25,11 @@ from nanotoolrl.gpu import distributed
 from nanotoolrl.losses import kl_k3
 from nanotoolrl.model import Policy, by_length, pad
 from nanotoolrl.notes import Notes
-from nanotoolrl.objective import Objective, Tokens, clipped_objective, guarded
+from nanotoolrl.objective import Objective, Tokens, clipped_objective
 from nanotoolrl.record import recorded
 from nanotoolrl.run import Run
 from nanotoolrl.trajectory import Trajectory
+from nanotoolrl.weights import conflicts, rows_kept, weighed
 
 
 # ------------------------------------------------------------------------------------- supervision beside it
@@ -72,8 +73,12 @@ def policy_update(
     """
     config = run.config
     trajectories = [recorded(row, run.policy.chat, config.record) for row in trajectories]
+    if config.filter < 1:
+        kept = rows_kept(config, trajectories)
+        trajectories, advantages = [trajectories[i] for i in kept], advantages[kept]
+    conflict = conflicts(trajectories, advantages, config.group) if config.gtpo > 0 else None
     notes = Notes()
-    every_row = every_row or config.kl > 0 or config.entropy > 0
+    every_row = every_row or config.kl > 0 or config.entropy > 0 or config.guard_kl > 0
     by_token = config.loss_agg == "token"
     shares = shares_of(run, len(trajectories))
     trained = [rows_to_train(share, advantages, every_row) for share in shares]
@@ -87,7 +92,10 @@ def policy_update(
             batch = [mine[k] for k in places]
             rows = [trajectories[i] for i in batch]
             tokens, entropy = forward(run, rows, [old[i] for i in batch], advantages[batch], update == 0)
-            losses, clipped = token_losses(run, guarded(tokens), entropy, objective)
+            if conflict:
+                flags = [flag for i in batch for flag in conflict[i]]
+                tokens = replace(tokens, conflict=torch.tensor(flags, device=tokens.row.device))
+            losses, clipped = token_losses(run, weighed(tokens), entropy, objective)
             loss = (losses if by_token else row_means(losses, tokens)).sum() / total
             (loss * run.masters.scale).backward()
             notes.take(tokens, clipped, entropy, first_update=update == 0)
@@ -176,11 +184,15 @@ def forward(
 def token_losses(
     run: Run, tokens: Tokens, entropy: Tensor | None, objective: Objective
 ) -> tuple[Tensor, Tensor]:
-    """(loss, whether the objective was clipped), both [N]: objective + kl * k3 - entropy bonus."""
+    """(loss, whether the objective was clipped), both [N]: objective + kl * k3, on control tokens (kl +
+    guard_kl) * k3, - entropy bonus."""
     config = run.config
     loss, clipped = objective(run, tokens)
     if config.kl > 0:
         loss = loss + config.kl * kl_k3(tokens.logprobs, tokens.reference)
+    if config.guard_kl > 0:
+        far = kl_k3(tokens.logprobs, tokens.reference, most=math.inf)
+        loss = loss + config.guard_kl * tokens.control * far
     if config.entropy > 0 and entropy is not None:
         loss = loss - config.entropy * entropy
     return loss, clipped
@@ -203,8 +215,8 @@ def ride_along(run: Run, supervised: Supervision, update: int) -> tuple[float, l
 
 # ---- stage 4: the step
 def warm_up(run: Run) -> float:
-    """Share of the learning rate that this step runs at."""
-    return min(1.0, (run.step + 1) / max(1, run.config.warmup))
+    """Share of the learning rate that this step runs at; anew after a restart (`begin_anew`)."""
+    return min(1.0, (run.step - run.state.began + 1) / max(1, run.config.warmup))
 
 
 def optimizer_step(run: Run, loss: float, optimizer: torch.optim.Optimizer, lr: float) -> float | None:

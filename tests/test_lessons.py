@@ -45,5 +45,5 @@ def test_a_step_visits_each_file_once_on_its_way_down(tmp_path):
     assert not [chain for chain in chains if len(set(chain)) < len(chain)]
     names = [Path(name).name for name in reading_path()]
     assert set(names) <= {name for chain in chains for name in chain}
-    down = ("train.py", "schemes.py", "run.py", "sampler.py", "decode.py", "transformer.py", "cache.py")
+    down = ("train.py", "guidance.py", "run.py", "sampler.py", "decode.py", "transformer.py", "cache.py")
     assert down in chains

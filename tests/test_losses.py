@@ -273,3 +273,42 @@ def test_likelihood_drop_at_the_edges(drop):
     assert torch.autograd.grad(loss.sum(), logprobs)[0].item() == -float(real)
     nothing = torch.zeros(0)
     assert likelihood_drop(nothing, nothing, nothing.bool(), nothing.long()).shape == (0,)
+
+
+# ------------------------------------------------------------------------------------------ other ratios
+def test_cispo_by_hand():
+    """Ratios 1, 1.5 (clipped to 1.2, and still teaching), 0.5; slope of a token: -A w."""
+    old = torch.zeros(3)
+    logprobs = torch.tensor([1.0, 1.5, 0.5]).log().requires_grad_()
+    advantages = torch.tensor([2.0, 2.0, -1.0])
+    loss, clipped = losses.cispo_loss(logprobs, old, advantages, 0.2)
+    assert clipped.tolist() == [False, True, False]
+    close(torch.autograd.grad(loss.sum(), logprobs)[0], [-2.0, -2.4, 0.5])
+
+
+def test_gspo_by_hand():
+    """Row 0: mean change log 1.1, within the band; row 1: log 1.5, clipped whole; row 2: bad and rarer."""
+    change = torch.tensor([0.0, 2 * math.log(1.1), math.log(1.5), math.log(1.5), math.log(0.5)])
+    row, advantages = torch.tensor([0, 0, 1, 1, 2]), torch.tensor([1.0, 1.0, 1.0, 1.0, -1.0])
+    old = torch.tensor([-1.0, -2.0, -3.0, -1.0, -1.0])
+    logprobs = (old + change).requires_grad_()
+    loss, clipped = losses.gspo_loss(logprobs, old, advantages, row, 0.2, 0.2)
+    close(loss.detach(), [-1.1, -1.1, -1.2, -1.2, 0.8])
+    assert clipped.tolist() == [False, False, True, True, True]
+    close(torch.autograd.grad(loss.sum(), logprobs)[0], [-1.1, -1.1, 0.0, 0.0, 0.0])
+    nothing = torch.zeros(0)
+    assert losses.gspo_loss(nothing, nothing, nothing, nothing.long(), 0.2, 0.2)[0].shape == (0,)
+
+
+def test_all_losses_agree_on_policy():
+    """At ratio 1 each has GRPO's gradient, -A."""
+    advantages, row = torch.tensor([1.0, -2.0, 0.5]), torch.tensor([0, 0, 1])
+    for loss in ("policy", "cispo", "gspo"):
+        logprobs = torch.tensor([-1.0, -2.0, -0.1], requires_grad=True)
+        given = logprobs, logprobs.detach(), advantages
+        found = {
+            "policy": lambda given=given: policy_loss(*given),
+            "cispo": lambda given=given: losses.cispo_loss(*given, 0.2),
+            "gspo": lambda given=given: losses.gspo_loss(*given, row, 0.2, 0.2),
+        }[loss]()[0]
+        close(torch.autograd.grad(found.sum(), logprobs)[0], (-advantages).tolist())

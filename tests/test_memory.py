@@ -113,7 +113,8 @@ def test_describe():
     assert describe(small, 8 * GIB) == "memory plan: weights 3 + head 1 = 4 of 8192 MiB"
     line, advice = describe(parts, 4 * GIB).splitlines()
     assert line.endswith("= 4.5 of 4 GiB")
-    assert advice == "this will hardly fit; lower --slots or --context (KV cache); --kl 0 (reference)"
+    said = "this will hardly fit; lower --slots or --context (KV cache); --kl 0 --guard-kl 0 (reference)"
+    assert advice == said
     assert describe(parts, 4 * GIB, ["reference"]).endswith("lower --slots or --context (KV cache)")
 
 

@@ -23,14 +23,15 @@ from helpers.updates import (
     with_control_tokens,
 )
 
-from nanotoolrl import objective, schemes
+from nanotoolrl import guidance, objective, schemes
 from nanotoolrl.config import SETTINGS, setting
 from nanotoolrl.env import Call, Turn
+from nanotoolrl.guidance import hint
 from nanotoolrl.look.metrics import metrics
 from nanotoolrl.run import (
     Run,
 )
-from nanotoolrl.schemes import grpo, hint
+from nanotoolrl.schemes import grpo
 from nanotoolrl.signals import SCHEMES
 from nanotoolrl.trajectory import demonstration
 
@@ -58,8 +59,8 @@ def recorded(monkeypatch):
         return loss(logprobs, old_logprobs, *rest)
 
     monkeypatch.setattr(objective, "policy_loss", recording)
-    monkeypatch.setattr(schemes, "hint_text", lambda task, format: "Hint: say that docs is a folder.")
-    monkeypatch.setattr(schemes, "group_advantages", lambda run, rows: torch.linspace(-1, 1, len(rows)))
+    monkeypatch.setattr(guidance, "hint_text", lambda task, format: "Hint: say that docs is a folder.")
+    monkeypatch.setattr(guidance, "group_advantages", lambda run, rows: torch.linspace(-1, 1, len(rows)))
     return calls
 
 
@@ -193,7 +194,7 @@ def test_guard_kl_by_hand(policy, tiny, monkeypatch):
 
 def test_llds_by_hand(tiny, monkeypatch):
     rows, advantages = made_up(tiny, spread=0.02)
-    advantages = advantages.abs() * torch.tensor([1, 1, -1, -1] * 2)
+    advantages = advantages.abs() * torch.tensor([1, 0, -1, -1] * 2)  # those without advantage are held, too
     for row in rows[::2]:
         row.logprobs = [x + 0.05 for x in row.logprobs]  # as if they had been likelier
     for row in rows[1::2]:
@@ -204,9 +205,11 @@ def test_llds_by_hand(tiny, monkeypatch):
         new = own_logprobs(tiny, row, 1.0)
         old = torch.tensor([x for x, sampled in zip(row.logprobs, row.loss_mask, strict=True) if sampled])
         loss, count = loss - (a * (new - old).exp()).sum(), count + len(old)
-        if a > 0 and new.sum() < old.sum():
-            loss, fell = loss + 0.6 * (old - new).clamp(min=0).sum(), fell + 1
-    assert 0 < fell < (advantages > 0).sum()
+        lengths = [len(ids) for ids in row.spoken_ids()]
+        for ours, theirs in zip(new.split(lengths), old.split(lengths), strict=True):
+            if a >= 0 and (theirs - ours).sum() > 1e-3:
+                loss, fell = loss + 0.6 * (theirs - ours).clamp(min=0).sum(), fell + 1
+    assert 0 < fell < 2 * (advantages >= 0).sum()
     all_close(gradients[0], gradient_of(loss / count, tiny), atol=2e-5, rtol=1e-3)
 
 
@@ -215,7 +218,7 @@ def test_ops_by_hand(tiny, monkeypatch, kind):
     """One oracle row in each group, its tokens trained by their own loss, in the group's mean."""
     rows, advantages = made_up(tiny)
     one = demonstration(tiny.chat, tasks(1)[0], "hermes")
-    monkeypatch.setattr(schemes, "demonstrations", lambda run, tasks: [one] * len(tasks))
+    monkeypatch.setattr(guidance, "demonstrations", lambda run, tasks: [one] * len(tasks))
     advantages[0] = abs(advantages[0])
     del rows[4], rows[0]
     gradients, _ = objective_of("ops", monkeypatch, tiny, rows, advantages, ops_loss=kind)
@@ -241,9 +244,9 @@ def test_ghpo_reports_the_success_of_unhinted_rollouts(tiny, monkeypatch):
     first = [graded([], 1, [], reward) for reward in (0.0, 0.0, 1.0, 0.0)]
     second = [replace(graded([], 1, [], 1.0), source="hint")]
     rows = iter([first, second])
-    monkeypatch.setattr(schemes, "rollout", lambda *_, **__: list(next(rows)))
-    monkeypatch.setattr(schemes, "policy_update", lambda *_: {})
-    monkeypatch.setattr(schemes, "hint_text", lambda *_: "a hint")
+    monkeypatch.setattr(guidance, "rollout", lambda *_, **__: list(next(rows)))
+    monkeypatch.setattr(guidance, "policy_update", lambda *_: {})
+    monkeypatch.setattr(guidance, "hint_text", lambda *_: "a hint")
     step = SCHEMES["ghpo"].step(run, tasks(2))
     assert [row.source for row in step.trajectories] == ["hint", "policy", "policy", "policy"]
     assert step.metrics == {"failed_tasks": 1, "success": 0.25}

@@ -22,12 +22,12 @@ from helpers.updates import (
     with_control_tokens,
 )
 
-from nanotoolrl import schemes, updates
+from nanotoolrl import guidance, updates
+from nanotoolrl.guidance import hint
 from nanotoolrl.record import recorded
 from nanotoolrl.run import (
     rollout,
 )
-from nanotoolrl.schemes import hint
 from nanotoolrl.trajectory import Trajectory
 from nanotoolrl.updates import policy_update, rescore
 
@@ -147,8 +147,8 @@ def test_log_probs_outside_the_mask_are_never_read(tiny):
 @pytest.mark.parametrize("updates", [1, 2])
 def test_only_several_updates_need_a_scoring_pass(tiny, monkeypatch, updates):
     calls, honest = [], rescore
-    monkeypatch.setattr(schemes, "hint_text", lambda task, format: "Hint: say that docs is a folder.")
-    monkeypatch.setattr(schemes, "group_advantages", lambda run, rows: torch.linspace(-1, 1, len(rows)))
+    monkeypatch.setattr(guidance, "hint_text", lambda task, format: "Hint: say that docs is a folder.")
+    monkeypatch.setattr(guidance, "group_advantages", lambda run, rows: torch.linspace(-1, 1, len(rows)))
     monkeypatch.setattr("nanotoolrl.updates.rescore", lambda *args: calls.append(1) or honest(*args))
     hint(make_run(tiny, updates=updates), tasks())
     assert len(calls) == (0 if updates == 1 else 4)

@@ -14,7 +14,7 @@ from nanotoolrl.transformer import Transformer
 ADVICE = {
     "KV cache": "--slots or --context",
     "activations": "--tokens-at-once down to --context, or --checkpointing",
-    "reference": "--kl 0",
+    "reference": "--kl 0 --guard-kl 0",
     "burst optimiser": "--schedule sync",
 }
 
@@ -48,7 +48,7 @@ def plan(model: Transformer, config: Config, needed: Collection[str] = ()) -> di
     if config.checkpointing:
         kept = shape.layers * D + layer
     kept += norm * D
-    reference = config.kl > 0 or "reference" in needed
+    reference = config.kl > 0 or config.guard_kl > 0 or "reference" in needed
     bursts = config.schedule == "interleaved" or "burst optimiser" in needed
     parts = {
         "weights": parameters * size,

@@ -3,7 +3,7 @@
 import torch
 
 from helpers.models import tiny_policy, whole_logits
-from nanotoolrl import schemes, signals
+from nanotoolrl import guidance, schemes, signals
 from nanotoolrl.config import Config
 from nanotoolrl.env import Task, Turn, Verdict
 from nanotoolrl.run import (
@@ -149,7 +149,7 @@ def objective_of(scheme, monkeypatch, policy, rows, advantages, **changes):
     """(gradient, metrics) of what a scheme does with given rollouts."""
     run = make_run(policy, **changes)
     run.step = 1
-    for module in (schemes, signals):
+    for module in (schemes, guidance, signals):
         monkeypatch.setattr(module, "rollout", lambda *_, **__: list(rows))
         monkeypatch.setattr(module, "group_advantages", lambda *_: advantages.clone())
     step = SCHEMES[scheme].step(run, tasks(len(advantages) // run.config.group))

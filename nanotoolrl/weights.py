@@ -1,0 +1,89 @@
+"""How much a token weighs beside its advantage, and which groups are trained on: settings of any RL scheme.
+
+Who supervises is a scheme; how a token is weighed is a setting, so that `ets --guard 1` can be asked.
+
+Shapes: P prompts, G rollouts per prompt, B = P G rows in group order, N trained tokens.
+"""
+
+from collections import defaultdict
+from collections.abc import Sequence
+from dataclasses import replace
+
+import torch
+from torch import Tensor
+
+from nanotoolrl.config import Config
+from nanotoolrl.objective import Tokens
+from nanotoolrl.run import trained_reward
+from nanotoolrl.trajectory import Trajectory
+
+
+def weighed(tokens: Tokens) -> Tokens:
+    """The tokens with their advantages times `token_weights`; the same where no setting weighs them."""
+    config = tokens.run.config
+    if config.guard == config.gtpo == config.spare_passed == config.rare == 0:
+        return tokens
+    return replace(tokens, advantages=tokens.advantages * token_weights(tokens))
+
+
+def token_weights(tokens: Tokens) -> Tensor:
+    """The product [N] of what each setting says, 1 at its neutral value 0:
+
+    - `--guard g`: 1 - g on the tokens of `--guard-tokens` where A < 0. After GTPO (arXiv 2508.03772); the
+      source spares shared tokens, see the next.
+    - `--gtpo s`: 1 - s where A < 0 and 1 + s where A > 0, on tokens that good and bad rollouts of the group
+      share (`conflicts`). GTPO, arXiv 2508.03772, at s = 1. Deviation: its filter by entropy is not here.
+    - `--spare-passed s`: 1 - s where A < 0, in turns before the first failed one. After VPPO, arXiv
+      2601.18984, which finds the place of the error by a verifier of processes; ours knows the turn.
+    - `--rare a`: a p + 1 - a, p the token's probability, without a gradient: rare tokens push less.
+      Advantage reweighting of arXiv 2505.12929, a = 0.3 there.
+    """
+    config = tokens.run.config
+    bad, good = tokens.advantages < 0, tokens.advantages > 0
+    weights = torch.ones_like(tokens.advantages)
+    if config.guard > 0:
+        weights = torch.where(tokens.spared & bad, weights * (1 - config.guard), weights)
+    if config.gtpo > 0 and tokens.conflict is not None:
+        weights = torch.where(tokens.conflict & bad, weights * (1 - config.gtpo), weights)
+        weights = torch.where(tokens.conflict & good, weights * (1 + config.gtpo), weights)
+    if config.spare_passed > 0:
+        weights = torch.where(tokens.passed & bad, weights * (1 - config.spare_passed), weights)
+    if config.rare > 0:
+        weights = weights * (config.rare * tokens.logprobs.detach().exp() + 1 - config.rare)
+    return weights
+
+
+def conflicts(trajectories: Sequence[Trajectory], advantages: Tensor, group: int) -> list[list[bool]]:
+    """Of every row, whether each of its sampled tokens stands at the same place, counted from the start or
+    from the end of what was sampled, in a good and in a bad rollout of its group (arXiv 2508.03772).
+
+    Example, a good row [5, 6, 9] and a bad one [5, 7, 8, 9]: 5 (from the start) and 9 (from the end).
+    """
+    found = []
+    signs = advantages.sign().tolist()
+    for start in range(0, len(trajectories), group):
+        spoken = [
+            [token for ids in row.spoken_ids() for token in ids]
+            for row in trajectories[start : start + group]
+        ]
+        seen: dict[tuple[int, int], set[float]] = defaultdict(set)  # (place, token) -> signs
+        for ids, sign in zip(spoken, signs[start : start + group]):
+            for place, token in enumerate(ids):
+                seen[place, token].add(sign)
+                seen[place - len(ids), token].add(sign)
+        both = {key for key, there in seen.items() if {1.0, -1.0} <= there}
+        found += [
+            [(i, token) in both or (i - len(ids), token) in both for i, token in enumerate(ids)]
+            for ids in spoken
+        ]
+    return found
+
+
+def rows_kept(config: Config, trajectories: Sequence[Trajectory]) -> list[int]:
+    """Rows of the groups that `--filter` keeps, in order: the share of them with the largest variance of
+    rewards, at least one for each update; the first of those that are alike (RAGEN, arXiv 2504.20073)."""
+    size = config.group
+    rewards = torch.tensor([trained_reward(config, row) for row in trajectories]).view(-1, size)
+    count = max(config.updates, round(config.filter * len(rewards)))
+    order = rewards.var(1, correction=0).sort(descending=True, stable=True).indices[:count]
+    return [i * size + k for i in sorted(order.tolist()) for k in range(size)]

@@ -1,0 +1,105 @@
+"""How tokens are weighed and groups are kept, by hand."""
+
+from types import SimpleNamespace
+
+import pytest
+import torch
+from helpers.models import tiny_policy
+from helpers.updates import TIMES, all_close, made_up, make_run, parameters_of
+
+from nanotoolrl.config import Config
+from nanotoolrl.env import Verdict
+from nanotoolrl.objective import Tokens
+from nanotoolrl.trajectory import Trajectory
+from nanotoolrl.updates import policy_update
+from nanotoolrl.weights import conflicts, rows_kept, token_weights, weighed
+
+
+def row(*messages, verdicts=(), turn_of=(), turns=1, reward=0.0):
+    made = Trajectory("t", "base", "hermes", [], [], [], 1, reward=reward, turns=turns)
+    made.append([1], sampled=False)
+    for ids in messages:
+        made.append(list(ids), sampled=True)
+        made.append([2], sampled=False)
+    made.verdicts, made.turn_of = [Verdict(flag) for flag in verdicts], list(turn_of)
+    return made
+
+
+def tokens_of(rows, advantages, logprobs=None, conflict=None, **settings):
+    """The tokens of a micro-batch whose policy nobody asks."""
+    run = SimpleNamespace(config=Config(**settings))
+    counts = torch.tensor([one.sampled_tokens for one in rows])
+    index = torch.arange(len(rows)).repeat_interleave(counts)
+    given = torch.zeros(len(index)) if logprobs is None else torch.tensor(logprobs)
+    flags = None if conflict is None else torch.tensor(conflict)
+    a = torch.tensor(advantages)[index]
+    return Tokens(run, rows, torch.zeros(0), torch.zeros(0), torch.zeros(0), given, given, a, index, flags)
+
+
+def test_conflicts_of_the_example():
+    """Of a good row [5, 6, 9] and a bad one [5, 7, 8, 9]; a row without advantage shares nothing."""
+    rows = [row([5, 6], [9]), row([5, 7, 8, 9]), row([5, 6, 9]), row([5, 6, 9])]
+    found = conflicts(rows, torch.tensor([1.0, -1.0, 0.0, 0.0]), 4)
+    assert found[:2] == [[True, False, True], [True, False, False, True]]
+    assert found[2] == [True, False, True], "counted, though its weight changes nothing"
+    assert conflicts(rows, torch.tensor([1.0, -1.0, 1.0, -1.0]), 2)[2] == [True] * 3
+    apart = conflicts(rows, torch.tensor([1.0, 1.0, -1.0, -1.0]), 2)
+    assert not any(any(flags) for flags in apart), "groups are compared within"
+
+
+def test_gtpo_spares_and_doubles():
+    rows = [row([5, 6]), row([5, 7])]
+    flags = [True, False, True, False]
+    weights = token_weights(tokens_of(rows, [1.0, -1.0], conflict=flags, gtpo=1.0))
+    assert weights.tolist() == [2.0, 1.0, 0.0, 1.0]
+    weights = token_weights(tokens_of(rows, [1.0, -1.0], conflict=flags, gtpo=0.5))
+    assert weights.tolist() == [1.5, 1.0, 0.5, 1.0]
+
+
+def test_turns_before_the_failed_one_are_spared():
+    """Turn 0 passed, turn 1 failed, turn 2 was never judged; good rollouts are not spared."""
+    bad = row([5], [6, 7], [8], verdicts=[True, False], turn_of=[0, 1, 2], turns=3)
+    good = row([5], verdicts=[True], turn_of=[0])
+    weights = token_weights(tokens_of([bad, good], [-1.0, 1.0], spare_passed=0.75))
+    assert weights.tolist() == [0.25, 1.0, 1.0, 1.0, 1.0]
+
+
+def test_rare_tokens_push_less():
+    logprobs = torch.tensor([0.5, 0.1]).log().tolist()
+    weights = token_weights(tokens_of([row([5, 6])], [1.0], logprobs, rare=0.3))
+    assert weights.tolist() == pytest.approx([0.3 * 0.5 + 0.7, 0.3 * 0.1 + 0.7])
+
+
+def test_weights_multiply_and_neutral_ones_change_nothing():
+    tokens = tokens_of([row([5, 6])], [-1.0], [0.0, 0.0])
+    assert weighed(tokens) is tokens
+    bad = row([5, 6], verdicts=[True, False], turn_of=[0], turns=2)
+    both = tokens_of([bad], [-2.0], [0.0, -100.0], spare_passed=0.5, rare=0.5)
+    assert weighed(both).advantages.tolist() == pytest.approx([-1.0, -0.5])
+
+
+def test_groups_whose_rewards_vary_most_are_kept():
+    rewards = [[1, 1], [1, 0], [0, 0], [0, 1]]
+    rows = [row([5], reward=float(x), verdicts=[bool(x)]) for pair in rewards for x in pair]
+
+    def kept(share, **settings):
+        return rows_kept(Config(group=2, filter=share, **settings), rows)
+
+    assert kept(0.5) == [2, 3, 6, 7] and kept(0.25) == [2, 3]
+    assert kept(0.25, updates=3) == [0, 1, 2, 3, 6, 7], "one for each update"
+    assert kept(1.0) == list(range(8))
+
+
+def test_a_filtered_update_is_one_on_the_kept_rows(policy):
+    found = []
+    for share in (0.5, 1.0):
+        tiny = tiny_policy(policy.tokenizer)
+        run = make_run(tiny, torch.optim.SGD, lr=0.1, filter=share)
+        rows, advantages = made_up(tiny)
+        for one, reward in zip(rows, [0, 0, 0, 0, 0, 1, 0, 1], strict=True):
+            one.reward = float(reward)
+        rows, advantages = (rows, advantages) if share < 1 else (rows[4:], advantages[4:])
+        metrics = policy_update(run, rows, advantages)
+        found.append((parameters_of(tiny), {k: v for k, v in metrics.items() if k not in TIMES}))
+    all_close(found[0][0], found[1][0], atol=1e-7)
+    assert found[0][1]["loss"] == pytest.approx(found[1][1]["loss"])
