@@ -33,7 +33,7 @@ from nanotoolrl.env import (
     Task,
     messages_needed,
 )
-from nanotoolrl.files import check_writable, finite
+from nanotoolrl.files import check_writable, finite, write_atomically
 from nanotoolrl.loading import BUILT_IN, ModelError, load
 from nanotoolrl.look.doctor import (
     FORCED,
@@ -383,7 +383,7 @@ def main(argv: list[str] | None = None) -> int:
         if args.json:
             stored = {"kind": kind} | {name: getattr(args, name) for name in arguments}
             stored = finite({"arguments": stored} | numbers)
-            args.json.write_text(json.dumps(stored, allow_nan=False), encoding="utf-8")
+            write_atomically(args.json, json.dumps(stored, allow_nan=False))
     except (ModelError, OSError, ValueError) as error:
         print(f"evaluate: {error}", file=sys.stderr)
         return 2

@@ -22,8 +22,9 @@ from nanotoolrl.cli import available_cores, command, number
 from nanotoolrl.commandline import parse, stored_config
 from nanotoolrl.config import Refused
 from nanotoolrl.files import check_writable
-from nanotoolrl.look.arms import arms_of, draw, table_of
-from nanotoolrl.look.rows import row
+from nanotoolrl.look.arms import arms_of, draw, falls_table, table_of
+from nanotoolrl.look.falls import fall_of
+from nanotoolrl.look.rows import row, stored_page
 from nanotoolrl.look.rundir import logged_steps
 from nanotoolrl.look.runfiles import Unreadable, read_run
 from nanotoolrl.look.studies import STUDIES
@@ -67,7 +68,9 @@ def run(directory: Path, flags: str, children: Children, count: int = 0) -> int:
     unfinished, or now wants more --steps, goes on from its checkpoint; one with other settings is refused.
     count: tasks that the doctor then plays (`judge`); 0: it is not asked."""
     code = train(directory, flags, children)
-    return code or (judge(directory, count, children) if count else 0)
+    if code or not count:
+        return code
+    return 1 if judge(directory, count, children) else 0  # 2 would say that the run has other settings
 
 
 def train(directory: Path, flags: str, children: Children) -> int:
@@ -156,9 +159,10 @@ def main(argv: list[str] | None = None) -> int:
             write(table, rows(study, home))
             print("stopped; the runs are saved, the same command goes on", file=sys.stderr)
             return 130
-    found = arms_of(rows(study, home))
-    if found:
+    made = rows(study, home)
+    if found := arms_of(made):
         print(table_of(found))
+        print(falls_table(made))
         if args.figure:
             draw(found, args.figure)
     return 1 if any(codes.values()) else 0
@@ -183,7 +187,9 @@ def judge(directory: Path, count: int, children: Children) -> int:
     """Have the doctor judge a finished run at its fall, if it fell and that was not done yet; its page is
     doctor.json in the run directory. Returns the exit code."""
     page, fall = directory / "doctor.json", directory / "models" / "fall"
-    if page.exists() or not fall.is_dir():
+    judged = stored_page(directory)
+    fell = fall_of(read_run(directory).series("success")[1])
+    if not fell or not fall.is_dir() or judged.get("arguments", {}).get("count") == count:
         return 0
     command = [sys.executable, "-m", "nanotoolrl.evaluate", "--doctor", "--model", str(fall)]
     command += ["--count", str(count), "--json", str(page)]
