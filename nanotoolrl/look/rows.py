@@ -151,10 +151,10 @@ def base_rates() -> tuple[dict[str, Any], dict[str, float]]:
     return stored["arguments"], {task: rate for found in rewards.values() for task, rate in found.items()}
 
 
-def stored_page(directory: Path) -> dict[str, Any]:
-    """What the doctor wrote of a run; {} where nothing can be read, or nothing was compared with."""
+def stored_page(path: Path) -> dict[str, Any]:
+    """A page of the doctor; {} where nothing can be read, or nothing was compared with."""
     try:
-        found = json.loads((directory / "doctor.json").read_text(encoding="utf-8"))
+        found = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError):
         return {}
     return found if isinstance(found, dict) and found.get("reference") else {}
@@ -163,7 +163,7 @@ def stored_page(directory: Path) -> dict[str, Any]:
 def judged_cells(files: RunFiles) -> Cells:
     """What the doctor found (doctor.json): success by way of playing with its interval, and that of the
     reference; the share of broken messages; what is left of structure and of values, and what is lost."""
-    found = stored_page(files.path)
+    found = stored_page(files.path / "doctor.json")
     if not found:
         return {}
     model, reference = (Checkup(**found[name]) for name in ("model", "reference"))

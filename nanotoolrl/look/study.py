@@ -34,6 +34,9 @@ REFUSED = 2  # exit code of a run that was made with other settings, or cannot b
 ENDED = 130  # of one that has not begun when the study is ended
 
 
+JUDGING = threading.Lock()  # of the model that runs began from: once, whoever is first
+
+
 class Children:
     """The runs that are going on. `end` asks them to save and stop, and lets none begin any more."""
 
@@ -185,15 +188,23 @@ def interrupting(*numbers: int) -> Iterator[None]:
 
 def judge(directory: Path, count: int, children: Children) -> int:
     """Have the doctor judge a finished run at its fall, if it fell and that was not done yet; its page is
-    doctor.json in the run directory. Returns the exit code."""
+    doctor.json in the run directory. The model it began from is judged once, into start-NAME.json beside the
+    runs. Returns the exit code."""
+    files = read_run(directory)
     page, fall = directory / "doctor.json", directory / "models" / "fall"
-    judged = stored_page(directory)
-    fell = fall_of(read_run(directory).series("success")[1])
-    if not fell or not fall.is_dir() or judged.get("arguments", {}).get("count") == count:
+    done = stored_page(page).get("arguments", {}).get("count") == count
+    if done or not fall.is_dir() or not fall_of(files.series("success")[1]):
         return 0
-    command = [sys.executable, "-m", "nanotoolrl.evaluate", "--doctor", "--model", str(fall)]
-    command += ["--count", str(count), "--json", str(page)]
-    return children.run(command, directory.parent / f"{directory.name}.log")
+    home, start = directory.parent, files.config["model"]
+    known = home / f"start-{Path(start).name}.json"
+    how = [sys.executable, "-m", "nanotoolrl.evaluate", "--doctor", "--count", str(count)]
+    with JUDGING:
+        if not known.exists():
+            code = children.run([*how, "--model", start, "--json", str(known)], home / "start.log")
+            if code:
+                return code
+    command = [*how, "--model", str(fall), "--compare", str(known), "--json", str(page)]
+    return children.run(command, home / f"{directory.name}.log")
 
 
 def rows(study: dict[str, str], home: Path) -> list[dict]:
