@@ -112,15 +112,23 @@ def loop(
             tell(run, row, details, step, bar)
             asked = max(distributed.gathered([stop.signal]))
             code = SPOILED if broken else STUCK if run.stuck else 128 + asked if asked else 0
+            if not broken:
+                keep(run, row, directory)
             if not broken and (run.step % config.save_every == 0 or run.step == config.steps or code):
                 directory.save(run, before)
-            if not broken and config.keep_every and run.step % config.keep_every == 0:
-                directory.save_model(run.policy, f"models/step-{run.step}")
-            if not broken and config.keep_fall and "success" in row:
-                run.state.successes.append(row["success"])
-                if name := worth_keeping(run.state.successes):
-                    directory.save_model(run.policy, f"models/{name}")
     return code, broken
+
+
+def keep(run: Run, row: dict[str, Any], directory: RunDirectory) -> None:
+    """Save the models on the way that `--keep-every` and `--keep-fall` ask for. Before the checkpoint: a run
+    that goes on from it has them all."""
+    config = run.config
+    if config.keep_every and run.step % config.keep_every == 0:
+        directory.save_model(run.policy, f"models/step-{run.step}")
+    if config.keep_fall and "success" in row:
+        run.state.successes.append(row["success"])
+        if name := worth_keeping(run.state.successes):
+            directory.save_model(run.policy, f"models/{name}")
 
 
 def tasks_of_step(config: Config, tasks: list[Task], step: int) -> list[Task]:

@@ -63,7 +63,7 @@ class Tokens:
         """[N], where in its message each stands: an index into PLACES."""
         structure = self.run.structure
         found = [p for row in self.rows for ids, due in row.spoken() for p in structure.places(ids, due)]
-        return torch.tensor(found, device=self.row.device)
+        return torch.tensor(found, dtype=torch.long, device=self.row.device)
 
     @cached_property
     def spared(self) -> Tensor:

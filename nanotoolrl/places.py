@@ -31,9 +31,10 @@ import re
 from collections.abc import Sequence
 from functools import cache
 
-from nanotoolrl.calls import FORMATS
+from nanotoolrl.calls import FORMATS, Call, render_calls
 from nanotoolrl.chat import Chat, call_ends, control_tokens
 
+WORD = re.compile("[\\w\ufffd]")  # a token may hold a part of a letter, which decodes to U+FFFD
 CLASSES = ("structure", "value", "opener", "text")
 STRUCTURE, VALUE, OPENER, TEXT = range(len(CLASSES))
 PLACES = ("start_call", "start_reply", "behind_tag", "in_call", "behind_body", "behind_call", "in_reply")
@@ -48,18 +49,19 @@ class Structure:
         self.control = control_tokens(chat, format)  # text -> id
         self.control_ids = frozenset(self.control.values())
         self.prefix = chat.assistant_ids(FORMATS[format].prefix, format)[:-1]
-        self.openers, self.closers = call_ends(chat, format)  # of the body of a call
-        self.end_id = chat.end_id
+        self.openers, self.closers = call_ends(chat, format)[0], body_ends(chat, format)
+        self.special_ids = self.control_ids | set(chat.special_ids.values()) | set(chat.stop_ids)
+        self.end_id, self.stop_ids = chat.end_id, chat.stop_ids
         self.text_of = cache(lambda token: chat.decode([token]))
 
     def named(self, name: str) -> frozenset[int]:
         """Ids of a set of control tokens: "control" (all), "paper" (those that Hao et al. 2026 name: what
-        opens a call, what opens its body, the stop), "opener", "stop"."""
+        opens a call, what opens its body, the stop), "opener", "stop" (all that stop)."""
         sets = {
             "control": self.control_ids,
             "paper": {self.prefix[0], *self.openers, self.end_id},
             "opener": {self.prefix[0]},
-            "stop": {self.end_id},
+            "stop": set(self.stop_ids),
         }
         return frozenset(sets[name])
 
@@ -78,10 +80,10 @@ class Structure:
         at = 0
         for i, (token, piece) in enumerate(zip(ids, pieces)):
             start, at = at, at + len(piece)
-            if token in self.control_ids:
+            if token in self.special_ids:
                 found.append(STRUCTURE)
             elif any(first <= start < last for first, last in inside):
-                words = [start + match.start() for match in re.finditer(r"\w", piece)]
+                words = [start + match.start() for match in WORD.finditer(piece)]
                 free = [place for place in words if not any(a <= place < b for a, b in skeleton)]
                 found.append(VALUE if free else STRUCTURE)
             elif not piece.strip() and any(last <= start for _, last in inside):
@@ -91,12 +93,14 @@ class Structure:
         return found
 
     def is_word(self, token: int) -> bool:
-        """Whether a token has a word character and is no control token."""
-        return token not in self.control_ids and bool(re.search(r"\w", self.text_of(token)))
+        """Whether a token has a word character and is no special token."""
+        return token not in self.special_ids and bool(WORD.search(self.text_of(token)))
 
-    def goes_on(self, token: int) -> bool:
-        """Whether a value that is being written may go on with a token: a word, or a blank between two."""
-        return self.is_word(token) or not self.text_of(token).strip(" ")
+    def goes_on(self, token: int, piece: Sequence[int]) -> bool:
+        """Whether a value that is being written may go on with a token, where a piece follows the value: with
+        a word, or with a blank that the piece does not begin with."""
+        blank = not self.text_of(token).strip(" ") and not self.text_of(piece[0]).startswith(" ")
+        return self.is_word(token) or blank
 
     def skeleton(self, ids: Sequence[int]) -> list[list[int]]:
         """The pieces of a message between which its values stand, the last with the stop token.
@@ -113,7 +117,7 @@ class Structure:
         for i, token in enumerate(ids):
             if not value[i]:
                 pieces[-1].append(token)
-            elif pieces[-1]:
+            elif i == 0 or not value[i - 1]:
                 pieces.append([])
         return pieces
 
@@ -149,3 +153,13 @@ class Structure:
                 state = BEHIND_BODY
             found.append(state)
         return found
+
+
+def body_ends(chat: Chat, format: str) -> set[int]:
+    """The tokens that can close the body of a call, in a format whose calls have a tag behind it."""
+    values: tuple[dict, ...] = ({}, *({"key": x} for x in (1, "a", [1], ["a"], {}, {"key": "a"}, True, None)))
+    found = set()
+    for arguments in values if FORMATS[format].tags else ():
+        body, _, _ = render_calls([Call("name", arguments)], format).rpartition(FORMATS[format].closing)
+        found.add(chat.encode(body.rstrip())[-1])
+    return found

@@ -293,8 +293,10 @@ class Sampler:
 
     def _take(self, row: Row, token: int, logprob: float) -> bool:
         """Append a sampled token, or the piece that stands there; returns whether the message ended."""
-        if row.pieces and not (row.chooses and self.structure(row.episode.format).goes_on(token)):
-            return not self._give_piece(row) or not row.pieces
+        if row.pieces:
+            goes_on = self.structure(row.episode.format).goes_on(token, row.pieces[0])
+            if not (row.chooses and goes_on):
+                return not self._give_piece(row) or not row.pieces
         row.trajectory.append([token], sampled=True, logprobs=[logprob])
         row.pending.append(token)
         row.message.append(token)

@@ -20,7 +20,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from nanotoolrl.config import Config
 from nanotoolrl.gpu import distributed
 from nanotoolrl.losses import kl_k3
 from nanotoolrl.model import Policy, by_length, pad
@@ -72,6 +71,7 @@ def policy_update(
     divided by 14, the sampled tokens of all four rows: what is left out still counts.
     """
     config = run.config
+    messages = sum(len(row.spoken_ids()) for row in trajectories)
     trajectories = [recorded(row, run.policy.chat, config.record) for row in trajectories]
     if config.filter < 1:
         kept = rows_kept(config, trajectories)
@@ -81,7 +81,7 @@ def policy_update(
     every_row = every_row or config.kl > 0 or config.entropy > 0 or config.guard_kl > 0
     by_token = config.loss_agg == "token"
     shares = shares_of(run, len(trajectories))
-    trained = [rows_to_train(share, advantages, every_row) for share in shares]
+    trained = [rows_to_train(share, trajectories, advantages, every_row) for share in shares]
     old = {i: old_logprobs(run, trajectories[i]) for rows in trained for i in rows}
     for update, (share, mine) in enumerate(zip(shares, trained, strict=True)):
         if config.skip_dead and not (every_row or supervised or advantages[share].any()):
@@ -105,7 +105,10 @@ def policy_update(
         loss_sum = distributed.total(loss_sum)
         notes.losses.append(loss_sum)
         notes.norms.append(optimizer_step(run, loss_sum, run.optimizer, config.lr * warm_up(run)))
-    return notes.metrics() | rewritten(config, trajectories)
+    found = notes.metrics()
+    if config.record != "exact":
+        found["rewritten"] = sum(row.rewritten for row in trajectories) / max(1, messages)
+    return found
 
 
 # ---- stage 1: which rows
@@ -116,22 +119,17 @@ def shares_of(run: Run, rows: int) -> list[range]:
     return [range(start, end) for start, end in itertools.pairwise(ends)]
 
 
-def rows_to_train(share: range, advantages: Tensor, every_row: bool) -> list[int]:
+def rows_to_train(
+    share: range, trajectories: Sequence[Trajectory], advantages: Tensor, every_row: bool
+) -> list[int]:
     """The rows of a share that this process trains on.
 
     A row without advantage has no gradient and is left out, unless `every_row`: a KL or entropy term says
-    something about all of them.
+    something about all of them. So is one without a token, of which `--record vanish` left nothing.
     """
-    rows = [i for i in share if every_row or advantages[i] != 0]
+    told = [i for i in share if every_row or advantages[i] != 0]
+    rows = [i for i in told if trajectories[i].sampled_tokens]
     return [rows[k] for k in distributed.share(len(rows))]
-
-
-def rewritten(config: Config, trajectories: Sequence[Trajectory]) -> dict[str, float]:
-    """The share of messages that `--record` changed; nothing where it changes none by definition."""
-    if config.record == "exact":
-        return {}
-    messages = sum(len(row.spoken_ids()) for row in trajectories)
-    return {"rewritten": sum(row.rewritten for row in trajectories) / max(1, messages)}
 
 
 # ---- stage 2: what they were sampled with

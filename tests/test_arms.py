@@ -4,7 +4,7 @@ import math
 
 import pytest
 
-from nanotoolrl.look.arms import arms_of, draw, interval, read_arms, shown, spread_of, table_of
+from nanotoolrl.look.arms import arms_of, draw, falls_table, interval, read_arms, shown, spread_of, table_of
 
 ROWS = [
     {"run": f"{arm}-seed{seed}", "fall": fall, "sampled_best": 0.4, "sampled_end": end, "lost": lost}
@@ -40,3 +40,14 @@ def test_arms_and_their_table(tmp_path):
 def test_a_table_is_read_back(tmp_path):
     (tmp_path / "t.csv").write_text("run,fall\na-seed0,3\na-seed1,\n")
     assert table_of(read_arms(tmp_path / "t.csv")).splitlines()[2].startswith("| a | 2 | 1 | 3 |")
+
+
+def test_the_table_of_falls():
+    """Runs that were judged; what was not measured is empty; one without a fall has no line."""
+    judged = {"verdict": "v", "broken": 0.5, "worst_state": "bare", "before hermes": 0.332}
+    judged |= {"judged hermes": 0.0, "judged hermes low": 0.0, "judged hermes high": "0.01"}
+    lines = falls_table([ROWS[0] | judged, ROWS[2] | judged, ROWS[3]]).splitlines()
+    assert len(lines) == 4
+    assert lines[2].startswith("| before | 0 | 33.2 |  |")
+    assert lines[3].startswith("| guard1-seed0 | 15 | 0.0 [0.0, 1.0] |  |")
+    assert lines[3].endswith("| 50 | bare |")

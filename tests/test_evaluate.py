@@ -355,3 +355,22 @@ def test_limits_come_from_flags_then_the_run_then_the_kind_of_tasks(tmp_path):
     assert limits(tool_seconds=0.0).tool_seconds == 0, "never is a limit, too"
     assert limits("--context", "900", "--no-strict-empty-turn", **run, strict_empty_turn=True).context == 900
     assert evaluating.run_settings("nano") == {}, "wherever one stands"
+
+
+@pytest.mark.slow
+def test_doctor_compares_with_a_page(tmp_path, capsys):
+    """The same page as when the start is played anew; another count, or no page, is refused."""
+    start, again, other = (tmp_path / f"{name}.json" for name in ("start", "again", "other"))
+    few = ["--doctor", "--count", "3", "--model", "nano"]
+    assert main([*few, "--json", str(start)]) == 0
+    assert main([*few, "--compare", "nano", "--json", str(again)]) == 0
+    assert main([*few, "--compare", str(start), "--json", str(other)]) == 0
+    pages = [json.loads(path.read_text()) for path in (again, other)]
+    assert pages[0]["model"] == pages[1]["model"] and pages[0]["reference"] == pages[1]["reference"]
+    assert {"its structure", "its values"} <= pages[0]["model"]["success"].keys()
+    capsys.readouterr()
+    assert main(["--doctor", "--count", "4", "--compare", str(start)]) == 2
+    assert "was made with another count" in capsys.readouterr().err
+    (tmp_path / "no.json").write_text("{}")
+    assert main(["--doctor", "--count", "4", "--compare", str(tmp_path / "no.json")]) == 2
+    assert "is no page of the doctor" in capsys.readouterr().err

@@ -17,7 +17,9 @@ def test_a_fall_is_below_a_quarter_of_the_best():
 def test_what_is_worth_keeping():
     success = [0.3, 0.5, 0.3, 0.1, 0.1, 0.0, 0.0]
     kept = [worth_keeping(success[: n + 1]) for n in range(len(success))]
-    assert kept == ["before-fall"] * 4 + ["", "fall", ""]
+    assert kept == ["before-fall"] * 3 + ["", "", "fall", ""]
+    assert worth_keeping([0.5, 0.5, 0.0]) == "", "the mean of two steps is half of the best, the step is not"
+    assert worth_keeping([0.4]) == "before-fall"
 
 
 def test_an_onset_holds_for_good():

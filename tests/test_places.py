@@ -96,7 +96,7 @@ def test_named_sets(chat):
     assert names == {
         "paper": {"<tool_call>", '{"', "<|im_end|>"},
         "opener": {"<tool_call>"},
-        "stop": {"<|im_end|>"},
+        "stop": {"<|im_end|>", "<|endoftext|>"},
     }
     assert structure.named("control") == structure.control_ids
 
@@ -113,3 +113,35 @@ def test_skeleton_and_values_make_the_message(chat, format):
         assert left.startswith(text + value)
         left = left[len(text + value) :]
     assert left == "" and pieces[-1][-1] == chat.end_id
+
+
+def test_blanks_beside_punctuation_are_the_piece_s(chat):
+    """A value may hold "Lunch & learn": a blank goes on only where the piece behind it has none."""
+    structure = Structure(chat, "hermes")
+    ids = chat.assistant_ids(render_calls([Call("f", {"a": "Lunch & learn it"})], "hermes"), "hermes")
+    pieces = structure.skeleton(ids)
+    blank = chat.encode(" ")
+    assert len(blank) == 1
+    behind = next(piece for piece in pieces if chat.decode(piece).startswith(" &"))
+    assert not structure.goes_on(blank[0], behind) and structure.goes_on(blank[0], pieces[-1])
+    assert structure.goes_on(chat.encode("it")[0], behind) and not structure.goes_on(chat.end_id, behind)
+
+
+def test_letters_of_several_tokens_are_words(chat):
+    found = classified(chat, render_calls([Call("f", {"a": "日本 Zoë"})], "hermes"))
+    assert len(found["value"]) > 6, "a and what writes the letters, byte by byte"
+    assert "\ufffd" in "".join(found["value"]) and "\ufffd" not in "".join(found["structure"])
+
+
+def test_all_stops_and_special_tokens_are_structure(chat):
+    structure, other = Structure(chat, "hermes"), chat.special_ids["<|endoftext|>"]
+    for text in ("Done", '<tool_call>\n{"name": "f'):
+        ids = [*chat.encode(text), other]
+        assert CLASSES[structure.classes(ids)[-1]] == "structure"
+    assert not structure.is_word(other) and other in structure.named("stop")
+
+
+@pytest.mark.parametrize("arguments", [{}, {"a": [1]}, {"a": ["x"]}, {"a": {"b": 1}}, {"a": None}])
+def test_a_body_ends_whatever_its_last_value(chat, arguments):
+    found = placed(chat, render_calls([Call("f", arguments)], "hermes"))
+    assert [place for _, place in found[-3:]] == ["behind_body", "behind_body", "behind_call"]

@@ -20,7 +20,7 @@ def run_of(path, success, nlls=None, pushes=(), **config):
     metrics |= {f"nll_{name}": values[1:] for name, values in (nlls or {}).items()}
     start = {"step": 0, "tokens": {"a": {"growth": 1.0}, "b": {"growth": 1.0}}}
     start |= {f"nll_{name}": values[0] for name, values in (nlls or {}).items()}
-    lines = [{"step": i + 1, "net_push": push} for i, push in enumerate(pushes)]
+    lines = [{"step": i + 1} | ({"net_push": push} if push else {}) for i, push in enumerate(pushes)]
     settings = {"scheme": "grpo", "model": "nano", "tasks": "train", "prompts": 1, "group": 640, "seed": 0}
     return RunFiles(path, "r", settings | {"steps": 99} | config, metrics, [start, *lines])
 
@@ -37,15 +37,14 @@ def test_fall_and_what_went_first(tmp_path):
 
 
 def test_net_push_up_to_the_fall(tmp_path):
-    """In thousandths: 1 and 3 of token a, both signs and all places; what follows the fall does not count."""
+    """In thousandths: 1, 3 and nothing, a dead step; both signs, all places; the fall is at step 3."""
     pushes = [{"x": {"a": [0.002, -0.001]}}, {"x": {"a": [0.001, 0.001]}, "y": {"a": [0.001, 0.0]}}]
-    pushes += [{"x": {"a": [9.0, 9.0]}}] * 2
-    found = rows.push_cells(
-        run_of(tmp_path, [0.4, 0.0, 0.0, 0.0], pushes=pushes[:1] + pushes[:1] + pushes[2:])
-    )
-    assert found["net a"] > 1000, "the fall is at step 3, a step of the large push"
-    found = rows.push_cells(run_of(tmp_path, [0.4, 0.05, 0.0, 0.0], pushes=[*pushes[:2], {}, {}]))
+    run = run_of(tmp_path, [0.4, 0.0, 0.0, 0.0], pushes=[*pushes, None, {"x": {"a": [9.0, 9.0]}}])
+    found = rows.push_cells(run)
     assert found["net a"] == pytest.approx(4 / 3) and found["net b"] == 0
+    held = rows.push_cells(run_of(tmp_path, [0.4] * 4, pushes=[*pushes, None, {"x": {"a": [0.0, 0.004]}}]))
+    assert held["net a"] == pytest.approx(2)
+    assert rows.push_cells(run_of(tmp_path, [0.4] * 4)) == {}, "an older run did not log it"
     assert rows.mean_and_error([1.0, 3.0]) == (2.0, 1.0)
 
 
@@ -53,16 +52,31 @@ def test_the_null_is_that_of_the_same_tasks(tmp_path, monkeypatch):
     """Each step's tasks, in the run's order, at the rates of the untrained model."""
     tasks = load_tasks("train")
     rates = {task.id: i / len(tasks) for i, task in enumerate(tasks)}
-    monkeypatch.setattr(rows, "base_rates", lambda: rates)
-    monkeypatch.setattr(rows, "RATES", tmp_path)
+    how = rows.base_rates()[0]
+    assert how["samples"] == 8 and set(rows.base_rates()[1]) == set(rates)
+    monkeypatch.setattr(rows, "base_rates", lambda: (how, rates))
     run = run_of(tmp_path, [0.5] * len(tasks))
     null = rows.null_of(run.config, len(tasks))
     assert sorted(null) == pytest.approx(sorted(rates.values())), "an epoch has each task once"
     assert null != sorted(null) and null != rows.null_of(run.config | {"seed": 1}, len(tasks))
-    found = rows.null_cells(run, [0.5] * len(tasks), 1)
-    assert found["above_null"] == pytest.approx(0.5) and found["null_best"] == max(null)
-    for other in ({"model": "x"}, {"top_p": 0.9}, {"scheme": "hint"}, {"min_turns": 3}):
+    found = rows.null_cells(run)
+    first = null[: len(null) // 2]
+    assert found["above_null"] == pytest.approx(0.5 - sum(first) / len(first))
+    assert found["null_end"] == null[-1]
+    for other in (
+        {"model": "x"},
+        {"top_p": 0.9},
+        {"scheme": "hint"},
+        {"min_turns": 3},
+        {"max_new_tokens": 8},
+    ):
         assert rows.null_of(run.config | other, 3) == []
+
+
+@pytest.mark.parametrize("written", ["", "{", "[]", '{"verdict": "v", "model": {}, "reference": null}'])
+def test_a_page_that_says_nothing(tmp_path, written):
+    (tmp_path / "doctor.json").write_text(written)
+    assert rows.judged_cells(run_of(tmp_path, [0.1])) == {}
 
 
 def test_what_the_doctor_found(tmp_path):

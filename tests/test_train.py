@@ -7,7 +7,7 @@ import signal
 import pytest
 import torch
 from helpers.models import MODELS, policy_like
-from helpers.runs import FEW, OTHERS, rows, run, run_and_copy, same_run, sent, some_tasks, weights
+from helpers.runs import FEW, OTHERS, TINY, rows, run, run_and_copy, same_run, sent, some_tasks, weights
 
 import sample
 import train
@@ -379,3 +379,19 @@ def test_bfcl_trains(tmp_path, capsys):
     assert float(row["success"]) == 0 and int(row["failed_tasks"]) == 2 and int(row["sft_tokens"]) > 0
     config = json.loads((tmp_path / "run" / "config.json").read_text())
     assert (config["tasks"], config["eval_tasks"], config["context"]) == ("bfcl:train", "bfcl:test", 8192)
+
+
+@pytest.mark.slow
+def test_a_fall_is_kept_over_a_resume(tmp_path, monkeypatch):
+    """Success .4 .4 .02 | resume | .02: the checkpoint knows all steps, the fall is that of the log."""
+    shares = iter([0.4, 0.4, 0.02, 0.02])
+    honest = train.measures
+    monkeypatch.setattr(train, "measures", lambda run, step: honest(run, step) | {"success": next(shares)})
+    out = tmp_path / "run"
+    flags = [*TINY.split(), "--scheme", "grpo", "--keep-fall", "--out", str(out)]
+    assert train.main([*flags, "--steps", "3"]) == 0
+    assert {path.name for path in (out / "models").iterdir()} == {"before-fall"}
+    assert train.main(["--resume", "--out", str(out), "--steps", "4"]) == 0
+    assert {path.name for path in (out / "models").iterdir()} == {"before-fall", "fall"}
+    saved = torch.load(out / "checkpoint.pt", weights_only=True)["saved"]
+    assert saved["state"]["successes"] == [0.4, 0.4, 0.02, 0.02]

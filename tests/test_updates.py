@@ -365,3 +365,19 @@ def test_what_is_recorded_is_trained(policy):
         found.append(parameters_of(tiny))
     all_close(*found, atol=1e-7)
     assert 0 < policy_update(make_run(tiny, record="stop"), *made_up(tiny))["rewritten"] <= 1
+
+
+def test_a_row_of_which_nothing_is_left_is_left_out(policy):
+    """A cut message of special tokens alone vanishes; the others are trained as before."""
+    found = []
+    for with_it in (True, False):
+        tiny = tiny_policy(policy.tokenizer)
+        run = make_run(tiny, torch.optim.SGD, lr=0.1, record="vanish", tokens_at_once=1, loss_agg="sequence")
+        rows, advantages = made_up(tiny)
+        begin = tiny.chat.special_ids["<|im_start|>"]
+        rows[0].tokens = [begin if on else t for t, on in zip(rows[0].tokens, rows[0].loss_mask)]
+        if not with_it:
+            advantages[0] = 0.0
+        policy_update(run, rows, advantages)
+        found.append(parameters_of(tiny))
+    all_close(*found, atol=1e-7)

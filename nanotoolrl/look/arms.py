@@ -71,22 +71,29 @@ WAYS = ("hermes", "forced prefix", "forced skeleton", "python", "xml", "its stru
 def falls_table(rows: Sequence[Row]) -> str:
     """A Markdown table with a line per run that was judged at its fall: success in % with its interval, by
     way of playing; first that of the start. Then the share of broken messages, and their commonest state."""
-    judged = [row for row in rows if row.get("verdict")]
+    judged = [row for row in rows if row.get("verdict") and row.get("fall")]
     heads = ["run", "step", *WAYS, "broken %", "most"]
     lines = ["| " + " | ".join(heads) + " |", "|" + "---|" * len(heads)]
     if judged:
         start = [judged[0].get(f"before {way}") for way in WAYS]
-        cells = ["" if value in (None, "") else f"{100 * float(value):.1f}" for value in start]
+        cells = ["" if value in (None, "") else f"{percent(value):.1f}" for value in start]
         lines.append("| " + " | ".join(["before", "0", *cells, "", ""]) + " |")
     for row in judged:
         cells = []
         for way in WAYS:
-            share, low, high = (100 * float(row[f"judged {way}{end}"]) for end in ("", " low", " high"))
-            cells.append(f"{share:.1f} [{low:.1f}, {high:.1f}]")
-        broken = f"{100 * float(row['broken']):.0f}"
+            found = [row.get(f"judged {way}{end}") for end in ("", " low", " high")]
+            cells.append(
+                "" if "" in found or None in found else "{:.1f} [{:.1f}, {:.1f}]".format(*map(percent, found))
+            )
+        broken = f"{percent(row['broken']):.0f}"
         cells = [row["run"], f"{float(row['fall']):.0f}", *cells, broken, row["worst_state"]]
         lines.append("| " + " | ".join(cells) + " |")
     return "\n".join(lines)
+
+
+def percent(share: Any) -> float:
+    """A share, as a number or as a table has it, in %."""
+    return 100 * float(share)
 
 
 def shown(values: Sequence[float], factor: float, digits: int) -> str:

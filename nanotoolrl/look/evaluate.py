@@ -33,7 +33,7 @@ from nanotoolrl.env import (
     Task,
     messages_needed,
 )
-from nanotoolrl.files import check_writable, finite
+from nanotoolrl.files import check_writable, finite, write_atomically
 from nanotoolrl.loading import BUILT_IN, ModelError, load
 from nanotoolrl.look.doctor import (
     FORCED,
@@ -356,7 +356,8 @@ def command_line() -> argparse.ArgumentParser:
     add(
         "--compare",
         metavar="DIR",
-        help="--doctor: the model before training (default: that of its run, if any)",
+        help="--doctor: the model before training, or the doctor's page of it, JSON (default: that of its "
+        "run, if any)",
     )
     return parser
 
@@ -383,7 +384,7 @@ def main(argv: list[str] | None = None) -> int:
         if args.json:
             stored = {"kind": kind} | {name: getattr(args, name) for name in arguments}
             stored = finite({"arguments": stored} | numbers)
-            args.json.write_text(json.dumps(stored, allow_nan=False), encoding="utf-8")
+            write_atomically(args.json, json.dumps(stored, allow_nan=False))
     except (ModelError, OSError, ValueError) as error:
         print(f"evaluate: {error}", file=sys.stderr)
         return 2
@@ -458,29 +459,47 @@ def doctor(args: argparse.Namespace) -> tuple[str, dict]:
     probe_tasks = subset(load_tasks("train"), PROBE_TASKS)
     run = run_settings(args.model)
     trained = args.format or run.get("format") or "hermes"
-    names = [args.model]
-    policies = [load(args.model)]
-    if before := args.compare or run.get("model"):
+    before = args.compare or run.get("model") or ""
+    known = None
+    if before.endswith(".json"):
+        before, known = judged_before(Path(before), args, trained)
+    policy, start = load(args.model), None
+    if before:
         try:
-            policies.append(load(before))
-            names.append(before)
+            start = load(before)
         except ModelError as error:
             if args.compare:
                 raise
             print(f"nothing to compare with: {error}", file=sys.stderr)
-    probes = ProbeSet(policies[-1], probe_tasks, trained)
-    samplers = [sampler_of(policy, args.limits) for policy in policies]
-    starts = [policies[1] if len(policies) > 1 else None, None]
-    found = [
-        checkup(sampler, name, tasks, trained, probes, args.limits, start)
-        for sampler, name, start in zip(samplers, names, starts)
-    ]
-    say_unsolvable(samplers[0], tasks, trained, args.limits, [""] * len(tasks))
-    model = found[0]
-    reference = found[1] if len(found) > 1 else None
+    probes = ProbeSet(start or policy, probe_tasks, trained)
+    given = (tasks, trained, probes, args.limits)
+    sampler = sampler_of(policy, args.limits)
+    model, reference = checkup(sampler, args.model, *given, start), None
+    if start:
+        reference = known or checkup(sampler_of(start, args.limits), before, *given)
+    say_unsolvable(sampler, tasks, trained, args.limits, [""] * len(tasks))
     numbers = {"verdict": verdict(model, reference), "model": dataclasses.asdict(model)}
     numbers["reference"] = dataclasses.asdict(reference) if reference else None
     return page(model, reference), numbers
+
+
+def judged_before(path: Path, args: argparse.Namespace, trained: str) -> tuple[str, Checkup]:
+    """(name of the model, what is known of it) of a page that the doctor wrote. Raises ValueError if that was
+    on other tasks, under other limits, or is no such page."""
+    try:
+        found = json.loads(path.read_text(encoding="utf-8"))
+        wanted = {name: getattr(args, name) for name in ("tasks", "count", *dataclasses.asdict(args.limits))}
+        told = found["arguments"]
+        others = [name for name, value in wanted.items() if told[name] != value]
+        model = Checkup(**found["model"])
+        others += ["format"] if model.format != trained else []
+        shares = {way: Share(*share) for way, share in model.success.items()}
+        model = dataclasses.replace(model, success=shares)
+    except (LookupError, TypeError, AttributeError, RecursionError) as error:
+        raise ValueError(f"{path} is no page of the doctor: {type(error).__name__}: {error}") from None
+    if others:
+        raise ValueError(f"{path} was made with another {', another '.join(others)}")
+    return model.name, model
 
 
 def run_settings(model: str) -> dict:

@@ -6,6 +6,8 @@ The fall is one of sampled success. An onset is a change point of one class of t
 import math
 from collections.abc import Sequence
 
+from nanotoolrl.look.runfiles import RunFiles
+
 WINDOW = 2  # steps over which sampled success is averaged
 FELL = 0.25  # a fall is below this share of the best mean so far
 WORTH = 0.03  # a best mean below this is nothing to fall from
@@ -31,12 +33,14 @@ def fall_of(successes: Sequence[float]) -> int | None:
 
 def worth_keeping(successes: Sequence[float]) -> str:
     """What the model after the latest step is kept as: "fall" in the step of the fall, "before-fall" where
-    there was none yet and success is at least half of its best, else nothing."""
+    there was none yet and success, of the step and as a mean of two, is at least half of its best, else
+    nothing."""
     fall = fall_of(successes)
     if fall is not None:
         return "fall" if fall == len(successes) else ""
     found = means(successes)
-    return "before-fall" if not found or found[-1] >= HEALTHY * max(found) else ""
+    healthy = not found or min(found[-1], successes[-1]) >= HEALTHY * max(found)
+    return "before-fall" if healthy else ""
 
 
 def onset_of(steps: Sequence[float], values: Sequence[float], rise: float = RISE) -> float | None:
@@ -65,3 +69,12 @@ def mean_and_error(values: Sequence[float]) -> tuple[float, float]:
     middle = sum(values) / len(values)
     spread = sum((value - middle) ** 2 for value in values) / (len(values) - 1)
     return middle, math.sqrt(spread / len(values))
+
+
+def pushes_up_to(run: RunFiles, last: int | None) -> list[dict[str, dict[str, list[float]]]]:
+    """The logged net push (place -> token -> [from good, from bad rollouts]) of each step up to `last`, or of
+    all; {} of a step that pushed nothing. None at all where it was not logged."""
+    steps, found = run.details("net_push")
+    of_step = dict(zip(steps, found))
+    kept = [step for step in run.metrics["step"] if step and (last is None or step <= last)]
+    return [of_step.get(step, {}) for step in kept] if found else []

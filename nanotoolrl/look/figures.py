@@ -9,7 +9,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from nanotoolrl.calls import UNHEALTHY_STATES
-from nanotoolrl.look.falls import RISE, fall_of, mean_and_error, onset_of
+from nanotoolrl.look.falls import RISE, fall_of, mean_and_error, onset_of, pushes_up_to
 from nanotoolrl.look.runfiles import RunFiles
 from nanotoolrl.places import CLASSES
 from nanotoolrl.probes import SPURIOUS_FLOOR
@@ -160,8 +160,7 @@ def bias_force(axes: Axes, runs: Sequence[RunFiles]) -> None:
     bad rollouts, and their net force, added up over the steps up to the fall."""
     marks = {"from good rollouts": "^", "from bad ones": "v", "net": "o"}
     for i, run in enumerate(runs):
-        _, found = run.details("net_push")
-        kept = found[: fall_step(run) or len(found)]
+        kept = pushes_up_to(run, fall_step(run))
         forces: list[list[float]] = []
         for token in run.tokens:
             pairs = [tokens.get(token, (0, 0)) for places in kept for tokens in places.values()]
@@ -181,8 +180,7 @@ def bias_force(axes: Axes, runs: Sequence[RunFiles]) -> None:
 def pushes_before_fall(run: RunFiles) -> dict[tuple[str, str], list[float]]:
     """The net push on each (control token, place) in every step up to the fall, else in all, in
     thousandths."""
-    _, found = run.details("net_push")
-    kept = found[: fall_step(run) or len(found)]
+    kept = pushes_up_to(run, fall_step(run))
     places = list(dict.fromkeys(place for one in kept for place in one))
     return {
         (token, place): [1000 * sum(one.get(place, {}).get(token, (0, 0))) for one in kept]
@@ -193,7 +191,7 @@ def pushes_before_fall(run: RunFiles) -> dict[tuple[str, str], list[float]]:
 
 def fall_step(run: RunFiles) -> int | None:
     """The step of the run's fall, if it fell."""
-    return fall_of([value or 0.0 for value in run.metrics.get("success", [])])
+    return fall_of(run.series("success")[1])
 
 
 def turn_survival(axes: Axes, runs: Sequence[RunFiles]) -> None:

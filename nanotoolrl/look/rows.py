@@ -2,7 +2,6 @@
 
 import json
 import math
-from collections.abc import Sequence
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -10,11 +9,14 @@ from typing import Any
 from nanotoolrl.calls import MESSAGE_STATES, UNHEALTHY_STATES
 from nanotoolrl.look.doctor import SWAPS, Checkup, left_of, lost_of
 from nanotoolrl.look.evaluate import Scores
-from nanotoolrl.look.falls import fall_of, mean_and_error, onset_interval, onset_of
+from nanotoolrl.look.falls import fall_of, mean_and_error, onset_interval, onset_of, pushes_up_to
 from nanotoolrl.look.runfiles import RunFiles
 from nanotoolrl.places import CLASSES
 from nanotoolrl.world.tasks import in_epochs, load_tasks
 
+# Settings that the rates of the untrained model and a run must share.
+SAMPLED = ("model", "tasks", "format", "temperature", "max_new_tokens", "max_messages", "context")
+SAMPLED += ("tool_seconds", "strict_empty_turn")
 WINDOW = 640  # rollouts over which sampled success is averaged
 RATES = Path(__file__).resolve().parent.parent.parent / "data" / "results" / "base" / "rates.json"
 Cells = dict[str, Any]
@@ -62,13 +64,7 @@ def row(name: str, flags: str, files: RunFiles) -> Cells:
             cells[f"halved_{kind}"] = values[near] / values[0]
     for state in MESSAGE_STATES:
         cells[f"end_{state}"] = mean(files.metrics[f"state_{state}"][-window:])
-    return (
-        cells
-        | fall_cells(files)
-        | push_cells(files)
-        | null_cells(files, sampled, window)
-        | judged_cells(files)
-    )
+    return cells | fall_cells(files) | push_cells(files) | null_cells(files) | judged_cells(files)
 
 
 def mean(values: list[float | None]) -> float | None:
@@ -81,8 +77,7 @@ def fall_cells(files: RunFiles) -> Cells:
     """`fall`: its step. `onset_CLASS`: that of each class of tokens, with those for half and double the rise.
     `first`: the class with the earliest onset, if one is earlier than all others. `worst_state`: the
     commonest unhealthy state from the fall on."""
-    success = [value or 0.0 for value in files.metrics["success"]]
-    fall = fall_of(success)
+    fall = fall_of(files.series("success")[1])
     cells: Cells = {"fall": fall}
     onsets = {}
     for name in CLASSES:
@@ -103,10 +98,10 @@ def fall_cells(files: RunFiles) -> Cells:
 
 def push_cells(files: RunFiles) -> Cells:
     """`net TOKEN`: the net push on the logit of each control token in thousandths, the mean over the steps up
-    to the fall, else over all; `net TOKEN error`: its standard error over steps."""
-    steps, found = files.details("net_push")
-    fall = fall_of([value or 0.0 for value in files.metrics["success"]])
-    kept = [places for step, places in zip(steps, found) if fall is None or step <= fall]
+    to the fall, else over all; `net TOKEN error`: its standard error over steps. A dead step pushes
+    nothing."""
+    fall = fall_of(files.series("success")[1])
+    kept = pushes_up_to(files, fall)
     cells: Cells = {}
     for token in files.tokens if len(kept) > 1 else ():
         sums = [1000 * sum(sum(tokens.get(token, (0, 0))) for tokens in places.values()) for places in kept]
@@ -114,47 +109,63 @@ def push_cells(files: RunFiles) -> Cells:
     return cells
 
 
-def null_cells(files: RunFiles, sampled: Sequence[float | None], window: int) -> Cells:
-    """`null_best`, `null_least`: what an untrained model would show as best and least sampled success, over
-    the same windows of the same tasks; `above_null`: the largest gain over it in one window."""
+def null_cells(files: RunFiles) -> Cells:
+    """`above_null`: sampled success in the first half of the steps, less what an untrained model is expected
+    to show on the same tasks; `null_half`: that expectation; `null_end`: the same over the last 640 rollouts.
+    """
     null = null_of(files.config, len(files.metrics["success"]))
-    if not null:
+    half = len(null) // 2
+    success = [value or 0.0 for value in files.metrics["success"]]
+    if not half:
         return {}
-    means = [sum(null[i : i + window]) / window for i in range(len(sampled))]
-    gains = [value - other for value, other in zip(sampled, means) if value is not None]
-    return {"null_best": max(means), "null_least": min(means), "above_null": max(gains, default=None)}
+    window = min(len(null), math.ceil(WINDOW / (files.config["prompts"] * files.config["group"])))
+    expected = sum(null[:half]) / half
+    return {
+        "null_half": expected,
+        "null_end": sum(null[-window:]) / window,
+        "above_null": sum(success[:half]) / half - expected,
+    }
 
 
 def null_of(config: dict, steps: int) -> list[float]:
     """Expected sampled success of the untrained built-in model on the tasks of each step, from its rates on
-    every training task (data/results/base/rates.json); [] where the run had another model, other tasks, or
-    samples otherwise than these rates were."""
-    usual = {"model": "nano", "tasks": "train", "format": "hermes", "min_turns": 1, "task_count": 0}
-    usual |= {"temperature": 1.0, "top_p": 1.0, "min_p": 0.0}
-    if any(config.get(name, value) != value for name, value in usual.items()) or not RATES.exists():
+    every training task (data/results/base/rates.json, 8 rollouts of each); [] where the run had another
+    model or other tasks, or samples otherwise than these rates were."""
+    usual = {"min_turns": 1, "task_count": 0, "top_p": 1.0, "min_p": 0.0}
+    usual |= {name: base_rates()[0].get(name) for name in SAMPLED}
+    if any(config.get(name, value) != value for name, value in usual.items()):
         return []
     if not {"seed", "prompts"} <= config.keys() or config["scheme"] in ("hint", "ops", "ghpo"):
         return []
-    rates, tasks = base_rates(), load_tasks("train")
+    rates, tasks = base_rates()[1], load_tasks("train")
     order = in_epochs(tasks, str(config["seed"]), range(steps * config["prompts"]))
     per_step = [order[i : i + config["prompts"]] for i in range(0, len(order), config["prompts"])]
     return [sum(rates[task.id] for task in chosen) / len(chosen) for chosen in per_step]
 
 
 @cache
-def base_rates() -> dict[str, float]:
-    """Sampled success of the built-in model by training task."""
-    scores = json.loads(RATES.read_text(encoding="utf-8"))["scores"]["hermes"]["rewards"]
-    return {task: rate for rewards in scores.values() for task, rate in rewards.items()}
+def base_rates() -> tuple[dict[str, Any], dict[str, float]]:
+    """(how they were sampled, sampled success of the built-in model by training task)."""
+    stored = json.loads(RATES.read_text(encoding="utf-8"))
+    rewards = stored["scores"]["hermes"]["rewards"]
+    return stored["arguments"], {task: rate for found in rewards.values() for task, rate in found.items()}
+
+
+def stored_page(path: Path) -> dict[str, Any]:
+    """A page of the doctor; {} where nothing can be read, or nothing was compared with."""
+    try:
+        found = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return {}
+    return found if isinstance(found, dict) and found.get("reference") else {}
 
 
 def judged_cells(files: RunFiles) -> Cells:
     """What the doctor found (doctor.json): success by way of playing with its interval, and that of the
     reference; the share of broken messages; what is left of structure and of values, and what is lost."""
-    path = files.path / "doctor.json"
-    if not path.exists():
+    found = stored_page(files.path / "doctor.json")
+    if not found:
         return {}
-    found = json.loads(path.read_text(encoding="utf-8"))
     model, reference = (Checkup(**found[name]) for name in ("model", "reference"))
     cells: Cells = {"verdict": found["verdict"], "broken": model.unhealthy}
     for way, (share, low, high, _) in model.success.items():

@@ -22,8 +22,9 @@ from nanotoolrl.cli import available_cores, command, number
 from nanotoolrl.commandline import parse, stored_config
 from nanotoolrl.config import Refused
 from nanotoolrl.files import check_writable
-from nanotoolrl.look.arms import arms_of, draw, table_of
-from nanotoolrl.look.rows import row
+from nanotoolrl.look.arms import arms_of, draw, falls_table, table_of
+from nanotoolrl.look.falls import fall_of
+from nanotoolrl.look.rows import row, stored_page
 from nanotoolrl.look.rundir import logged_steps
 from nanotoolrl.look.runfiles import Unreadable, read_run
 from nanotoolrl.look.studies import STUDIES
@@ -31,6 +32,9 @@ from nanotoolrl.look.studies import STUDIES
 ROOT = Path(__file__).resolve().parent.parent.parent
 REFUSED = 2  # exit code of a run that was made with other settings, or cannot be made
 ENDED = 130  # of one that has not begun when the study is ended
+
+
+JUDGING = threading.Lock()  # of the model that runs began from: once, whoever is first
 
 
 class Children:
@@ -67,7 +71,9 @@ def run(directory: Path, flags: str, children: Children, count: int = 0) -> int:
     unfinished, or now wants more --steps, goes on from its checkpoint; one with other settings is refused.
     count: tasks that the doctor then plays (`judge`); 0: it is not asked."""
     code = train(directory, flags, children)
-    return code or (judge(directory, count, children) if count else 0)
+    if code or not count:
+        return code
+    return 1 if judge(directory, count, children) else 0  # 2 would say that the run has other settings
 
 
 def train(directory: Path, flags: str, children: Children) -> int:
@@ -156,9 +162,10 @@ def main(argv: list[str] | None = None) -> int:
             write(table, rows(study, home))
             print("stopped; the runs are saved, the same command goes on", file=sys.stderr)
             return 130
-    found = arms_of(rows(study, home))
-    if found:
+    made = rows(study, home)
+    if found := arms_of(made):
         print(table_of(found))
+        print(falls_table(made))
         if args.figure:
             draw(found, args.figure)
     return 1 if any(codes.values()) else 0
@@ -181,13 +188,23 @@ def interrupting(*numbers: int) -> Iterator[None]:
 
 def judge(directory: Path, count: int, children: Children) -> int:
     """Have the doctor judge a finished run at its fall, if it fell and that was not done yet; its page is
-    doctor.json in the run directory. Returns the exit code."""
+    doctor.json in the run directory. The model it began from is judged once, into start-NAME.json beside the
+    runs. Returns the exit code."""
+    files = read_run(directory)
     page, fall = directory / "doctor.json", directory / "models" / "fall"
-    if page.exists() or not fall.is_dir():
+    done = stored_page(page).get("arguments", {}).get("count") == count
+    if done or not fall.is_dir() or not fall_of(files.series("success")[1]):
         return 0
-    command = [sys.executable, "-m", "nanotoolrl.evaluate", "--doctor", "--model", str(fall)]
-    command += ["--count", str(count), "--json", str(page)]
-    return children.run(command, directory.parent / f"{directory.name}.log")
+    home, start = directory.parent, files.config["model"]
+    known = home / f"start-{Path(start).name}.json"
+    how = [sys.executable, "-m", "nanotoolrl.evaluate", "--doctor", "--count", str(count)]
+    with JUDGING:
+        if not known.exists():
+            code = children.run([*how, "--model", start, "--json", str(known)], home / "start.log")
+            if code:
+                return code
+    command = [*how, "--model", str(fall), "--compare", str(known), "--json", str(page)]
+    return children.run(command, home / f"{directory.name}.log")
 
 
 def rows(study: dict[str, str], home: Path) -> list[dict]:
