@@ -4,9 +4,10 @@ import pytest
 import torch
 
 from nanotoolrl.config import Config
-from nanotoolrl.objective import Tokens, clipped_objective, guarded
+from nanotoolrl.objective import Tokens, clipped_objective
 from nanotoolrl.places import PLACES
 from nanotoolrl.probes import placed_gradient
+from nanotoolrl.weights import weighed
 
 P = torch.tensor([0.5, 0.2, 0.2, 0.1], dtype=torch.double)  # of four tokens at one place
 
@@ -30,7 +31,7 @@ def expected_push(good, guard=0.0):
     mask = torch.ones(1, 8, dtype=torch.bool)
     row = torch.zeros(8, dtype=torch.long)
     tokens = Spared(run, [], ids[None], mask, torch.zeros(0), logprobs, logprobs.detach(), advantages, row)
-    losses, _ = clipped_objective(run, guarded(tokens))
+    losses, _ = clipped_objective(run, weighed(tokens))
     (push,) = torch.autograd.grad(-(chance * losses).sum(), logprobs)
     found = placed_gradient(push, ids, P.expand(8, 4), torch.arange(4), row)
     assert found.shape == (len(PLACES), 2, 4) and not found[1:].any()
