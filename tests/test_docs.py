@@ -342,7 +342,7 @@ def claims() -> list[str]:
             f"it holds: {span(gain)} points above an untrained model in the first ten steps"
         ),
         'a few control tokens break first (`<tool_call>`, `{"`, `<\\|im_end\\|>`)': (
-            f"in calls, structure breaks before values in {structure} of {seeds} seeds; values do not break in "
+            f"in calls, structure breaks before values in {structure} of {seeds} seeds; values do not in "
             f"{WORDS[never]}"
         ),
         "the skill stays intact behind the broken format": (
