@@ -367,6 +367,17 @@ def test_the_tables_of_the_dose_are_made_from_the_committed_study():
     assert falls_table(rows) in WHY, falls_table(rows)
 
 
+def test_what_the_page_says_of_a_dead_run():
+    with (RESULTS / "schemes" / "guard" / "metrics.csv").open() as file:
+        steps = list(csv.DictReader(file))
+    last = max(i for i, row in enumerate(steps) if int(row["contrast_groups"]))
+    text = " ".join(WHY.split())
+    assert f"the last group with contrast is at step {last + 1}." in text
+    assert f"In the {('five', 'six')[len(steps) - last - 6]} steps after it" in text
+    for name, said in (("nll_content", "goes on from {} to {} nats"), ("kl", "from the start from {} to {}")):
+        assert said.format(*(f"{float(steps[i][name]):.2f}" for i in (last, -1))) in text
+
+
 def test_what_the_page_says_of_the_null():
     spans = {arm: span([100 * x for x in numbers(rows, "above_null")]) for arm, rows in dose_arms().items()}
     assert f"{spans['guard0']} points above it without a guard, {spans['guard1']} with all of it" in WHY
