@@ -27,9 +27,12 @@ from nanotoolrl import calls, commandline, env
 from nanotoolrl.calls import FORMATS, message_state, parse_calls, render_calls
 from nanotoolrl.commandline import parse
 from nanotoolrl.look import studies
+from nanotoolrl.look.arms import falls_table, numbers, read_arms, spread_of, table_of
+from nanotoolrl.look.doctor import COLLAPSED
 from nanotoolrl.look.evaluate import Scores, states_table, table
 from nanotoolrl.look.figures import FIGURES
 from nanotoolrl.look.metrics import metrics, metrics_page
+from nanotoolrl.look.rows import null_of
 from nanotoolrl.schemes import Scheme
 from nanotoolrl.signals import SCHEMES
 from nanotoolrl.world.observe import call_tool
@@ -42,6 +45,7 @@ PAGES = {
 }
 README, COLLAPSE, SPEED = (PAGES[name] for name in ("README.md", "docs/collapse.md", "docs/speed.md"))
 START = PAGES["docs/start.md"]
+WHY = PAGES["docs/why.md"]
 ADDED = "docs/6-add-your-own.md"  # its commands run in a copy that has what the page adds
 RESULTS = ROOT / "data" / "results"
 COLLAPSE_STATES = ("call", "reply", "malformed", "polluted", "overlong", "bare")
@@ -294,23 +298,89 @@ def first_table(kind: str) -> str:
     return "\n".join([header, "|---" * len(cells) + "|", *lines])
 
 
+# ---------------------------------------------------------------------------------- the collapse of structure
+WORDS = ("no", "one", "two", "three", "four", "five")
+
+
+def dose_arms() -> dict:
+    """The arms of the committed study of the dose."""
+    return read_arms(RESULTS / "dose.csv")
+
+
+def span(values, digits=1) -> str:
+    """Example: "0.0 to 1.0"; a single number where both are alike."""
+    low, high = f"{min(values):.{digits}f}", f"{max(values):.{digits}f}"
+    return low if low == high else f"{low} to {high}"
+
+
+def claims() -> list[str]:
+    """README's first table, but for what is not measured yet."""
+    arms = dose_arms()
+    exact, spike = arms["guard0"], arms["guard1"]
+    falls = numbers(spike, "fall")
+    gain = [100 * x for x in numbers(spike, "above_null")]
+    first = [
+        row["onset_structure"] and float(row["onset_structure"]) < float(row["onset_value"] or "inf")
+        for row in spike
+    ]
+    never = sum(not row["onset_value"] for row in spike)
+
+    def of(way):
+        return span([100 * x for x in numbers(spike, f"judged {way}")])
+
+    def before(way):
+        return f"{100 * numbers(spike, f'before {way}')[0]:.1f}"
+
+    seeds, structure = WORDS[len(spike)], WORDS[sum(map(bool, first))]
+    rows = {
+        "RL alone collapses: success falls abruptly, the call structure breaks": (
+            f"trained exactly as sampled: in {WORDS[len(numbers(exact, 'fall'))]} of {seeds} seeds within 20 "
+            "steps. Once bad rollouts spare control tokens (`--preset spike`): in "
+            f"{WORDS[len(falls)]} of {seeds}, at step {spread_of(falls)}"
+        ),
+        "it gains or holds first": (
+            f"it holds: {span(gain)} points above an untrained model in the first ten steps"
+        ),
+        'a few control tokens break first (`<tool_call>`, `{"`, `<\\|im_end\\|>`)': (
+            f"in calls, structure breaks before values in {structure} of {seeds} seeds; values do not in "
+            f"{WORDS[never]}"
+        ),
+        "the skill stays intact behind the broken format": (
+            f"at the fall the trained format solves {of('hermes')} % ({before('hermes')} before), with the "
+            f"skeleton of calls given {of('forced skeleton')} ({before('forced skeleton')}), in python "
+            f"{of('python')} ({before('python')}), in xml {of('xml')} ({before('xml')})"
+        ),
+    }
+    return [f"| {claim} | {found} |" for claim, found in rows.items()]
+
+
 def test_the_claims_are_counted_in_the_committed_results():
-    """README's first table: how many of the five seeds show what."""
-    with (RESULTS / "collapse.csv").open() as file:
-        seeds = list(csv.DictReader(file))
-    words = ("no", "one", "two", "three", "four", "five")
-    fell = sum(float(row["greedy_after"]) < float(row["greedy_before"]) / 3 for row in seeds)
-    first = sum(float(row["halved_nll_control"]) > float(row["halved_nll_content"]) for row in seeds)
-    assert f"yes, in {words[fell]} of {words[len(seeds)]} seeds" in README
-    assert f"in {words[first]} seeds of {words[len(seeds)]}" in README
-    best = max(
-        scores.success
-        for path in (RESULTS / "collapse").glob("f*-seed*.json")
-        for scores in stored_scores(path).values()
-    )
-    doctor = json.loads((RESULTS / "collapse" / "doctor-seed1.json").read_text())["model"]["success"]
-    best = max(best, *(share[0] for share in doctor.values()))
-    assert f"at most {100 * best:.1f} % are left" in README
+    for line in claims():
+        assert line in README, line
+
+
+def test_the_tables_of_the_dose_are_made_from_the_committed_study():
+    arms = dose_arms()
+    assert [row["run"] for rows in zip(*arms.values()) for row in rows] == list(studies.STUDIES["dose"])
+    assert table_of(arms) in WHY, table_of(arms)
+    rows = [row for found in arms.values() for row in found]
+    assert falls_table(rows) in WHY, falls_table(rows)
+
+
+def test_what_the_page_says_of_a_dead_run():
+    with (RESULTS / "schemes" / "guard" / "metrics.csv").open() as file:
+        steps = list(csv.DictReader(file))
+    last = max(i for i, row in enumerate(steps) if int(row["contrast_groups"]))
+    text = " ".join(WHY.split())
+    assert f"the last group with contrast is at step {last + 1}." in text
+    assert f"In the {('five', 'six')[len(steps) - last - 6]} steps after it" in text
+    for name, said in (("nll_content", "goes on from {} to {} nats"), ("kl", "from the start from {} to {}")):
+        assert said.format(*(f"{float(steps[i][name]):.2f}" for i in (last, -1))) in text
+
+
+def test_what_the_page_says_of_the_null():
+    spans = {arm: span([100 * x for x in numbers(rows, "above_null")]) for arm, rows in dose_arms().items()}
+    assert f"{spans['guard0']} points above it without a guard, {spans['guard1']} with all of it" in WHY
 
 
 def test_the_table_of_collapse_and_help_is_made_from_the_committed_results():
@@ -320,17 +390,47 @@ def test_the_table_of_collapse_and_help_is_made_from_the_committed_results():
     assert len(rows) > 3
     for name, cell in rows:
         assert cell == with_interval(greedy_scores(stored_run(name), "after")), name
-    with (RESULTS / "collapse.csv").open() as file:
-        ends = ", ".join(f"{100 * float(row['greedy_after']):.1f}" for row in csv.DictReader(file))
-    assert f"| `python train.py --scheme grpo --preset collapse`, five seeds | {ends} |" in README
     assert f"from {with_interval(greedy_scores(stored_run('grpo'), 'before'))}" in README
 
 
 def test_the_transcripts_are_the_committed_ones():
-    """Before: a test runs the command. After: what it printed of the run that the page names."""
-    for name in ("before", "seed3"):
-        text = (RESULTS / "collapse" / f"transcript-{name}.txt").read_text(encoding="utf-8")
-        assert f"```text\n{text[text.index('     user |') :]}```" in README
+    """Before: a test runs the command. At the fall: what it printed of the run that the page names."""
+    for path in (RESULTS / "dose").glob("transcript-*.txt"):
+        text = path.read_text(encoding="utf-8")
+        assert f"```text\n{text[text.index('     user |') :]}```" in README, path.name
+
+
+def test_what_the_page_of_the_noise_collapse_says():
+    """Four of five seeds by the doctor's rule; by how much sampled success rises, and an untrained model's
+    would; which tokens have lost more nats where success has halved."""
+    with (RESULTS / "collapse.csv").open() as file:
+        seeds = list(csv.DictReader(file))
+    fell = [float(row["greedy_after"]) < COLLAPSED * float(row["greedy_before"]) for row in seeds]
+    assert sum(fell) == 4 and "Four of five seeds collapse by the doctor's rule" in COLLAPSE
+    ours, nulls, above = [], [], []
+    for row in seeds:
+        settings = {"scheme": "grpo", "prompts": 4, "group": 8, "seed": int(row["run"][4:])}
+        null = null_of(settings, 100)
+        means = [sum(null[i : i + 20]) / 20 for i in range(81)]
+        ours.append(float(row["sampled_best"]) - float(row["sampled_start"]))
+        nulls.append(max(means) - means[0])
+        above.append(float(row["sampled_best"]) - max(means))
+    text = " ".join(COLLAPSE.split())
+    assert f"by {100 * min(ours):.0f} to {100 * max(ours):.0f} points over that" in text
+    assert f"in the same order, by {100 * min(nulls):.0f} to {100 * max(nulls):.0f}:" in text
+    better = [x for x in above if x > 0]
+    said = f"{WORDS[len(better)]} of five seeds, by {100 * min(better):.0f} to {100 * max(better):.0f} points"
+    assert said in text
+    with (RESULTS / "dose.csv").open() as file:
+        start = next(csv.DictReader(file))
+    lost = {
+        kind: [(float(row[f"halved_nll_{kind}"]) - 1) * float(start[f"start_nll_{kind}"]) for row in seeds]
+        for kind in ("control", "content")
+    }
+    first = [round(a, 2) > round(b, 2) for a, b in zip(lost["control"], lost["content"])]
+    assert first == [False, True, False, False, False]
+    assert f"in seed 2 both have lost {lost['control'][2]:.2f}" in text
+    assert all(f"{float(start[f'start_nll_{kind}']):.3f}" in text for kind in lost)
 
 
 @pytest.mark.parametrize("kind", ["hint", "no-hint"])

@@ -58,6 +58,7 @@ def row(name: str, flags: str, files: RunFiles) -> Cells:
     }
     for kind in ("nll_control", "nll_content"):
         steps, values = files.series(kind)
+        cells[f"start_{kind}"] = values[0] if values else None
         cells[kind] = values[-1] / values[0] if values else None
         if halved and values:
             near = min(range(len(steps)), key=lambda i: abs(steps[i] - halved))
