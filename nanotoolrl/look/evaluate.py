@@ -74,15 +74,15 @@ class Scores:
 
     def of(self, category: str) -> Share:
         """Share solved of a category, or of "all"."""
-        found = self._by_task(category)
+        found = self.by_task(category)
         return share_of(list(found.values()), [index_of(*key) for key in found])
 
     def since(self, before: "Scores") -> Share:
         """Share solved more than before, on the same tasks. Raises KeyError where they are others."""
-        now, then = self._by_task("all"), before._by_task("all")
+        now, then = self.by_task("all"), before.by_task("all")
         return difference(list(now.values()), [then[key] for key in now], [index_of(*key) for key in now])
 
-    def _by_task(self, category: str) -> dict[tuple[str, str], float]:
+    def by_task(self, category: str) -> dict[tuple[str, str], float]:
         """Rewards by (category, task) of a category, or of all."""
         wanted = self.rewards if category == "all" else [category]
         return {(name, task): x for name in wanted for task, x in self.rewards.get(name, {}).items()}
@@ -192,7 +192,7 @@ def grid(columns: dict[tuple[str, str], Scores], trained: str) -> str:
     lines = [f"{'success %':<18}" + "".join(f"{name:>24}" for name in sets)]
     for format in formats:
         cells = [str(columns[format, name].of("all")) for name in sets]
-        label = f"{format} ({'trained' if format == trained else 'foreign'})"
+        label = format if format == FORCED else f"{format} ({'trained' if format == trained else 'foreign'})"
         lines.append(f"{label:<18}" + "".join(f" {cell:>23}" for cell in cells))
     return "\n".join(lines)
 
@@ -411,7 +411,8 @@ def score(args: argparse.Namespace) -> tuple[str, dict]:
 
 
 def score_grid(args: argparse.Namespace) -> tuple[str, dict]:
-    """Success in the trained and the foreign formats on tasks of the trained and of other domains."""
+    """Success in the trained and the foreign formats, and with the prefix forced, on tasks of the trained and
+    of other domains."""
     policy = load(args.model)
     trained = args.format or run_settings(args.model).get("format") or "hermes"
     formats = [trained, *(format for format in FORMATS if format != trained)]
@@ -419,6 +420,9 @@ def score_grid(args: argparse.Namespace) -> tuple[str, dict]:
     for name in ("test", "ood"):
         tasks = chosen_tasks(name, args.count)
         columns |= {(format, name): play(policy, tasks, format, args) for format in formats}
+        if not args.force_prefix:
+            forced = argparse.Namespace(**vars(args) | {"force_prefix": True})
+            columns[FORCED, name] = play(policy, tasks, trained, forced)
     scores = {f"{format} {name}": dataclasses.asdict(one) for (format, name), one in columns.items()}
     return grid(columns, trained), {"trained": trained, "scores": scores}
 

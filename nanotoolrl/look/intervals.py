@@ -63,6 +63,12 @@ def share_of(rewards: Sequence[float], clusters: Sequence[Hashable]) -> Share:
     return Share(share, *wilson(share, worth), n)
 
 
+def over_seeds(rewards: Sequence[Sequence[float]], clusters: Sequence[Hashable]) -> Share:
+    """Mean of rewards [seeds][n tasks] with the interval of `share_of` for each task's mean over the seeds:
+    tasks are drawn anew, the seeds are not."""
+    return share_of([sum(column) / len(column) for column in zip(*rewards, strict=True)], clusters)
+
+
 def difference(after: Sequence[float], before: Sequence[float], clusters: Sequence[Hashable]) -> Share:
     """Mean of after - before on the same tasks, with its clustered normal interval."""
     if not after:

@@ -1,5 +1,6 @@
 """What a run says, for one line of a study's table: measured from the files it left, and from the doctor."""
 
+import contextlib
 import json
 import math
 from functools import cache
@@ -7,7 +8,8 @@ from pathlib import Path
 from typing import Any
 
 from nanotoolrl.calls import MESSAGE_STATES, UNHEALTHY_STATES
-from nanotoolrl.look.doctor import SWAPS, Checkup, left_of, lost_of
+from nanotoolrl.env import Task
+from nanotoolrl.look.doctor import COLLAPSED, SWAPS, Checkup, left_of, lost_of
 from nanotoolrl.look.evaluate import Scores
 from nanotoolrl.look.falls import fall_of, mean_and_error, onset_interval, onset_of, pushes_up_to
 from nanotoolrl.look.runfiles import RunFiles
@@ -65,7 +67,9 @@ def row(name: str, flags: str, files: RunFiles) -> Cells:
             cells[f"halved_{kind}"] = values[near] / values[0]
     for state in MESSAGE_STATES:
         cells[f"end_{state}"] = mean(files.metrics[f"state_{state}"][-window:])
-    return cells | fall_cells(files) | push_cells(files) | null_cells(files) | judged_cells(files)
+    for more in (fall_cells, push_cells, null_cells, judged_cells, reward_cells):
+        cells |= more(files)
+    return cells
 
 
 def mean(values: list[float | None]) -> float | None:
@@ -175,3 +179,35 @@ def judged_cells(files: RunFiles) -> Cells:
             cells[f"before {way}"] = reference.success[way][0]
     cells |= {f"left {way}": share for way, share in left_of(model, reference).items()}
     return cells | {"lost": lost_of(model, reference)}
+
+
+def reward_cells(files: RunFiles) -> Cells:
+    """What the run ended with, task by task. `after CATEGORY`: greedy success; `digits WAY SET`: a 1 or 0 for
+    each task, in the order of `in_order`, of the closing evaluation and of grid.json; `grid WAY SET`: its
+    mean. `collapsed`: 1 if greedy success is below a quarter of that before, by the doctor's rule."""
+    cells: Cells = {}
+    format, greedy = files.config.get("format", "hermes"), "held out, greedy"
+    with contextlib.suppress(OSError, ValueError, KeyError):
+        stored = json.loads((files.path / "result.json").read_text(encoding="utf-8"))
+        before, after = (Scores(**stored[when][greedy]) for when in ("before", "after"))
+        cells |= {f"after {name}": after.of(name).share for name in after.rewards}
+        cells |= {f"digits {format} closing": digits(after)}
+        cells |= {"collapsed": int(after.success < COLLAPSED * before.success)}
+    with contextlib.suppress(OSError, ValueError, KeyError):
+        stored = json.loads((files.path / "grid.json").read_text(encoding="utf-8"))
+        for name, values in stored["scores"].items():
+            scores = Scores(**values)
+            cells |= {f"grid {name}": scores.success, f"digits {name}": digits(scores)}
+    return cells
+
+
+def digits(scores: Scores) -> str:
+    """A 1 for each task that was solved, else a 0, ordered by category and name, behind a letter: a table is
+    read as text. Greedy scores only: others are no digits."""
+    found = scores.by_task("all")
+    return "t" + "".join(str(int(found[key])) for key in sorted(found))
+
+
+def in_order(tasks: Sequence[Task]) -> list[Task]:
+    """Tasks in the order of `digits`."""
+    return sorted(tasks, key=lambda task: (task.category, task.id))

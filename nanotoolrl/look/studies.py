@@ -36,6 +36,21 @@ def arms(settings: dict[str, str]) -> dict[str, str]:
 SPIKE = "--scheme grpo --preset spike"
 ROUNDTRIP = "--scheme grpo --preset roundtrip"
 EXACT = f"{SPIKE} --guard 0"  # plain GRPO, exactly on policy
+# The rescue: every method in the setting that collapses, with the same number of rollouts, in rounds of four.
+RESCUE = "--preset spike --steps 24 --round-steps 4 --sft-window 4 --eval-count 400"
+METHODS = {
+    "sft": "--scheme sft",
+    "sft-foreign": "--scheme sft --sft-source foreign",
+    "grpo": "--scheme grpo",
+    "sft_rl": "--scheme sft_rl",
+    "sft_rl-foreign": "--scheme sft_rl --sft-source foreign",
+    "ops": "--scheme ops",
+    "hint": "--scheme hint",
+    "ets": "--scheme ets",
+    "prs": "--scheme prs",
+    "bursts": "--scheme bursts",
+    "restart": "--scheme restart --restart-steps 4",
+}
 STUDIES = {
     "collapse-search": {name: f"{SCREEN} {flags}" for name, flags in COLLAPSE_SEARCH.items()},
     "collapse": {
@@ -52,6 +67,7 @@ STUDIES = {
     # Tokens that are trained as their text, beside the twin that trains what was sampled.
     "roundtrip": arms({how: f"{ROUNDTRIP} --record {how}" for how in ("text", "exact")}),
     "roundtrip-parts": arms({how: f"{ROUNDTRIP} --record {how}" for how in ("encode", "stop", "vanish")}),
+    "main": arms({name: f"{flags} {RESCUE}" for name, flags in METHODS.items()}),
     # Other ways to train what the policy did not sample, or not so.
     "mismatch": arms(
         {

@@ -7,6 +7,7 @@ broken ones are resumed, and the table is made anew from the run directories eac
 import argparse
 import contextlib
 import csv
+import json
 import os
 import signal
 import subprocess
@@ -66,14 +67,16 @@ class Children:
                 child.terminate()
 
 
-def run(directory: Path, flags: str, children: Children, count: int = 0) -> int:
+def run(directory: Path, flags: str, children: Children, count: int = 0, grid: int = 0) -> int:
     """One run of train.py on one thread, its output beside the directory; returns the exit code. One that is
     unfinished, or now wants more --steps, goes on from its checkpoint; one with other settings is refused.
-    count: tasks that the doctor then plays (`judge`); 0: it is not asked."""
+    count: tasks that the doctor then plays (`judge`), grid: those of the grid (`score_grid`); 0: none."""
     code = train(directory, flags, children)
-    if code or not count:
+    if code:
         return code
-    return 1 if judge(directory, count, children) else 0  # 2 would say that the run has other settings
+    judged = judge(directory, count, children) if count else 0
+    scored = score_grid(directory, grid, children) if grid else 0
+    return 1 if judged or scored else 0  # 2 would say that the run has other settings
 
 
 def train(directory: Path, flags: str, children: Children) -> int:
@@ -124,6 +127,13 @@ def main(argv: list[str] | None = None) -> int:
         metavar="TASKS",
         help="have the doctor judge each run that falls, at its fall, on so many tasks (default: 0)",
     )
+    parser.add_argument(
+        "--grid",
+        type=number(int, least=0, most=10_000),
+        default=0,
+        metavar="TASKS",
+        help="score each run at its end in all formats on so many tasks of `test` and of `ood` (default: 0)",
+    )
     parser.add_argument("--figure", type=Path, help="draw the arms of the study into this PNG")
     parser.add_argument("--table", help="CSV (default: data/results/STUDY.csv)")
     args = parser.parse_args(argv)
@@ -137,6 +147,7 @@ def main(argv: list[str] | None = None) -> int:
         return 2
     study = dict(STUDIES[args.study])
     codes = {}
+    asked = (args.judge, args.grid)
     children = Children()
     with (
         interrupting(signal.SIGTERM, getattr(signal, "SIGHUP", signal.SIGTERM)),
@@ -144,7 +155,8 @@ def main(argv: list[str] | None = None) -> int:
         tqdm(total=len(study), unit="run") as bar,
     ):
         waiting = {
-            pool.submit(run, home / name, flags, children, args.judge): name for name, flags in study.items()
+            pool.submit(run, home / name, flags, children, args.judge, args.grid): name
+            for name, flags in study.items()
         }
         try:
             for done in as_completed(waiting):
@@ -192,7 +204,7 @@ def judge(directory: Path, count: int, children: Children) -> int:
     runs. Returns the exit code."""
     files = read_run(directory)
     page, fall = directory / "doctor.json", directory / "models" / "fall"
-    done = stored_page(page).get("arguments", {}).get("count") == count
+    done = bool(stored_page(page)) and stored_arguments(page).get("count") == count
     if done or not fall.is_dir() or not fall_of(files.series("success")[1]):
         return 0
     home, start = directory.parent, files.config["model"]
@@ -205,6 +217,25 @@ def judge(directory: Path, count: int, children: Children) -> int:
                 return code
     command = [*how, "--model", str(fall), "--compare", str(known), "--json", str(page)]
     return children.run(command, home / f"{directory.name}.log")
+
+
+def score_grid(directory: Path, count: int, children: Children) -> int:
+    """Score a finished run at its end in all formats, and with the prefix forced, on tasks of its own and of
+    other domains, if that was not done yet: grid.json in the run directory. Returns the exit code."""
+    page = directory / "grid.json"
+    if stored_arguments(page).get("count") == count:
+        return 0
+    command = [sys.executable, "-m", "nanotoolrl.evaluate", "--grid", "--model", str(directory / "model")]
+    command += ["--count", str(count), "--json", str(page)]
+    return children.run(command, directory.parent / f"{directory.name}.log")
+
+
+def stored_arguments(page: Path) -> dict:
+    """The flags of a page that `evaluate --json` wrote; {} where nothing can be read."""
+    try:
+        return json.loads(page.read_text(encoding="utf-8"))["arguments"]
+    except (OSError, ValueError, LookupError, TypeError):
+        return {}
 
 
 def rows(study: dict[str, str], home: Path) -> list[dict]:
