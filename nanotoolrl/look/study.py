@@ -155,8 +155,7 @@ def main(argv: list[str] | None = None) -> int:
         tqdm(total=len(study), unit="run") as bar,
     ):
         waiting = {
-            pool.submit(run, home / name, flags, children, args.judge, args.grid): name
-            for name, flags in study.items()
+            pool.submit(run, home / name, flags, children, *asked): name for name, flags in study.items()
         }
         try:
             for done in as_completed(waiting):
