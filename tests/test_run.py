@@ -100,8 +100,9 @@ def test_a_rounded_copy_samples():
     run = Run.begin(Config(sampler_dtype="bf16", prompts=1, group=2, updates=1), policy)
     assert run.sampler.policy is not policy and run.sampler.policy.dtype == torch.bfloat16
     with torch.no_grad():
-        policy.model.norm.weight.mul_(1.5)
+        policy.model.lm_head.weight.mul_(1.5)
     rows = rollout(run, tasks(1))
-    assert torch.equal(run.sampler.policy.model.norm.weight, policy.model.norm.weight.bfloat16())
+    copied = run.sampler.policy.head
+    assert torch.equal(copied, policy.head.bfloat16())
     metrics = policy_update(run, rows, torch.tensor([1.0, -1.0]))
     assert 1e-3 < metrics["logprob_gap"] < 1
