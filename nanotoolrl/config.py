@@ -19,6 +19,7 @@ from nanotoolrl.sampler import LEAST_TEMPERATURE, SLOTS
 from nanotoolrl.world.tasks import TASK_NAMES
 
 LARGEST = 2**31 - 1  # of an integer setting that says nothing else
+WIDTHS = tuple(name for name in DTYPES if name != "auto")
 # Bounds of an episode's limits.
 COUNTS: dict[str, Any] = {"above": 0, "most": LARGEST}
 SECONDS: dict[str, Any] = {"least": 0, "most": 86_400}
@@ -238,6 +239,9 @@ class Config:
     tokens_at_once: int = setting(4096, "tokens per training micro-batch, padding included", above=0)
     checkpointing: bool = setting(False, "compute layers again in the backward pass: slower, less memory")
     dtype: str = setting("auto", "of the weights; auto: fp32 on a CPU, bf16 or fp16 on a GPU", tuple(DTYPES))
+    sampler_dtype: str = setting(
+        "same", "of the weights that sample; another one than --dtype makes a copy of them", ("same", *WIDTHS)
+    )
     logprob: str = setting("auto", "log-prob implementation; auto: Triton on a GPU, else tiles", BACKENDS)
     slots: int = setting(SLOTS, "episodes sampled at a time", above=0)
     save_every: int = setting(5, "steps between checkpoints", above=0)

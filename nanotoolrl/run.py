@@ -73,8 +73,12 @@ class Run:
         """A run before its first step."""
         masters = Masters(policy.model)
         optimizer = new_optimizer(masters, config.lr, config.weight_decay)
-        kept = (config.top_p, config.min_p)
-        sampler = Sampler(policy, config.max_new_tokens, config.context, config.slots, config.seed, kept)
+        how = (config.max_new_tokens, config.context, config.slots, config.seed, (config.top_p, config.min_p))
+        if config.sampler_dtype == "same":
+            sampler = Sampler(policy, *how)
+        else:
+            copy = load(config.model, dtype=DTYPES[config.sampler_dtype], backend=config.logprob)
+            sampler = Sampler(copy, *how, copy_of=policy)
         return cls(config, policy, sampler, masters, optimizer, list(tasks))
 
     def next_step(self) -> None:

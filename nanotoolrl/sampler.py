@@ -96,7 +96,8 @@ class Sampler:
 
     max_new_tokens: tokens of one assistant message; a longer one is cut, and its task fails. context: tokens
     of a whole episode (default: what the model was made for). slots: rows decoded at a time. seed: of the
-    noise. kept: (top_p, min_p) of what is sampled among, see `kept_logprobs`.
+    noise. kept: (top_p, min_p) of what is sampled among, see `kept_logprobs`. copy_of: a policy whose weights
+    this one takes over before every rollout, rounded to its own dtype.
     """
 
     def __init__(
@@ -107,9 +108,10 @@ class Sampler:
         slots: int = SLOTS,
         seed: int = 0,
         kept: tuple[float, float] = (1.0, 0.0),
+        copy_of: Policy | None = None,
     ) -> None:
         self.policy, self.chat = policy, policy.chat
-        self.max_new_tokens, self.slots = max_new_tokens, slots
+        self.max_new_tokens, self.slots, self.copy_of = max_new_tokens, slots, copy_of
         self.structure = cache(partial(Structure, policy.chat))  # of a format
         self.context = min(context or policy.context, policy.context)
         fast = policy.device.type == "cuda" and HAS_TRITON
@@ -143,6 +145,8 @@ class Sampler:
         hints = hints or [""] * len(episodes)
         if len(episodes) != len(hints):
             raise ValueError("there must be as many hints as episodes")
+        if self.copy_of:
+            self.policy.model.load_state_dict(self.copy_of.model.state_dict())
         mine = distributed.share(len(episodes))
         forced = "skeleton" if force_skeleton else "prefix" if force_prefix else ""
         queue = [self._new_row(episodes[i], hints[i], (stream << 32) + i, forced) for i in reversed(mine)]

@@ -8,7 +8,9 @@ from helpers.updates import graded, made_up, make_run, parameters_of, tasks
 
 from nanotoolrl import signals
 from nanotoolrl.config import Config
+from nanotoolrl.loading import load
 from nanotoolrl.run import (
+    Run,
     failed_tasks,
     group_advantages,
     roll_back,
@@ -90,3 +92,17 @@ def test_roll_back_restores_weights_and_moments(tiny):
         assert all(torch.equal(a, b) for a, b in zip(parameters_of(tiny), before, strict=True))
         now = [state["exp_avg"] for state in run.optimizer.state.values()]
         assert all(torch.equal(a, b) for a, b in zip(now, moments, strict=True))
+
+
+def test_a_rounded_copy_samples():
+    """What `--sampler-dtype bf16` samples with follows the policy, and is not it: the gap is seen."""
+    policy = load("nano")
+    run = Run.begin(Config(sampler_dtype="bf16", prompts=1, group=2, updates=1), policy)
+    assert run.sampler.policy is not policy and run.sampler.policy.dtype == torch.bfloat16
+    with torch.no_grad():
+        policy.model.lm_head.weight.mul_(1.5)
+    rows = rollout(run, tasks(1))
+    copied = run.sampler.policy.head
+    assert torch.equal(copied, policy.head.bfloat16())
+    metrics = policy_update(run, rows, torch.tensor([1.0, -1.0]))
+    assert 1e-3 < metrics["logprob_gap"] < 1

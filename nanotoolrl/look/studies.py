@@ -73,6 +73,7 @@ STUDIES = {
         {
             "top-p": f"{EXACT} --top-p 0.9",
             "min-p": f"{EXACT} --min-p 0.05",
+            "bf16": f"{EXACT} --sampler-dtype bf16",
             "updates4": f"{EXACT} --updates 4",
             "updates16": f"{EXACT} --updates 16",
             "ops": "--scheme ops --preset spike --guard 0",
