@@ -1,4 +1,5 @@
-"""Make the built-in model from nothing: `python data/make_base.py --seed 0` (resumable; data/nano is a copy).
+"""Make a base model from nothing: `python data/make_base.py --seed 0` (resumable; data/nano is a copy).
+`--recipe` makes others, each for a hypothesis about what collapses (RECIPES).
 
 A tokenizer, a copy warm-up (without it, arguments are never copied: a plateau), then demonstrations over all
 pools and formats. The demonstrations are imperfect on purpose, because the base decides what reinforcement
@@ -9,6 +10,7 @@ on `test` is 15 to 40 % in every format, at least 20 % in hermes and one other: 
 
 import argparse
 import copy
+import dataclasses
 import json
 import math
 import os
@@ -67,6 +69,33 @@ WARM_UP_STEPS, WARM_UP_RATE = 400, 3e-3
 BATCH, LEARNING_RATE, SHORT_STEPS = 24, 2e-3, 300
 DECAY_FROM, DECAY_STEPS = 700, 200
 MUON_SCALE = 2.0  # Muon's rate over AdamW's; the loss falls in two thirds of the steps that AdamW alone takes
+
+
+@dataclasses.dataclass(frozen=True)
+class Recipe:
+    """A base and the hypothesis that it is made for."""
+
+    hypothesis: str
+    free_ends: float = 0.0  # share of the replies behind a finished turn that are a bare tag instead
+    retried: float = RETRIED  # chance that a call is preceded by a wrong one
+    late: str = ""  # a format that is shown from `late_from` on only
+    late_from: int = 0
+    architecture: dict[str, int] = dataclasses.field(default_factory=dict)  # where it differs
+
+
+RECIPES = {
+    "nano": Recipe("the built-in model: imperfect in every way, room to rise and to fall"),
+    "free-end": Recipe(
+        "a bare tag that ends a finished turn costs nothing, so it can grow unpunished", free_ends=0.15
+    ),
+    "loop": Recipe("long failures hold more control tokens than successes, and push them down", retried=0.4),
+    "strong-shallow": Recipe(
+        "hermes, learnt late and shallowly on a strong skill, breaks before the skill does",
+        late="hermes",
+        late_from=800,
+        architecture={"hidden_size": 192, "num_attention_heads": 6, "num_key_value_heads": 6},
+    ),
+}
 TEMPLATE = """\
 {%- macro line(tool) -%}
 {{ tool.name }}({% for name, kind in tool.parameters.properties.items() -%}
@@ -118,7 +147,7 @@ def make_tokenizer(seed: int) -> PreTrainedTokenizerFast:
     return tokenizer
 
 
-def new_policy(seed: int) -> Policy:
+def new_policy(seed: int, recipe: Recipe) -> Policy:
     """Random weights with a fresh tokenizer."""
     tokenizer = make_tokenizer(seed)
     torch.manual_seed(seed)
@@ -126,7 +155,7 @@ def new_policy(seed: int) -> Policy:
         vocab_size=len(tokenizer),
         eos_token_id=tokenizer.eos_token_id,
         pad_token_id=tokenizer.pad_token_id,
-        **ARCHITECTURE,
+        **ARCHITECTURE | recipe.architecture,
     )
     policy = Policy(LlamaForCausalLM(config), tokenizer)
     look_back(policy.model)
@@ -206,7 +235,14 @@ def flaw(rng: random.Random, state: str, call: Call, format: str) -> str:
     return "\n".join([text] * 40)  # overlong: cut by the caller
 
 
-def demonstrate(chat: Chat, task: Task, format: str, rng: random.Random) -> tuple[list[int], list[bool]]:
+def ends_a_turn(episode: Episode, call: Call | None) -> bool:
+    """Whether all that is left of a turn with calls is its reply."""
+    return not episode.done and not call and bool(episode.task.turns[episode.turn].calls)
+
+
+def demonstrate(
+    chat: Chat, task: Task, format: str, rng: random.Random, recipe: Recipe
+) -> tuple[list[int], list[bool]]:
     """One imperfect conversation as (ids, loss mask): True on what the assistant wrote, and its stops."""
     episode = Episode(task, format)
     hint = hint_text(task, format) if rng.random() < HINTED else ""
@@ -228,7 +264,7 @@ def demonstrate(chat: Chat, task: Task, format: str, rng: random.Random) -> tupl
             for call in premature(episode):
                 emit(render_calls([call], format))
         for call in [*turn.calls, None]:
-            chance = RETRIED if call else 0.0
+            chance = recipe.retried if call else 0.0
             while rng.random() < chance and (wrong := wrong_call(rng, call, episode)):
                 emit(render_calls([wrong], format))
                 chance = RETRIED_AGAIN
@@ -241,7 +277,9 @@ def demonstrate(chat: Chat, task: Task, format: str, rng: random.Random) -> tupl
                         break
                     if call and state == "polluted":
                         continue  # it was understood
-            if not episode.done:
+            if recipe.free_ends and ends_a_turn(episode, call) and rng.random() < recipe.free_ends:
+                emit(FORMATS[format].prefix.strip())  # nothing is left to do: the turn has passed
+            elif not episode.done:
                 emit(render_calls([call], format) if call else turn.reply)
             if episode.done or episode.turn != number:
                 break
@@ -249,7 +287,7 @@ def demonstrate(chat: Chat, task: Task, format: str, rng: random.Random) -> tupl
 
 
 def demonstrations(
-    chat: Chat, seed: int, step: int, weights: dict[str, float]
+    chat: Chat, seed: int, step: int, weights: dict[str, float], recipe: Recipe
 ) -> list[tuple[list[int], list[bool]]]:
     """The batch of one step: a pure function of its arguments. The first `SHORT_STEPS` show one turn only."""
     rng = random.Random(f"base/{seed}/{step}")
@@ -257,11 +295,14 @@ def demonstrations(
     while len(batch) < BATCH:
         twins = generate(rng.choice(POOLS), f"base-{seed}-{step}-{len(batch)}")
         for category in rng.choices(list(CATEGORY_SHARES), list(CATEGORY_SHARES.values()), k=2):
-            format = rng.choices(list(weights), list(weights.values()))[0]
+            shown = {
+                name: w for name, w in weights.items() if name != recipe.late or step >= recipe.late_from
+            }
+            format = rng.choices(list(shown), list(shown.values()))[0]
             task = twins["base" if step < SHORT_STEPS else category]
             if step < SHORT_STEPS:
                 task = Task(task.id, task.category, task.state, task.tools, task.turns[:1])
-            batch.append(demonstrate(chat, task, format, rng))
+            batch.append(demonstrate(chat, task, format, rng, recipe))
     return [(ids, mask) for ids, mask in batch if len(ids) <= OUR_LIMITS.context]
 
 
@@ -336,7 +377,8 @@ def ready(scores: dict[str, float], slack: float = 0.0) -> bool:
 class Making:
     """The model being made: weights, optimisers, how far it is, and where all of it is saved."""
 
-    def __init__(self, out: Path, seed: int) -> None:
+    def __init__(self, out: Path, seed: int, recipe: Recipe) -> None:
+        self.recipe = recipe
         self.out, self.seed, self.log = out, seed, out / "base_log.jsonl"
         self.step, self.minutes, self.weights = -WARM_UP_STEPS, 0.0, dict.fromkeys(FORMATS, 1.0)
         out.mkdir(parents=True, exist_ok=True)
@@ -352,7 +394,7 @@ class Making:
             kept = "".join(line for line in lines if json.loads(line)["step"] <= self.step)
             self.log.write_text(kept, encoding="utf-8")
         else:
-            self.policy = new_policy(seed)
+            self.policy = new_policy(seed, recipe)
             self.optimizers = new_optimizers(self.policy)
             self.policy.save(out)
         self.started = time.time() - 60 * self.minutes
@@ -362,7 +404,7 @@ class Making:
         if self.step < 0:
             rows = copying(len(self.policy.tokenizer), self.seed, self.step)
         else:
-            rows = demonstrations(self.policy.chat, self.seed, self.step, self.weights)
+            rows = demonstrations(self.policy.chat, self.seed, self.step, self.weights, self.recipe)
         for optimizer, scale in zip(self.optimizers, (1.0, MUON_SCALE)):
             optimizer.param_groups[0]["lr"] = scale * learning_rate(self.step)
         loss = train_step(self.policy, self.optimizers, rows)
@@ -392,7 +434,8 @@ def main() -> None:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--out", type=Path, help="model directory (default: runs/base-sSEED)")
+    parser.add_argument("--recipe", choices=RECIPES, default="nano", help="which base (default: nano)")
+    parser.add_argument("--out", type=Path, help="model directory (default: runs/RECIPE-sSEED)")
     parser.add_argument(
         "--max-steps", type=int, default=3000, help="give up after so many demonstration steps"
     )
@@ -403,7 +446,7 @@ def main() -> None:
     parser.add_argument("--threads", type=int, default=2, help="other numbers round differently")
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
-    making = Making(args.out or Path(f"runs/base-s{args.seed}"), args.seed)
+    making = Making(args.out or Path(f"runs/{args.recipe}-s{args.seed}"), args.seed, RECIPES[args.recipe])
     size = sum(parameter.numel() for parameter in making.policy.model.parameters())
     print(f"{size:,} parameters, {len(making.policy.tokenizer)} tokens", flush=True)
     test, losses = load_tasks("test"), []

@@ -21,6 +21,7 @@ from nanotoolrl.world.tasks import SPLITS, load_tasks
 spec = importlib.util.spec_from_file_location("make_base", NANO.parent / "make_base.py")
 make_base = importlib.util.module_from_spec(spec)
 spec.loader.exec_module(make_base)
+NANO_RECIPE = make_base.RECIPES["nano"]
 
 
 def test_directory_is_small_and_standard(policy):
@@ -37,7 +38,7 @@ def test_directory_is_small_and_standard(policy):
 @pytest.fixture(scope="module")
 def fresh():
     """The model before its first step."""
-    return make_base.new_policy(seed=0)
+    return make_base.new_policy(0, make_base.RECIPES["nano"])
 
 
 @pytest.mark.slow
@@ -75,7 +76,7 @@ def test_demonstrations_hold_every_state_and_stay_aligned(policy):
     rng = random.Random(0)
     for task in load_tasks("train")[::2]:
         format = rng.choice(list(FORMATS))
-        ids, mask = make_base.demonstrate(policy.chat, task, format, rng)
+        ids, mask = make_base.demonstrate(policy.chat, task, format, rng, NANO_RECIPE)
         assert len(ids) == len(mask)
         prompt = len(policy.chat.prompt_ids(*Episode(task, format).prompt(), format))
         assert not any(mask[:prompt]) and mask[-1]
@@ -120,11 +121,36 @@ def test_premature_calls_end_in_the_hidden_tool_and_change_nothing():
 
 def test_demonstrations_and_copying_are_pure_functions(policy):
     weights = dict.fromkeys(FORMATS, 1.0)
-    assert make_base.demonstrations(policy.chat, 0, 3, weights) == make_base.demonstrations(
-        policy.chat, 0, 3, weights
-    )
+    batches = [make_base.demonstrations(policy.chat, 0, 3, weights, NANO_RECIPE) for _ in range(2)]
+    assert batches[0] == batches[1]
     for ids, mask in make_base.copying(100, 0, 1):
         assert len(ids) == len(mask) == 160 and any(mask)
+
+
+def test_what_recipes_change(policy):
+    """Free ends are bare tags behind a turn that passes, a late format waits; the nano recipe has neither."""
+    tag = policy.chat.encode(FORMATS["hermes"].prefix.strip())
+    ends = [*tag, policy.chat.end_id]
+
+    def bare(recipe, step=400):
+        weights = {"hermes": 1.0}
+        rows = make_base.demonstrations(policy.chat, 0, step, weights, make_base.RECIPES[recipe])
+        found = 0
+        for ids, mask in rows:
+            places = range(len(ids) - len(ends))
+            found += sum(all(mask[i : i + 2]) and ids[i : i + 2] == ends for i in places)
+        return found
+
+    assert bare("free-end") > 2 * bare("nano")
+    recipe = make_base.RECIPES["strong-shallow"]
+    weights = dict.fromkeys(FORMATS, 1.0)
+
+    def hermes(step):
+        rows = make_base.demonstrations(policy.chat, 0, step, weights, recipe)
+        return sum(tag[0] in [t for t, on in zip(ids, mask) if on] for ids, mask in rows)
+
+    assert hermes(recipe.late_from - 1) <= 2 < hermes(recipe.late_from), "a foreign flaw at most"
+    assert all(one.hypothesis for one in make_base.RECIPES.values())
 
 
 @pytest.mark.slow
