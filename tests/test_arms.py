@@ -44,10 +44,10 @@ def test_a_table_is_read_back(tmp_path):
 
 def test_the_table_of_falls():
     """Runs that were judged; what was not measured is empty; one without a fall has no line."""
-    judged = {"verdict": "v", "broken": 0.5, "worst_state": "bare", "before hermes": 0.332}
+    judged = {"verdict": "v", "broken": 0.5, "replies": 0.1, "worst_state": "bare", "before hermes": 0.332}
     judged |= {"judged hermes": 0.0, "judged hermes low": 0.0, "judged hermes high": "0.01"}
     lines = falls_table([ROWS[0] | judged, ROWS[2] | judged, ROWS[3]]).splitlines()
     assert len(lines) == 4
     assert lines[2].startswith("| before | 0 | 33.2 |  |")
     assert lines[3].startswith("| guard1-seed0 | 15 | 0.0 [0.0, 1.0] |  |")
-    assert lines[3].endswith("| 50 | bare |")
+    assert lines[3].endswith("| 50.0 | 10.0 | bare |")

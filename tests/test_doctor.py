@@ -7,7 +7,7 @@ import math
 import pytest
 
 from nanotoolrl.files import finite
-from nanotoolrl.look.doctor import FORCED, Checkup, page, read_transcripts, transcripts_page, verdict
+from nanotoolrl.look.doctor import FORCED, Checkup, lost_of, page, read_transcripts, transcripts_page, verdict
 
 CALL = '<tool_call>\n{"name": "f", "arguments": {}}\n</tool_call>'
 
@@ -49,6 +49,21 @@ BARE = {"bare": 85, "malformed": 13, "reply": 2}
             START,
             ["worse in hermes", "skill intact: 29.0 % [24.0, 34.0] with python"],
         ),
+        (
+            checkup("m", 0.0, 0.29, states={"call": 97, "reply": 3}),
+            START,
+            ["collapsed in hermes", "structure is broken", "3.0% are replies, 10.0% before", "skill intact"],
+        ),
+        (
+            checkup("m", 0.33, states={"bare": 95, "reply": 5}),
+            START,
+            ["success holds in hermes", "structure is broken in hermes: 95.0% of messages"],
+        ),
+        (
+            checkup("m", 0.0, 0.02, 0.03, {"call": 88, "malformed": 2, "reply": 10}),
+            START,
+            ["collapsed in hermes", "structure is healthy in hermes: 2.0%", "the skill went with it"],
+        ),
         (checkup("m", 0.3), None, ["structure is healthy in hermes: 0.0%", "30.0 %"]),
         (
             checkup("m", 0.0, states=BARE),
@@ -66,6 +81,27 @@ def test_skill_that_was_never_there_is_not_intact():
     """A format in which the start solved nothing proves nothing."""
     start = checkup("nano", 0.35, python=0.0, forced=0.4)
     assert "skill went with it" in verdict(checkup("m", 0.0, python=0.0, forced=0.1), start)
+
+
+@pytest.mark.parametrize(
+    ("structure", "values", "lost"),
+    [
+        (0.02, 0.34, "structure"),
+        (0.34, 0.02, "values"),
+        (0.1, 0.1, "both"),
+        (0.3, 0.3, "nothing"),
+        (0.1, 0.3, "part"),
+    ],
+)
+def test_what_was_lost(structure, values, lost):
+    """Of 35 %: a quarter is 8.75 %, two thirds are 23.3 %."""
+    model = checkup("m", 0.0, states=BARE)
+    assert lost_of(model, START) == ""
+    model.success |= {"its structure": (structure, 0, 1, 400), "its values": (values, 0, 1, 400)}
+    assert lost_of(model, START) == lost
+    sentence = verdict(model, START)
+    assert f"its structure solves {100 * structure / 0.35:.0f} % of that" in sentence
+    assert "with its" not in sentence, "a swap is no way around a broken structure"
 
 
 def test_page_shows_what_the_verdict_rests_on():

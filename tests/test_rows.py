@@ -89,10 +89,11 @@ def test_what_the_doctor_found(tmp_path):
     person = {"format": "hermes", "tokens": {}}
     model = {"name": "m", "success": broken, "states": {"bare": 3, "reply": 1}} | person
     page = {"verdict": "v", "model": model}
-    page["reference"] = {"name": "nano", "success": start, "states": {"call": 1}} | person
+    page["reference"] = {"name": "nano", "success": start, "states": {"call": 1, "reply": 1}} | person
     assert rows.judged_cells(run_of(tmp_path, [0.1])) == {}
     (tmp_path / "doctor.json").write_text(json.dumps(page))
     found = rows.judged_cells(run_of(tmp_path, [0.1]))
+    assert found["replies"] == 0.25 and found["before replies"] == 0.5
     assert found["broken"] == 0.75 and found["lost"] == "structure" and found["judged python"] == 0.25
     assert found["left its structure"] == pytest.approx(0.1) and found["before python"] == 0.3
 

@@ -70,14 +70,15 @@ WAYS = ("hermes", "forced prefix", "forced skeleton", "python", "xml", "its stru
 
 def falls_table(rows: Sequence[Row]) -> str:
     """A Markdown table with a line per run that was judged at its fall: success in % with its interval, by
-    way of playing; first that of the start. Then the share of broken messages, and their commonest state."""
+    way of playing; first that of the start. Then the shares of broken messages and of replies, and the
+    commonest unhealthy state."""
     judged = [row for row in rows if row.get("verdict") and row.get("fall")]
-    heads = ["run", "step", *WAYS, "broken %", "most"]
+    heads = ["run", "step", *WAYS, "broken %", "replies %", "most"]
     lines = ["| " + " | ".join(heads) + " |", "|" + "---|" * len(heads)]
     if judged:
-        start = [judged[0].get(f"before {way}") for way in WAYS]
+        start = [judged[0].get(f"before {name}") for name in (*WAYS, "broken", "replies")]
         cells = ["" if value in (None, "") else f"{percent(value):.1f}" for value in start]
-        lines.append("| " + " | ".join(["before", "0", *cells, "", ""]) + " |")
+        lines.append("| " + " | ".join(["before", "0", *cells, ""]) + " |")
     for row in judged:
         cells = []
         for way in WAYS:
@@ -85,8 +86,8 @@ def falls_table(rows: Sequence[Row]) -> str:
             cells.append(
                 "" if "" in found or None in found else "{:.1f} [{:.1f}, {:.1f}]".format(*map(percent, found))
             )
-        broken = f"{percent(row['broken']):.0f}"
-        cells = [row["run"], f"{float(row['fall']):.0f}", *cells, broken, row["worst_state"]]
+        cells += [f"{percent(row[name]):.1f}" for name in ("broken", "replies")]
+        cells = [row["run"], f"{float(row['fall']):.0f}", *cells, row["worst_state"]]
         lines.append("| " + " | ".join(cells) + " |")
     return "\n".join(lines)
 

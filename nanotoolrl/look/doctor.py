@@ -16,6 +16,7 @@ from nanotoolrl.look.transcripts import conversations
 from nanotoolrl.probes import growth
 
 BROKEN = 0.2  # share of unhealthy messages from which on the structure counts as broken
+FEWER = 0.5  # of the reference's share of replies: from here on the model calls where it should reply
 COLLAPSED = 0.25  # of the reference's success
 INTACT = 2 / 3  # of the reference's success, in a way of playing that goes around the broken structure
 TELLING = 0.5  # of the reference's success in its own format: a way that solves less proves nothing
@@ -42,19 +43,28 @@ class Checkup:
         """Share of messages in an unhealthy state."""
         return sum(self.states.get(s, 0) for s in UNHEALTHY_STATES) / max(1, sum(self.states.values()))
 
+    @property
+    def replies(self) -> float:
+        """Share of messages that are replies."""
+        return self.states.get("reply", 0) / max(1, sum(self.states.values()))
+
 
 def verdict(model: Checkup, reference: Checkup | None) -> str:
     """One sentence: whether success collapsed, whether structure is broken, whether the skill is intact, each
     judged by itself, with the numbers it rests on.
 
     Without a reference only structure can be judged. "Below" means beyond both 95 % intervals; collapsed is
-    below a quarter of the reference's success; broken is 20 % of unhealthy messages or more. The skill is
-    intact if a foreign format or a forced skeleton or prefix keeps two thirds of the reference's success in
-    it, where the reference solves at least half as much in that way as in its own format.
+    below a quarter of the reference's success. Broken is 20 % of unhealthy messages or more, or less than
+    half of the reference's share of replies: a turn that never ends is broken, too. The skill is intact if a
+    foreign format or a forced skeleton or prefix keeps two thirds of the reference's success in it, where the
+    reference solves at least half as much in that way as in its own format.
     """
     now = model.success[model.format]
-    broken = model.unhealthy >= BROKEN
+    endless = reference is not None and model.replies < FEWER * reference.replies
+    broken = model.unhealthy >= BROKEN or endless
     structure = f"{model.unhealthy:.1%} of messages are broken{_breakage(model) if broken else ''}"
+    if endless and reference:
+        structure += f"; {model.replies:.1%} are replies, {reference.replies:.1%} before"
     structure = f"structure is {'broken' if broken else 'healthy'} in {model.format}: {structure}"
     if reference is None:
         return f"{structure}; {_shown(now)} solved" + (f"; {_others(model)}" if broken else "")

@@ -9,8 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from nanotoolrl.calls import MESSAGE_STATES, UNHEALTHY_STATES
-from nanotoolrl.env import Task
-from nanotoolrl.look.doctor import COLLAPSED, SWAPS, Checkup, left_of, lost_of
+from nanotoolrl.look.doctor import COLLAPSED, SWAPS, Checkup, left_of, lost_of, verdict
 from nanotoolrl.look.evaluate import Scores
 from nanotoolrl.look.falls import fall_of, mean_and_error, onset_interval, onset_of, pushes_up_to
 from nanotoolrl.look.runfiles import RunFiles
@@ -173,7 +172,8 @@ def judged_cells(files: RunFiles) -> Cells:
     if not found:
         return {}
     model, reference = (Checkup(**found[name]) for name in ("model", "reference"))
-    cells: Cells = {"verdict": found["verdict"], "broken": model.unhealthy}
+    cells: Cells = {"verdict": verdict(model, reference), "broken": model.unhealthy, "replies": model.replies}
+    cells |= {"before broken": reference.unhealthy, "before replies": reference.replies}
     for way, (share, low, high, _) in model.success.items():
         cells |= {f"judged {way}": share, f"judged {way} low": low, f"judged {way} high": high}
         if way not in SWAPS:
