@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from nanotoolrl.calls import MESSAGE_STATES, UNHEALTHY_STATES
+from nanotoolrl.env import Task
 from nanotoolrl.look.doctor import COLLAPSED, SWAPS, Checkup, left_of, lost_of, verdict
 from nanotoolrl.look.evaluate import Scores
 from nanotoolrl.look.falls import fall_of, mean_and_error, onset_interval, onset_of, pushes_up_to
