@@ -44,6 +44,16 @@ QWEN = PAPER | {
     "show_every": 25,
     "probe_every": 10,
 }
+# Runs that are watched as they fall: probed at every step, the models around the fall kept.
+FALLING = {
+    "skip_dead": True,
+    "keep_fall": True,
+    "probe_every": 1,
+    "eval_count": 100,
+    "eval_trained": 0,
+    "eval_samples": 0,
+    "eval_every": 0,
+}
 PRESETS: dict[str, dict] = {
     # What runs by default: few tasks, seen ten times each, so that a run is seen to learn within minutes.
     "first": {"task_count": 32, "updates": 2, "lr": 4e-4, "warmup": 2, "eval_count": 100},
@@ -78,33 +88,16 @@ PRESETS: dict[str, dict] = {
     },
     # Bad rollouts do not push control tokens down (--guard 1): success holds for a dozen steps, then the
     # structure of calls breaks, and the skill stands behind it.
-    "spike": {
-        "steps": 20,
-        "guard": 1.0,
-        "skip_dead": True,
-        "keep_fall": True,
-        "probe_every": 1,
-        "eval_count": 100,
-        "eval_trained": 0,
-        "eval_samples": 0,
-        "eval_every": 0,
-        "show_every": 5,
-    },
+    "spike": FALLING | {"steps": 20, "guard": 1.0, "show_every": 5},
     # Messages are trained as their decoded text, encoded anew; `--record exact` is the twin that is not.
-    "roundtrip": {
+    "roundtrip": FALLING
+    | {
         "steps": 120,
         "record": "text",
         "prompts": 8,
         "updates": 2,
         "lr": 4e-4,
         "warmup": 10,
-        "skip_dead": True,
-        "keep_fall": True,
-        "probe_every": 1,
-        "eval_count": 100,
-        "eval_trained": 0,
-        "eval_samples": 0,
-        "eval_every": 0,
         "show_every": 20,
     },
     "paper": PAPER,

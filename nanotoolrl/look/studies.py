@@ -35,6 +35,7 @@ def arms(settings: dict[str, str]) -> dict[str, str]:
 
 SPIKE = "--scheme grpo --preset spike"
 ROUNDTRIP = "--scheme grpo --preset roundtrip"
+REGIME = f"{ROUNDTRIP} --min-turns 4 --updates 3 --lr 1e-4 --steps 150"
 EXACT = f"{SPIKE} --guard 0"  # plain GRPO, exactly on policy
 # The rescue: every method in the setting that collapses, with the same number of rollouts, in rounds of four.
 RESCUE = "--preset spike --steps 24 --round-steps 4 --sft-window 4 --eval-count 400"
@@ -68,6 +69,8 @@ STUDIES = {
     "roundtrip": arms({how: f"{ROUNDTRIP} --record {how}" for how in ("text", "exact")}),
     "roundtrip-parts": arms({how: f"{ROUNDTRIP} --record {how}" for how in ("encode", "stop", "vanish")}),
     "main": arms({name: f"{flags} {RESCUE}" for name, flags in METHODS.items()}),
+    # The paper's regime: few successes, many small updates.
+    "regime": arms({how: f"{REGIME} --record {how}" for how in ("exact", "text")}),
     # Other ways to train what the policy did not sample, or not so.
     "mismatch": arms(
         {
