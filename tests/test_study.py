@@ -79,3 +79,13 @@ def test_bad_jobs_are_refused(capsys):
     with pytest.raises(SystemExit):
         study.main(["collapse", "--jobs", "0"])
     assert "--jobs: must be positive" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("name", study.STUDIES)
+def test_every_run_of_a_study_can_be_made(name):
+    """Its flags are settings, and runs that differ in their seed alone are arms of five."""
+    runs = study.STUDIES[name]
+    assert all(study.parse(flags.split())[0] for flags in runs.values())
+    assert len(set(runs.values())) == len(runs)
+    for arm in {run.rpartition("-seed")[0] for run in runs} - {"", "small-batch-lr1e-3-warmup30"}:
+        assert sum(run.rpartition("-seed")[0] == arm for run in runs) == 5
