@@ -27,7 +27,7 @@ from nanotoolrl import calls, commandline, env
 from nanotoolrl.calls import FORMATS, message_state, parse_calls, render_calls
 from nanotoolrl.commandline import parse
 from nanotoolrl.look import studies
-from nanotoolrl.look.arms import falls_table, numbers, read_arms, spread_of, table_of
+from nanotoolrl.look.arms import falls_table, numbers, read_arms, shown, spread_of, table_of
 from nanotoolrl.look.doctor import COLLAPSED
 from nanotoolrl.look.evaluate import Scores, states_table, table
 from nanotoolrl.look.figures import FIGURES
@@ -352,6 +352,81 @@ def claims() -> list[str]:
         ),
     }
     return [f"| {claim} | {found} |" for claim, found in rows.items()]
+
+
+def kept(rows, ways) -> str:
+    """What is left, in % of the start's, over runs and ways of playing."""
+    shares = [
+        100 * float(row[f"judged {way}"]) / float(row[f"before {way}"])
+        for row in rows
+        for way in ways
+        if row.get(f"judged {way}")
+    ]
+    return span(shares, 0)
+
+
+def falls_text() -> str:
+    """What docs/why.md says below the table of falls."""
+    spike = dose_arms()["guard1"]
+
+    def left(way):
+        return span([100 * x for x in numbers(spike, f"left {way}")], 0)
+
+    replies = span([100 * x for x in numbers(spike, "replies")], 0)
+    return (
+        "In each of these runs structure is what broke, and the skill stands behind it. A message whose "
+        f"structure the run writes, with the words of the start, solves {left('its structure')} % of what "
+        "the start solves; "
+        f"the reverse {left('its values')} %. With the skeleton of calls given a run solves "
+        f"{kept(spike, ['forced skeleton'])} % of what the start does so, in a foreign format "
+        f"{kept(spike, ['python', 'xml'])} %: its turns do not end there either. The forced prefix alone "
+        f"brings back little, {kept(spike, ['forced prefix'])} %: what broke are the ends of bodies, calls "
+        f"and turns more than the opener. Of its messages {replies} % are replies, "
+        f"{100 * numbers(spike, 'before replies')[0]:.0f} % before: it calls on where it should answer."
+    )
+
+
+def predictions() -> list[str]:
+    """The rows of the table of predictions that the dose decides."""
+    arms = dose_arms()
+    falls = ", ".join(str(len(numbers(rows, "fall"))) for rows in arms.values())
+    stop = [shown(numbers(rows, "net <|im_end|>"), 1, 2) for rows in arms.values()]
+    tag = shown(numbers(arms["guard0"], "net <tool_call>"), 1, 2)
+    fell = [row for rows in arms.values() for row in rows if row["fall"]]
+    before = sum(
+        bool(row["onset_structure"]) and float(row["onset_structure"]) < float(row["onset_value"] or "inf")
+        for row in fell
+    )
+    spike = arms["guard1"]
+    broke = sum(row["lost"] == "structure" for row in spike)
+    rows = {
+        "Trained exactly as sampled, structure has no coherent push, and nothing collapses": (
+            f"held: no fall in {len(arms['guard0'])} seeds; the push on the stop token is {stop[0]}. "
+            f"`<tool_call>` is pushed by {tag}, as reward would have it: calling pays"
+        ),
+        "The push grows with the dose": f"held: on the stop token {'; '.join(stop)}",
+        "Runs fall where the push is coherent, and in its measure": (
+            f"held in order: {falls} of {len(spike)} seeds by dose, the earlier the larger; a threshold, not "
+            "a proportion"
+        ),
+        "Structure goes first": (
+            f"held among the tokens of calls: its onset comes before that of values in {before} of "
+            f"{len(fell)} runs that fell (in the others it has none yet). Openers of replies rise first, but do so in the "
+            "exact arm, too"
+        ),
+        "The skill stands behind the broken structure": (
+            f"held: in {broke} of {len(spike)} seeds of the full dose structure is lost and values are not"
+        ),
+    }
+    return [f"| {what} | {found} |" for what, found in rows.items()]
+
+
+def test_what_the_page_says_of_the_falls_and_the_predictions():
+    assert falls_text() in " ".join(WHY.split()), falls_text()
+    for line in predictions():
+        assert line in WHY, line
+    for name in ("roundtrip", "roundtrip-parts", "mismatch", "regime", "spared"):
+        assert f"`{name}`" in WHY and name in studies.STUDIES
 
 
 def test_the_claims_are_counted_in_the_committed_results():
