@@ -299,7 +299,7 @@ def first_table(kind: str) -> str:
 
 
 # ---------------------------------------------------------------------------------- the collapse of structure
-WORDS = ("no", "one", "two", "three", "four", "five")
+WORDS = ("none", "one", "two", "three", "four", "five")
 
 
 def dose_arms() -> dict:
@@ -339,7 +339,7 @@ def claims() -> list[str]:
             f"{WORDS[len(falls)]} of {seeds}, at step {spread_of(falls)}"
         ),
         "it gains or holds first": (
-            f"it holds: {span(gain)} points above an untrained model in the first ten steps"
+            f"it holds: {span(gain)} points from an untrained model in the first ten steps"
         ),
         'a few control tokens break first (`<tool_call>`, `{"`, `<\\|im_end\\|>`)': (
             f"in calls, structure breaks before values in {structure} of {seeds} seeds; values do not in "
@@ -397,6 +397,7 @@ def predictions() -> list[str]:
         bool(row["onset_structure"]) and float(row["onset_structure"]) < float(row["onset_value"] or "inf")
         for row in fell
     )
+    none = sum(not row["onset_structure"] for row in fell)
     spike = arms["guard1"]
     broke = sum(row["lost"] == "structure" for row in spike)
     rows = {
@@ -410,9 +411,9 @@ def predictions() -> list[str]:
             "a proportion"
         ),
         "Structure goes first": (
-            f"held among the tokens of calls: its onset comes before that of values in {before} of "
-            f"{len(fell)} runs that fell (in the others it has none yet). Openers of replies rise first, but do so in the "
-            "exact arm, too"
+            f"held among the tokens of calls: of {len(fell)} runs that fell, structure has its onset before "
+            f"values in {before}, has none yet in {none}, and has it after values in "
+            f"{len(fell) - before - none}. Openers of replies rise first, but do so in the exact arm, too"
         ),
         "The skill stands behind the broken structure": (
             f"held: in {broke} of {len(spike)} seeds of the full dose structure is lost and values are not"
@@ -455,7 +456,8 @@ def test_what_the_page_says_of_a_dead_run():
 
 def test_what_the_page_says_of_the_null():
     spans = {arm: span([100 * x for x in numbers(rows, "above_null")]) for arm, rows in dose_arms().items()}
-    assert f"{spans['guard0']} points above it without a guard, {spans['guard1']} with all of it" in WHY
+    said = f"{spans['guard0']} points above it without a guard, {spans['guard1']} with all of it"
+    assert said in " ".join(WHY.split())
 
 
 def test_the_table_of_collapse_and_help_is_made_from_the_committed_results():
