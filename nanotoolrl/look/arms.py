@@ -51,7 +51,15 @@ def interval(values: Sequence[float]) -> tuple[float, float]:
 def table_of(arms: Mapping[str, Sequence[Row]]) -> str:
     """A Markdown table with a line per arm: seeds, falls and their steps; sampled success, its best and its
     last mean over 640 rollouts, in %; net push in thousandths; what was lost at the fall."""
-    heads = ["arm", "seeds", "fell", "at step", "best %", "end %", *(f"push `{token}`" for token in SHOWN)]
+    heads = [
+        "arm",
+        "seeds",
+        "fell",
+        "at step",
+        "best %",
+        "end %",
+        *("push `" + token.replace("|", "\\|") + "`" for token in SHOWN),
+    ]
     heads += ["lost"]
     lines = ["| " + " | ".join(heads) + " |", "|" + "---|" * len(heads)]
     for arm, rows in arms.items():
