@@ -175,7 +175,8 @@ def test_grid_command(tmp_path, capsys):
     assert main(["--grid", "--format", "xml", *FEW, "--json", str(out)]) == 0
     printed = capsys.readouterr().out
     assert "xml (trained)" in printed and "hermes (foreign)" in printed and "ood" in printed
-    pairs = {f"{format} {tasks}" for format in ("xml", "hermes", "python") for tasks in ("test", "ood")}
+    ways = ("xml", "hermes", "python", "forced prefix")
+    pairs = {f"{way} {tasks}" for way in ways for tasks in ("test", "ood")}
     scores = json.loads(out.read_text())["scores"]
     assert set(scores) == pairs
     assert all(sum(map(len, one["rewards"].values())) == 4 for one in scores.values())
