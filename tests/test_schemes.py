@@ -266,7 +266,7 @@ def three_steps(policy, scheme, chosen, **changes):
     """(weights, steps) of three steps of a random model, with contrast between rollouts."""
     tiny = tiny_policy(policy.tokenizer, stop=0.2, close=0.1)
     settings = {"lr": 1e-2, "updates": 2, "grad_clip": 1.0, "warmup": 2, "graded_reward": True}
-    settings |= {"round_steps": 1, "sft_window": 1, "sft_tokens": 200, "sft_epochs": 1}
+    settings |= {"round_steps": 1, "sft_window": 1, "sft_tokens": 200, "sft_epochs": 1, "restart_steps": 1}
     run = make_run(tiny, torch.optim.AdamW, **(settings | changes))
     run.tasks, steps = chosen, []
     for run.step in (1, 2, 3):
@@ -294,7 +294,9 @@ def test_strength_and_its_neutral_value(policy, monkeypatch, name, schedule):
     start = parameters_of(tiny_policy(policy.tokenizer, stop=0.2, close=0.1))
     assert steps[0].advantages.any() and not torch.equal(weights[0], start[0]), "nothing was learned"
     if name != "sentinel":  # it waits for an alarm, and has a test of its own
-        others, _ = three_steps(policy, name, chosen, schedule=schedule)
+        one = SCHEMES[name]
+        strength = {key: value for key, value in one.defaults.items() if key in one.neutral}
+        others, _ = three_steps(policy, name, chosen, schedule=schedule, **strength)
         assert any(not torch.equal(a, b) for a, b in zip(weights, others, strict=True))
 
 
