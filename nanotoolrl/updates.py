@@ -71,11 +71,7 @@ def policy_update(
     divided by 14, the sampled tokens of all four rows: what is left out still counts.
     """
     config = run.config
-    messages = sum(len(row.spoken_ids()) for row in trajectories)
-    trajectories = [recorded(row, run.policy.chat, config.record) for row in trajectories]
-    if config.filter < 1:
-        kept = rows_kept(config, trajectories)
-        trajectories, advantages = [trajectories[i] for i in kept], advantages[kept]
+    trajectories, advantages, changed = recorded_and_kept(run, trajectories, advantages)
     conflict = conflicts(trajectories, advantages, config.group) if config.gtpo > 0 else None
     notes = Notes()
     every_row = every_row or config.kl > 0 or config.entropy > 0 or config.guard_kl > 0
@@ -105,13 +101,27 @@ def policy_update(
         loss_sum = distributed.total(loss_sum)
         notes.losses.append(loss_sum)
         notes.norms.append(optimizer_step(run, loss_sum, run.optimizer, config.lr * warm_up(run)))
-    found = notes.metrics()
-    if config.record != "exact":
-        found["rewritten"] = sum(row.rewritten for row in trajectories) / max(1, messages)
-    return found
+    return notes.metrics() | changed
 
 
 # ---- stage 1: which rows
+def recorded_and_kept(
+    run: Run, trajectories: Sequence[Trajectory], advantages: Tensor
+) -> tuple[list[Trajectory], Tensor, dict[str, float]]:
+    """(rows as `--record` has them, of the groups that `--filter` keeps; their advantages; the share of all
+    messages that were rewritten, where some may be)."""
+    config = run.config
+    rows = [recorded(row, run.policy.chat, config.record) for row in trajectories]
+    changed = {}
+    if config.record != "exact":
+        messages = sum(len(row.spoken_ids()) for row in trajectories)
+        changed["rewritten"] = sum(row.rewritten for row in rows) / max(1, messages)
+    if config.filter < 1:
+        kept = rows_kept(config, rows)
+        rows, advantages = [rows[i] for i in kept], advantages[kept]
+    return rows, advantages, changed
+
+
 def shares_of(run: Run, rows: int) -> list[range]:
     """The rows of each of the `updates` optimiser steps: whole groups, equally many or one more."""
     groups, updates = rows // run.config.group, run.config.updates

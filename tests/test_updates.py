@@ -381,3 +381,13 @@ def test_a_row_of_which_nothing_is_left_is_left_out(policy):
         policy_update(run, rows, advantages)
         found.append(parameters_of(tiny))
     all_close(*found, atol=1e-7)
+
+
+def test_the_share_of_rewritten_messages_is_of_all(tiny):
+    """Whatever `--filter` leaves out of the update."""
+    shares = []
+    for kept in (1.0, 0.5):
+        rows, advantages = made_up(tiny)
+        run = make_run(tiny, record="stop", filter=kept)
+        shares.append(policy_update(run, rows, advantages)["rewritten"])
+    assert shares[0] == shares[1] > 0

@@ -110,9 +110,8 @@ def text(value: object) -> object:
     return "" if value is None else f"{value:.4g}" if isinstance(value, float) else value
 
 
-@command
-def main(argv: list[str] | None = None) -> int:
-    """The command: returns 1 if a run failed (its log says why), 2 if refused, 130 if ended, else 0."""
+def command_line() -> argparse.ArgumentParser:
+    """The flags, and their help."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("study", choices=STUDIES)
     jobs = number(int, above=0, most=1024)
@@ -120,23 +119,22 @@ def main(argv: list[str] | None = None) -> int:
         "--jobs", type=jobs, default=available_cores(), help="runs side by side, one thread each"
     )
     parser.add_argument("--runs", default="runs", help="directory for the run directories")
-    parser.add_argument(
-        "--judge",
-        type=number(int, least=0, most=10_000),
-        default=0,
-        metavar="TASKS",
-        help="have the doctor judge each run that falls, at its fall, on so many tasks (default: 0)",
-    )
-    parser.add_argument(
-        "--grid",
-        type=number(int, least=0, most=10_000),
-        default=0,
-        metavar="TASKS",
-        help="score each run at its end in all formats on so many tasks of `test` and of `ood` (default: 0)",
-    )
+    looks = {
+        "--judge": "have the doctor judge each run that falls, at its fall, on so many tasks",
+        "--grid": "score each run at its end in all formats on so many tasks of `test` and of `ood`",
+    }
+    for name, about in looks.items():
+        count = number(int, least=0, most=10_000)
+        parser.add_argument(name, type=count, default=0, metavar="TASKS", help=f"{about} (default: 0)")
     parser.add_argument("--figure", type=Path, help="draw the arms of the study into this PNG")
     parser.add_argument("--table", help="CSV (default: data/results/STUDY.csv)")
-    args = parser.parse_args(argv)
+    return parser
+
+
+@command
+def main(argv: list[str] | None = None) -> int:
+    """The command: returns 1 if a run failed (its log says why), 2 if refused, 130 if ended, else 0."""
+    args = command_line().parse_args(argv)
     home = Path(args.runs).resolve() / args.study
     table = Path(args.table or ROOT / "data" / "results" / f"{args.study.replace('-', '_')}.csv")
     try:
