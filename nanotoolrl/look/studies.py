@@ -38,7 +38,7 @@ ROUNDTRIP = "--scheme grpo --preset roundtrip"
 REGIME = f"{ROUNDTRIP} --min-turns 4 --updates 3 --lr 1e-4 --steps 150"
 EXACT = f"{SPIKE} --guard 0"  # plain GRPO, exactly on policy
 # The rescue: every method in the setting that collapses, with the same number of rollouts, in rounds of four.
-RESCUE = "--preset spike --steps 24 --round-steps 4 --sft-window 4 --eval-count 400"
+RESCUE = "--preset spike --steps 24 --probe-every 4 --round-steps 4 --sft-window 4 --eval-count 200"
 METHODS = {
     "sft": "--scheme sft",
     "sft-foreign": "--scheme sft --sft-source foreign",
