@@ -1,10 +1,6 @@
 """Arms of a study: grouped, averaged over seeds, drawn."""
 
-import math
-
-import pytest
-
-from nanotoolrl.look.arms import arms_of, draw, falls_table, interval, read_arms, shown, spread_of, table_of
+from nanotoolrl.look.arms import arms_of, draw, falls_table, read_arms, shown, spread_of, table_of
 
 ROWS = [
     {"run": f"{arm}-seed{seed}", "fall": fall, "sampled_best": 0.4, "sampled_end": end, "lost": lost}
@@ -18,11 +14,7 @@ ROWS = [
 ]
 
 
-def test_intervals_of_seeds():
-    """Two seeds: half of the interval is t (12.706) times the standard error, here half the distance."""
-    assert interval([0.3, 0.5]) == pytest.approx((0.4, 12.706 * 0.1))
-    assert interval([0.2])[0] == 0.2 and math.isnan(interval([0.2])[1])
-    assert math.isnan(interval([])[0])
+def test_cells():
     assert shown([0.3, 0.5], 100, 0) == "40 ± 127" and shown([], 1, 1) == ""
     assert spread_of([17, 15]) == "15 to 17" and spread_of([3, 3]) == "3" and spread_of([]) == ""
 

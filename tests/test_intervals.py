@@ -5,7 +5,16 @@ import random
 
 import pytest
 
-from nanotoolrl.look.intervals import Share, clustered_error, difference, share_of, wilson
+from nanotoolrl.look.intervals import (
+    Share,
+    clustered_error,
+    difference,
+    difference_over_seeds,
+    over_seeds,
+    share_of,
+    student,
+    wilson,
+)
 
 
 def test_wilson_interval_by_hand():
@@ -45,6 +54,39 @@ def test_a_difference_is_paired():
     assert other.share == 0 and other.low == -other.high == pytest.approx(-1.96 / math.sqrt(99), rel=0.01)
     gain = difference([1.0] * 100, before, range(100))
     assert gain.share == 0.5 and 0.4 < gain.low < gain.high < 0.6
+
+
+def test_intervals_of_student():
+    """Two values: half of the interval is t (12.706) times the standard error, here half the distance."""
+    assert student([0.3, 0.5]) == pytest.approx((0.4, 12.706 * 0.1))
+    assert student([0.2])[0] == 0.2 and math.isnan(student([0.2])[1])
+    assert math.isnan(student([])[0])
+
+
+def test_over_seeds():
+    """One seed is that seed; seeds that agree add nothing; those that do not widen the interval as the sum of
+    squares says."""
+    one, two, tasks = [1.0, 0.0, 1.0, 1.0], [0.0, 0.0, 1.0, 0.0], "aabb"
+    assert over_seeds([one], tasks) == share_of(one, tasks) == over_seeds([one, one], tasks)
+    alone, both = share_of([0.5, 0.0, 1.0, 0.5], tasks), over_seeds([one, two], tasks)
+    assert both.share == 0.5 and (both.low, both.high) == (0.0, 1.0), "two seeds say little"
+    many = [[float((i + seed) % 4 == 0) for i in range(40)] for seed in range(5)]
+    many[4] = many[3][:36] + [0.0] * 4  # one seed a task fewer
+    alone, both = share_of([sum(c) / 5 for c in zip(*many)], range(40)), over_seeds(many, range(40))
+    half = student([sum(row) / 40 for row in many])[1]
+    assert both.high - both.share == pytest.approx(math.hypot(alone.high - alone.share, half))
+    assert both.share - both.low == pytest.approx(math.hypot(alone.share - alone.low, half))
+
+
+def test_a_difference_over_seeds():
+    """Of one seed each it is `difference`; a method beside itself is 0; scattered seeds widen it."""
+    before, after = [1.0, 0.0] * 20, [1.0, 1.0] * 10 + [0.0, 0.0] * 10
+    assert difference_over_seeds([after], [before], range(40)) == difference(after, before, range(40))
+    assert difference_over_seeds([after] * 3, [after] * 3, range(40))[:3] == (0, 0, 0)
+    wide = difference_over_seeds([after, [0.0] * 40, after], [before], range(40))
+    narrow = difference([2 / 3 * x for x in after], before, range(40))
+    half = math.hypot(narrow.high - narrow.share, student([0.5, 0.0, 0.5])[1])
+    assert wide.share == narrow.share and wide.high - wide.share == pytest.approx(half)
 
 
 @pytest.mark.slow

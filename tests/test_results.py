@@ -2,11 +2,8 @@
 
 import json
 
-import pytest
-
 from nanotoolrl.look import results, rows
 from nanotoolrl.look.evaluate import Scores
-from nanotoolrl.look.intervals import over_seeds, share_of
 from nanotoolrl.look.runfiles import RunFiles
 from nanotoolrl.world.tasks import load_tasks, subset
 
@@ -20,13 +17,6 @@ def scores(tasks, solved):
     for i, task in enumerate(tasks):
         found.rewards.setdefault(task.category, {})[task.id] = float(i % solved == 0)
     return found
-
-
-def test_over_seeds():
-    """Each task's mean over the seeds, with the interval of a share; one seed is that seed."""
-    one, two = [1.0, 0.0, 1.0, 1.0], [0.0, 0.0, 1.0, 0.0]
-    assert over_seeds([one], "abcd") == share_of(one, "abcd")
-    assert over_seeds([one, two], "aabb") == share_of([0.5, 0.0, 1.0, 0.5], "aabb")
 
 
 def finished(path):
@@ -43,25 +33,53 @@ def test_rewards_task_by_task(tmp_path):
     found = rows.reward_cells(finished(tmp_path))
     order = rows.in_order(TASKS)
     solved = {task.id for i, task in enumerate(TASKS) if i % 3 == 0}
-    assert found["digits hermes closing"] == "t" + "".join(str(int(task.id in solved)) for task in order)
-    assert found["collapsed"] == 0 and found["grid python ood"] == pytest.approx(0.5)
+    assert found["digits closing"] == "t" + "".join(str(int(task.id in solved)) for task in order)
+    assert found["collapsed"] == 0 and found["digits python ood"].count("1") == 6
     assert found[f"after {TASKS[0].category}"] == scores(TASKS, 3).of(TASKS[0].category).share
     (tmp_path / "grid.json").write_text("{")
     (tmp_path / "result.json").unlink()
     assert rows.reward_cells(RunFiles(tmp_path, "r", {}, {}, [])) == {}
 
 
+def test_the_untrained_model_is_a_method(tmp_path):
+    """What every run did before, and the grid of the model; without that, it has no line."""
+    files = finished(tmp_path)
+    assert rows.untrained_row(files, tmp_path / "none.json") == {}
+    found = rows.untrained_row(files, tmp_path / "grid.json")
+    assert found["run"] == "untrained-seed0" and found["greedy_after"] == 1.0
+    assert found["digits closing"] == "t" + "1" * 12
+    assert found["digits python ood"] == rows.reward_cells(files)["digits python ood"]
+
+
 def test_tables(tmp_path):
     """Two seeds of one method beside the paper's numbers; what was not measured is empty."""
-    row = rows.reward_cells(finished(tmp_path)) | {"greedy_after": 1 / 3, "fall": ""}
-    other = row | {"greedy_after": 0.0, "fall": 15, "collapsed": 1, "digits hermes closing": "t" + "0" * 12}
-    arms = {"ets": [row, other], "new": [{"run": "new-seed0"}]}
-    lines = results.main_table(arms).splitlines()
-    assert lines[2].startswith("| ets | 2 | 1 | 1 | 15 |") and lines[2].endswith("| 20.0, 23.25 |")
-    assert "16.7 [" in lines[2] and "] (0 to 33) |" in lines[2]
-    assert lines[3].startswith("| new | 1 | 0 | 0 |  |")
-    lines = results.ood_table(arms).splitlines()
-    assert lines[2].count("50.0 [") == 4 and lines[2].endswith("| 8.75, 21.6 |")
+    files = finished(tmp_path)
+    row = rows.reward_cells(files) | {"greedy_after": 1 / 3, "fall": ""}
+    other = row | {"greedy_after": 0.0, "fall": 15, "collapsed": 1, "digits closing": "t" + "0" * 12}
+    other["digits python ood at the fall"] = "t" + "0" * 12
+    start = rows.untrained_row(files, tmp_path / "grid.json")
+    arms = {"untrained": [start], "ets": [row, other], "new": [{"run": "new-seed0"}]}
+    found = list(results.tables(arms))
+    assert len(found) == 4
+    lines = found[0].splitlines()
+    assert lines[2].startswith("| untrained | 1 | 0 | 0 |  |") and lines[2].endswith(
+        "| 100, 100 |  | 3.5, 12.5 |"
+    )
+    assert lines[3].startswith("| ets | 2 | 1 | 1 | 15 |") and lines[3].endswith("| 20.0, 23.25 |")
+    assert "| 16.7 [" in lines[3] and "] | 0, 33 | -83.3 [" in lines[3]
+    assert lines[4].startswith("| new | 1 | 0 | 0 |  |")
+    lines = found[1].splitlines()
+    assert lines[3].count("50.0 [") == 4 and lines[3].endswith("| 8.75, 21.6 |") and len(lines) == 4
+    assert found[2].splitlines()[2].count(" +0.0 [+0.0, +0.0] |  |") == 4
+    assert found[3].splitlines()[2].startswith("| ets |") and "| 0.0 [0.0, " in found[3]
+
+
+def test_a_change_is_from_the_arm_that_is_named():
+    """Twelve tasks, all solved and none: 100 points more, and less; nothing to compare with: None."""
+    arms = {name: [{"digits closing": "t" + digit * 12}] for name, digit in (("a", "1"), ("b", "0"))}
+    assert results.changed(arms, "a", "closing", "b").share == 1
+    assert results.changed(arms, "b", "closing", "a").share == -1
+    assert results.changed(arms, "a", "closing") is None and results.pooled([], "closing") is None
 
 
 def test_command(tmp_path, capsys):

@@ -89,3 +89,40 @@ def test_every_run_of_a_study_can_be_made(name):
     assert len(set(runs.values())) == len(runs)
     for arm in {run.rpartition("-seed")[0] for run in runs} - {"", "small-batch-lr1e-3-warmup30"}:
         assert sum(run.rpartition("-seed")[0] == arm for run in runs) == 5
+
+
+def test_looks_at_a_finished_run(tmp_path, monkeypatch):
+    """The doctor and the grid: the model that runs began from once, the fall only where there was one, each
+    again only for another count; a failure ends the looks."""
+    asked, codes = [], {}
+    monkeypatch.setattr(study, "fall_of", lambda series: 4 if series else None)
+
+    class Hand:
+        def run(self, command, log):
+            page = command[command.index("--json") + 1]
+            asked.append(page.removeprefix(str(tmp_path) + "/"))
+            count = command[command.index("--count") + 1]
+            with open(page, "w") as file:
+                file.write(f'{{"arguments": {{"count": {count}}}}}')
+            return codes.get(asked[-1], 0)
+
+    class Files:
+        config = {"model": "data/nano"}
+
+        def __init__(self, path):
+            self.fell = "fell" in path.name
+
+        def series(self, name):
+            return [], [0.3] if self.fell else []
+
+    monkeypatch.setattr(study, "read_run", Files)
+    for name in ("fell", "stands"):
+        (tmp_path / name / "models" / "fall").mkdir(parents=True)
+    hand = Hand()
+    for name in ("fell", "stands", "fell"):
+        assert study.judge(tmp_path / name, 8, hand) == study.score_grids(tmp_path / name, 8, hand) == 0
+    looks = ["start-nano.json", "fell/doctor.json", "grid-nano.json", "fell/grid.json", "fell/grid-fall.json"]
+    assert asked == [*looks, "stands/grid.json"]
+    asked.clear()
+    codes["grid-nano.json"] = 1
+    assert study.score_grids(tmp_path / "fell", 9, hand) == 1 and asked == ["grid-nano.json"]

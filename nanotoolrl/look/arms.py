@@ -9,8 +9,8 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-# Quantiles of Student's t at 97.5 % for 1 to 9 degrees of freedom.
-T = (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262)
+from nanotoolrl.look.intervals import student
+
 SHOWN = ("<|im_end|>", '"}}', "<tool_call>")  # whose net push the table shows
 Row = Mapping[str, Any]
 
@@ -34,18 +34,6 @@ def read_arms(path: Path) -> dict[str, list[Row]]:
 def numbers(rows: Sequence[Row], column: str) -> list[float]:
     """What a column holds, where it holds anything."""
     return [float(row[column]) for row in rows if row.get(column) not in (None, "")]
-
-
-def interval(values: Sequence[float]) -> tuple[float, float]:
-    """(mean, half of its 95 % interval) over seeds; nan for what too few seeds cannot say."""
-    n = len(values)
-    if not n:
-        return math.nan, math.nan
-    middle = sum(values) / n
-    if n < 2 or n > len(T) + 1:
-        return middle, math.nan
-    spread = sum((value - middle) ** 2 for value in values) / (n - 1)
-    return middle, T[n - 2] * math.sqrt(spread / n)
 
 
 def table_of(arms: Mapping[str, Sequence[Row]]) -> str:
@@ -107,7 +95,7 @@ def percent(share: Any) -> float:
 
 def shown(values: Sequence[float], factor: float, digits: int) -> str:
     """Mean and interval of values times a factor. Example: `0.46 ± 0.05`."""
-    middle, half = interval([factor * value for value in values])
+    middle, half = student([factor * value for value in values])
     if math.isnan(middle):
         return ""
     return f"{middle:.{digits}f}" + ("" if math.isnan(half) else f" ± {half:.{digits}f}")
@@ -137,7 +125,7 @@ def draw(arms: Mapping[str, Sequence[Row]], path: Path) -> None:
             shift = 0.12 * (c - (len(columns) - 1) / 2)
             for place, values in zip(places, found):
                 axes.plot([place + shift] * len(values), values, ".", color=COLORS[c], alpha=0.5)
-            middles = [interval(values) for values in found]
+            middles = [student(values) for values in found]
             halves = [0.0 if math.isnan(half) else half for _, half in middles]
             at = [place + shift for place in places]
             axes.errorbar(

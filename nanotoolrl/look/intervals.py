@@ -1,7 +1,8 @@
 """Shares of tasks solved, and their 95 % intervals.
 
 The twins of a task (its index in another category) have goals in common: solving one says something about the
-others. So intervals over several categories are clustered by index.
+others. So intervals over several categories are clustered by index. Runs of several seeds played the same
+tasks: what is said of a method counts the chance of the tasks and that of the seeds.
 """
 
 import math
@@ -9,6 +10,8 @@ from collections.abc import Hashable, Sequence
 from typing import NamedTuple
 
 Z = 1.96  # standard errors on each side
+# Quantiles of Student's t at 97.5 % for 1 to 9 degrees of freedom.
+T = (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262)
 
 
 class Share(NamedTuple):
@@ -63,10 +66,46 @@ def share_of(rewards: Sequence[float], clusters: Sequence[Hashable]) -> Share:
     return Share(share, *wilson(share, worth), n)
 
 
+def student(values: Sequence[float]) -> tuple[float, float]:
+    """(mean, half of its 95 % interval of Student's t); nan for what too few values cannot say, and for the
+    half of more than ten."""
+    n = len(values)
+    if not n:
+        return math.nan, math.nan
+    middle = sum(values) / n
+    if n < 2 or n > len(T) + 1:
+        return middle, math.nan
+    spread = sum((value - middle) ** 2 for value in values) / (n - 1)
+    return middle, T[n - 2] * math.sqrt(spread / n)
+
+
+def by_task(rewards: Sequence[Sequence[float]]) -> list[float]:
+    """Each task's mean over the seeds, of rewards [seeds][n tasks]."""
+    return [sum(column) / len(column) for column in zip(*rewards, strict=True)]
+
+
+def half_over_seeds(rewards: Sequence[Sequence[float]]) -> float:
+    """Half of the interval of Student's t over the seeds' means; 0 of one seed, which says nothing of it."""
+    return 0.0 if len(rewards) < 2 else student([sum(row) / len(row) for row in rewards])[1]
+
+
 def over_seeds(rewards: Sequence[Sequence[float]], clusters: Sequence[Hashable]) -> Share:
-    """Mean of rewards [seeds][n tasks] with the interval of `share_of` for each task's mean over the seeds:
-    tasks are drawn anew, the seeds are not."""
-    return share_of([sum(column) / len(column) for column in zip(*rewards, strict=True)], clusters)
+    """Mean of rewards [seeds][n tasks], with an interval for other tasks and other seeds: to each side the
+    root of the squares of what `share_of` has for each task's mean, and of `half_over_seeds`. That is on the
+    safe side, as the chance of the tasks is in the seeds' means, too."""
+    found, half = share_of(by_task(rewards), clusters), half_over_seeds(rewards)
+    low, high = (math.hypot(found.share - found.low, half), math.hypot(found.high - found.share, half))
+    return found._replace(low=max(0.0, found.share - low), high=min(1.0, found.share + high))
+
+
+def difference_over_seeds(
+    after: Sequence[Sequence[float]], before: Sequence[Sequence[float]], clusters: Sequence[Hashable]
+) -> Share:
+    """Mean of after - before on the same tasks, each [seeds][n tasks], not the same seeds: the interval of
+    `difference`, and of both over seeds, combined as in `over_seeds`."""
+    found = difference(by_task(after), by_task(before), clusters)
+    half = math.hypot(found.high - found.share, half_over_seeds(after), half_over_seeds(before))
+    return found._replace(low=found.share - half, high=found.share + half)
 
 
 def difference(after: Sequence[float], before: Sequence[float], clusters: Sequence[Hashable]) -> Share:

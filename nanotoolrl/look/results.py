@@ -1,20 +1,20 @@
 """The tables of docs/results.md: what replicates of Hao et al. 2026, and what does not.
 
 `python -m nanotoolrl.look.results TABLE.csv` prints them from a table that a study wrote. Success is greedy,
-in %, its interval over tasks (clustered by index) of the mean over seeds; in brackets after it, the least and
-the most of the seeds.
+in %, its interval for other tasks (clustered by index) and other seeds; changes are in points, paired by
+task, from the untrained model.
 """
 
 import argparse
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
 from nanotoolrl.cli import command
 from nanotoolrl.env import CATEGORIES
 from nanotoolrl.look.arms import Row, numbers, percent, read_arms, spread_of
 from nanotoolrl.look.evaluate import index_of
-from nanotoolrl.look.intervals import over_seeds
+from nanotoolrl.look.intervals import Share, difference_over_seeds, over_seeds
 from nanotoolrl.look.rows import in_order
 from nanotoolrl.world.tasks import load_tasks, subset
 
@@ -31,55 +31,107 @@ PAPER = {
     "ets": ("20.0", "23.25", "8.75", "21.6"),
     "prs": ("25.75", "19.5", "12.0", "25.8"),
 }
+START = "untrained"  # the arm that others are compared with
+WAYS = [f"{way} {name}" for name in ("test", "ood") for way in ("hermes", "forced prefix", "python", "xml")]
 
 
 def main_table(arms: Mapping[str, Sequence[Row]]) -> str:
     """A line per method, in the layout of the paper's Table 1."""
-    heads = ["method", "seeds", "collapsed", "fell", "at step", *CATEGORIES, "all", "paper: Qwen2.5, Qwen3"]
-    lines = ["| " + " | ".join(heads) + " |", "|" + "---|" * len(heads)]
+    heads = [
+        "method",
+        "seeds",
+        "collapsed",
+        "fell",
+        "at step",
+        *CATEGORIES,
+        "all",
+        "seeds from, to",
+        "change",
+    ]
+    lines = heading([*heads, "paper: Qwen2.5, Qwen3"])
     for arm, rows in arms.items():
         falls = numbers(rows, "fall")
         ends = [100 * x for x in numbers(rows, "greedy_after")]
-        cells = [
-            arm,
-            str(len(rows)),
-            f"{sum(numbers(rows, 'collapsed')):.0f}",
-            str(len(falls)),
-            spread_of(falls),
-        ]
+        cells = [arm, len(rows), f"{sum(numbers(rows, 'collapsed')):.0f}", len(falls), spread_of(falls)]
         for name in CATEGORIES:
             shares = numbers(rows, f"after {name}")
             cells.append(f"{percent(sum(shares) / len(shares)):.1f}" if shares else "")
-        cells.append(
-            f"{pooled(rows, 'hermes closing', 'test')} ({min(ends):.0f} to {max(ends):.0f})" if ends else ""
-        )
+        cells += [written(pooled(rows, "closing")), f"{min(ends):.0f}, {max(ends):.0f}" if ends else ""]
+        cells.append("" if arm == START else written(changed(arms, arm, "closing"), "+"))
         cells.append(", ".join(PAPER.get(arm, ("", ""))[:2]).strip(", "))
-        lines.append("| " + " | ".join(cells) + " |")
+        lines.append(line_of(cells))
     return "\n".join(lines)
 
 
-def ood_table(arms: Mapping[str, Sequence[Row]]) -> str:
-    """A line per method: formats and content, as in the paper's Table 2."""
-    ways = [
-        f"{way} {name}" for name in ("test", "ood") for way in ("hermes", "forced prefix", "python", "xml")
-    ]
-    heads = ["method", *ways, "paper: foreign format, trained format, both on foreign content"]
-    lines = ["| " + " | ".join(heads) + " |", "|" + "---|" * len(heads)]
+def ood_table(arms: Mapping[str, Sequence[Row]], when: str = "") -> str:
+    """A line per method: formats and content, as in the paper's Table 2; when: "" or " at the fall". A method
+    of which nothing was measured has none."""
+    lines = heading(["method", *WAYS, "paper: foreign format, trained format, both on foreign content"])
     for arm, rows in arms.items():
-        cells = [arm, *(pooled(rows, way, way.split()[-1]) for way in ways)]
-        cells.append(", ".join(PAPER.get(arm, ("",) * 4)[2:]).strip(", "))
-        lines.append("| " + " | ".join(cells) + " |")
+        cells = [written(pooled(rows, way + when)) for way in WAYS]
+        if any(cells):
+            paper = "" if when else ", ".join(PAPER.get(arm, ("",) * 4)[2:]).strip(", ")
+            lines.append(line_of([arm, *cells, paper]))
     return "\n".join(lines)
 
 
-def pooled(rows: Sequence[Row], way: str, tasks: str) -> str:
-    """Success of all seeds together in one way of playing, with its interval; "" if it was not measured."""
-    found = [str(row[f"digits {way}"])[1:] for row in rows if row.get(f"digits {way}")]
-    if not found:
+def changes_table(arms: Mapping[str, Sequence[Row]]) -> str:
+    """A line per method: the change from the untrained model in each way of playing."""
+    lines = heading(["method", *WAYS])
+    for arm in arms:
+        cells = [written(changed(arms, arm, way), "+") for way in WAYS]
+        if arm != START and any(cells):
+            lines.append(line_of([arm, *cells]))
+    return "\n".join(lines)
+
+
+def heading(heads: Sequence[str]) -> list[str]:
+    """The first two lines of a Markdown table."""
+    return [line_of(heads), "|" + "---|" * len(heads)]
+
+
+def line_of(cells: Sequence[object]) -> str:
+    """A line of a Markdown table."""
+    return "| " + " | ".join(map(str, cells)) + " |"
+
+
+def written(found: Share | None, sign: str = "") -> str:
+    """A cell: in %, with the interval; "" for nothing. sign: "+" for a change."""
+    if found is None:
         return ""
-    order = in_order(subset(load_tasks(tasks), len(found[0])))
-    share = over_seeds([list(map(float, one)) for one in found], [index_of(t.category, t.id) for t in order])
-    return f"{percent(share.share):.1f} [{percent(share.low):.1f}, {percent(share.high):.1f}]"
+    share, low, high = (100 * x + 0.0 for x in found[:3])
+    return f"{share:{sign}.1f} [{low:{sign}.1f}, {high:{sign}.1f}]"
+
+
+def rewards_of(rows: Sequence[Row], way: str) -> list[list[float]]:
+    """Success [seeds][tasks] in one way of playing, of the runs of which it was measured."""
+    return [list(map(float, str(row[f"digits {way}"])[1:])) for row in rows if row.get(f"digits {way}")]
+
+
+def clusters_of(way: str, count: int) -> list[object]:
+    """The index of each task, in the order of the digits."""
+    tasks = load_tasks("ood" if " ood" in way else "test")
+    return [index_of(task.category, task.id) for task in in_order(subset(tasks, count))]
+
+
+def pooled(rows: Sequence[Row], way: str) -> Share | None:
+    """Success of all seeds together in one way of playing; None if it was not measured."""
+    found = rewards_of(rows, way)
+    return over_seeds(found, clusters_of(way, len(found[0]))) if found else None
+
+
+def changed(arms: Mapping[str, Sequence[Row]], arm: str, way: str, since: str = START) -> Share | None:
+    """Success of an arm less that of another on the same tasks; None where one was not measured."""
+    after, before = rewards_of(arms[arm], way), rewards_of(arms.get(since, ()), way)
+    if not after or not before:
+        return None
+    return difference_over_seeds(after, before, clusters_of(way, len(after[0])))
+
+
+def tables(arms: Mapping[str, Sequence[Row]]) -> Iterator[str]:
+    """All of them, those that have a line."""
+    found = [main_table(arms), ood_table(arms), changes_table(arms), ood_table(arms, " at the fall")]
+    yield from (table for table in found if table.count("\n") > 1)
 
 
 @command
@@ -95,7 +147,7 @@ def main(argv: list[str] | None = None) -> int:
     except (OSError, ValueError, KeyError) as error:
         print(f"results: {args.table} is no table of a study: {error}", file=sys.stderr)
         return 2
-    print(f"{main_table(arms)}\n\n{ood_table(arms)}")
+    print("\n\n".join(tables(arms)))
     return 0
 
 

@@ -184,23 +184,47 @@ def judged_cells(files: RunFiles) -> Cells:
 
 
 def reward_cells(files: RunFiles) -> Cells:
-    """What the run ended with, task by task. `after CATEGORY`: greedy success; `digits WAY SET`: a 1 or 0 for
-    each task, in the order of `in_order`, of the closing evaluation and of grid.json; `grid WAY SET`: its
-    mean. `collapsed`: 1 if greedy success is below a quarter of that before, by the doctor's rule."""
+    """What the run ended with, task by task. `after CATEGORY`: greedy success; `digits closing`: a 1 or 0 for
+    each task, in the order of `in_order`, of the closing evaluation. `collapsed`: 1 if greedy success is
+    below a quarter of that before, by the doctor's rule. Further those of its grids: `grid_cells`."""
     cells: Cells = {}
-    format, greedy = files.config.get("format", "hermes"), "held out, greedy"
+    if greedy := greedy_of(files):
+        cells |= closing_cells(greedy["after"])
+        cells |= {"collapsed": int(greedy["after"].success < COLLAPSED * greedy["before"].success)}
+    cells |= grid_cells(files.path / "grid.json")
+    return cells | grid_cells(files.path / "grid-fall.json", " at the fall")
+
+
+def greedy_of(files: RunFiles) -> dict[str, Scores]:
+    """Greedy scores on held-out tasks "before" and "after" a run; {} where they were not taken."""
     with contextlib.suppress(OSError, ValueError, KeyError):
         stored = json.loads((files.path / "result.json").read_text(encoding="utf-8"))
-        before, after = (Scores(**stored[when][greedy]) for when in ("before", "after"))
-        cells |= {f"after {name}": after.of(name).share for name in after.rewards}
-        cells |= {f"digits {format} closing": digits(after)}
-        cells |= {"collapsed": int(after.success < COLLAPSED * before.success)}
+        return {when: Scores(**stored[when]["held out, greedy"]) for when in ("before", "after")}
+    return {}
+
+
+def closing_cells(scores: Scores) -> Cells:
+    """`after CATEGORY` and `digits closing`."""
+    shares = {f"after {name}": scores.of(name).share for name in scores.rewards}
+    return shares | {"digits closing": digits(scores)}
+
+
+def grid_cells(page: Path, when: str = "") -> Cells:
+    """Of a page of `evaluate --grid`, in `digits WAY SET` and behind it `when`: a 1 or 0 for each task."""
     with contextlib.suppress(OSError, ValueError, KeyError):
-        stored = json.loads((files.path / "grid.json").read_text(encoding="utf-8"))
-        for name, values in stored["scores"].items():
-            scores = Scores(**values)
-            cells |= {f"grid {name}": scores.success, f"digits {name}": digits(scores)}
-    return cells
+        stored = json.loads(page.read_text(encoding="utf-8"))["scores"]
+        return {f"digits {name}{when}": digits(Scores(**values)) for name, values in stored.items()}
+    return {}
+
+
+def untrained_row(files: RunFiles, page: Path) -> Cells:
+    """The line of the model that a run began from, as if it were a method: what it did before, and its grid;
+    {} where there is no grid."""
+    grid, greedy = grid_cells(page), greedy_of(files)
+    if not grid or not greedy:
+        return {}
+    start = {"greedy_before": greedy["before"].success, "greedy_after": greedy["before"].success}
+    return {"run": "untrained-seed0", **start, **closing_cells(greedy["before"]), **grid}
 
 
 def digits(scores: Scores) -> str:

@@ -25,7 +25,7 @@ from nanotoolrl.config import Refused
 from nanotoolrl.files import check_writable
 from nanotoolrl.look.arms import arms_of, draw, falls_table, table_of
 from nanotoolrl.look.falls import fall_of
-from nanotoolrl.look.rows import row, stored_page
+from nanotoolrl.look.rows import row, untrained_row
 from nanotoolrl.look.rundir import logged_steps
 from nanotoolrl.look.runfiles import Unreadable, read_run
 from nanotoolrl.look.studies import STUDIES
@@ -35,7 +35,7 @@ REFUSED = 2  # exit code of a run that was made with other settings, or cannot b
 ENDED = 130  # of one that has not begun when the study is ended
 
 
-JUDGING = threading.Lock()  # of the model that runs began from: once, whoever is first
+STARTS = threading.Lock()  # the model that runs began from is looked at once, whoever is first
 
 
 class Children:
@@ -75,7 +75,7 @@ def run(directory: Path, flags: str, children: Children, count: int = 0, grid: i
     if code:
         return code
     judged = judge(directory, count, children) if count else 0
-    scored = score_grid(directory, grid, children) if grid else 0
+    scored = score_grids(directory, grid, children) if grid else 0
     return 1 if judged or scored else 0  # 2 would say that the run has other settings
 
 
@@ -119,9 +119,11 @@ def command_line() -> argparse.ArgumentParser:
         "--jobs", type=jobs, default=available_cores(), help="runs side by side, one thread each"
     )
     parser.add_argument("--runs", default="runs", help="directory for the run directories")
+    parser.add_argument("--model", help="the model that every run begins from (default: that of its flags)")
     looks = {
         "--judge": "have the doctor judge each run that falls, at its fall, on so many tasks",
-        "--grid": "score each run at its end in all formats on so many tasks of `test` and of `ood`",
+        "--grid": "score each run, at its end and at its fall, in all formats on so many tasks of `test` "
+        "and of `ood`",
     }
     for name, about in looks.items():
         count = number(int, least=0, most=10_000)
@@ -143,7 +145,8 @@ def main(argv: list[str] | None = None) -> int:
     except OSError as error:
         print(f"study: {error}", file=sys.stderr)
         return 2
-    study = dict(STUDIES[args.study])
+    base = f" --model {args.model}" if args.model else ""
+    study = {name: flags + base for name, flags in STUDIES[args.study].items()}
     codes = {}
     asked = (args.judge, args.grid)
     children = Children()
@@ -195,36 +198,50 @@ def interrupting(*numbers: int) -> Iterator[None]:
             signal.signal(number, handler)
 
 
+def fallen(directory: Path) -> Path | None:
+    """The model of the step at which a run fell, if it did and was kept."""
+    model = directory / "models" / "fall"
+    return model if model.is_dir() and fall_of(read_run(directory).series("success")[1]) else None
+
+
 def judge(directory: Path, count: int, children: Children) -> int:
     """Have the doctor judge a finished run at its fall, if it fell and that was not done yet; its page is
     doctor.json in the run directory. The model it began from is judged once, into start-NAME.json beside the
     runs. Returns the exit code."""
-    files = read_run(directory)
-    page, fall = directory / "doctor.json", directory / "models" / "fall"
-    done = bool(stored_page(page)) and stored_arguments(page).get("count") == count
-    if done or not fall.is_dir() or not fall_of(files.series("success")[1]):
+    model, start = fallen(directory), read_run(directory).config["model"]
+    if not model:
         return 0
-    home, start = directory.parent, files.config["model"]
-    known = home / f"start-{Path(start).name}.json"
-    how = [sys.executable, "-m", "nanotoolrl.evaluate", "--doctor", "--count", str(count)]
-    with JUDGING:
-        if not known.exists():
-            code = children.run([*how, "--model", start, "--json", str(known)], home / "start.log")
-            if code:
-                return code
-    command = [*how, "--model", str(fall), "--compare", str(known), "--json", str(page)]
-    return children.run(command, home / f"{directory.name}.log")
+    known = directory.parent / f"start-{Path(start).name}.json"
+    with STARTS:
+        code = look(["--doctor"], start, known, count, children)
+    how = ["--doctor", "--compare", str(known)]
+    return code or look(how, model, directory / "doctor.json", count, children)
 
 
-def score_grid(directory: Path, count: int, children: Children) -> int:
-    """Score a finished run at its end in all formats, and with the prefix forced, on tasks of its own and of
-    other domains, if that was not done yet: grid.json in the run directory. Returns the exit code."""
-    page = directory / "grid.json"
+def score_grids(directory: Path, count: int, children: Children) -> int:
+    """Score a finished run in all formats, and with the prefix forced, on tasks of its own and of other
+    domains, if that was not done yet: at its end into grid.json, at its fall into grid-fall.json in the run
+    directory. The model it began from is scored once, into grid-NAME.json beside the runs. Returns the exit
+    code."""
+    start, fall = read_run(directory).config["model"], fallen(directory)
+    with STARTS:
+        code = look(["--grid"], start, directory.parent / start_page(start), count, children)
+    code = code or look(["--grid"], directory / "model", directory / "grid.json", count, children)
+    return code or (look(["--grid"], fall, directory / "grid-fall.json", count, children) if fall else 0)
+
+
+def start_page(model: str) -> str:
+    """The name of the grid of the model that runs began from."""
+    return f"grid-{Path(model).name}.json"
+
+
+def look(how: list[str], model: Path | str, page: Path, count: int, children: Children) -> int:
+    """`evaluate` a model on so many tasks into a page, if that was not done yet; the exit code. What it
+    prints goes to a log beside the page."""
     if stored_arguments(page).get("count") == count:
         return 0
-    command = [sys.executable, "-m", "nanotoolrl.evaluate", "--grid", "--model", str(directory / "model")]
-    command += ["--count", str(count), "--json", str(page)]
-    return children.run(command, directory.parent / f"{directory.name}.log")
+    command = [sys.executable, "-m", "nanotoolrl.evaluate", *how, "--model", str(model)]
+    return children.run([*command, "--count", str(count), "--json", str(page)], page.with_suffix(".log"))
 
 
 def stored_arguments(page: Path) -> dict:
@@ -236,12 +253,16 @@ def stored_arguments(page: Path) -> dict:
 
 
 def rows(study: dict[str, str], home: Path) -> list[dict]:
-    """A line for every run that has made a step, with the settings of the study."""
-    found = []
-    for name, flags in study.items():
+    """A line for every run that has made a step, with the settings of the study; above them one for the model
+    that they began from, if its grid was scored."""
+    runs = {}
+    for name in study:
         with contextlib.suppress(Unreadable):
-            found.append(row(name, flags, read_run(home / name)))
-    return found
+            runs[name] = read_run(home / name)
+    starts = [untrained_row(files, home / start_page(files.config["model"])) for files in runs.values()]
+    first = next((start for start in starts if start), None)
+    found = [row(name, study[name], files) for name, files in runs.items()]
+    return [first, *found] if first else found
 
 
 if __name__ == "__main__":
