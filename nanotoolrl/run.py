@@ -171,9 +171,10 @@ def failed_tasks(
     return [i for i, rows in enumerate(groups) if enough(row.reward == 0 for row in rows)]
 
 
-def demonstrations(run: Run, tasks: Sequence[Task]) -> list[Trajectory]:
-    """Ground-truth conversations of the tasks; those that do not fit the context are left out."""
-    rows = [demonstration(run.policy.chat, task, run.config.format) for task in tasks]
+def demonstrations(run: Run, tasks: Sequence[Task], format: str = "") -> list[Trajectory]:
+    """Ground-truth conversations of the tasks, in the format of the run or in another; those that do not fit
+    the context are left out."""
+    rows = [demonstration(run.policy.chat, task, format or run.config.format) for task in tasks]
     return [row for row in rows if len(row.tokens) <= run.sampler.context]
 
 

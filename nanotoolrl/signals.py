@@ -55,7 +55,12 @@ SOURCE = {
 COEFFICIENT = {"sft_coef": setting(0.1, "weight of an SFT loss that is added to policy updates", least=0)}
 WINDOW = {"sft_window": setting(5, "steps whose examples are trained on", above=0)}
 ROUNDS = {"round_steps": setting(5, "RL steps between bursts", above=0)}
-ANY = {"ets_any": setting(False, "a task counts as failed if any rollout failed, not only if all did")}
+FAILURES = {
+    "ets_any": setting(False, "a task counts as failed if any rollout failed, not only if all did"),
+    "ets_formats": setting(
+        "own", "formats in which failed tasks are shown: that of RL, or all", ("own", "all")
+    ),
+}
 JUDGE = {
     "judge": setting(
         "",
@@ -177,7 +182,7 @@ def sft(run: Run, tasks: list[Task], trajectories: list[Trajectory]) -> tuple[li
 @signal(
     about="grpo, and SFT on the ground truth of tasks whose rollouts all failed",
     source="Hao et al. 2026, §4, erroneous-trajectory supervision (ETS)",
-    settings=ANY,
+    settings=FAILURES,
     metrics=FAILED_TASKS,
 )
 def ets(run: Run, tasks: list[Task], trajectories: list[Trajectory]) -> tuple[list[Trajectory], dict]:
@@ -188,10 +193,12 @@ def ets(run: Run, tasks: list[Task], trajectories: list[Trajectory]) -> tuple[li
     differs from `hpt` in that failures of earlier steps ride along, too. Deviations: RL keeps its optimiser
     state over a burst, where the published rounds are runs of their own; bursts may be of equal size
     (`--sft-tokens`) instead of 2 epochs. A task that fails twice within the window is in the pool twice, and
-    trained twice in a pass.
+    trained twice in a pass. Ours: `--ets-formats all` shows each in every call format, against forgetting.
     """
     failed = collected_failures(run, trajectories)
-    return demonstrations(run, [tasks[i] for i in failed]), {"failed_tasks": len(failed)}
+    formats = FORMATS if run.config.ets_formats == "all" else [run.config.format]
+    examples = [row for format in formats for row in demonstrations(run, [tasks[i] for i in failed], format)]
+    return examples, {"failed_tasks": len(failed)}
 
 
 def collected_failures(run: Run, trajectories: list[Trajectory]) -> list[int]:
@@ -202,7 +209,7 @@ def collected_failures(run: Run, trajectories: list[Trajectory]) -> list[int]:
 @signal(
     about="like ets, with reflections on the failed rollouts as further examples",
     source="Hao et al. 2026, §4, process-reflection supervision (PRS)",
-    settings=ANY | JUDGE,
+    settings=FAILURES | JUDGE,
     defaults={"sft_tokens": 0},
     metrics=FAILED_TASKS
     | {
@@ -244,7 +251,7 @@ def prs(run: Run, tasks: list[Task], trajectories: list[Trajectory]) -> tuple[li
 @signal(
     about="like ets, but only control tokens are trained by SFT",
     source="ours",
-    settings=ANY,
+    settings=FAILURES,
     defaults={"sft_tokens": 0},
     metrics=FAILED_TASKS,
 )
@@ -306,7 +313,7 @@ def sft_rl(run: Run, tasks: list[Task]) -> Step:
 @scheme(
     about="control: the bursts of ets without any RL between them",
     source="ours",
-    settings=ROUNDS | WINDOW | ANY,
+    settings=ROUNDS | WINDOW | FAILURES,
     uses=IN_BURSTS,
     defaults={"schedule": "none"},
     metrics=FAILED_TASKS,
@@ -327,7 +334,7 @@ def bursts(run: Run, tasks: list[Task]) -> Step:
         "sentinel_limit": setting(10.0, "growth of a spurious probability that rolls back; 0: never", least=0)
     }
     | WINDOW
-    | ANY,
+    | FAILURES,
     uses=["probe_every", *IN_BURSTS],
     neutral={"sentinel_limit": 0.0},
     metrics=FAILED_TASKS | {"rollbacks": ("count", "1 where weights were rolled back")},

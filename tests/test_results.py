@@ -1,6 +1,7 @@
 """The tables of what replicates: success task by task, pooled over seeds."""
 
 import json
+import math
 
 from nanotoolrl.look import results, rows
 from nanotoolrl.look.evaluate import Scores
@@ -87,3 +88,17 @@ def test_command(tmp_path, capsys):
     (tmp_path / "t.csv").write_text("run,fall\nets-seed0,3\n")
     assert results.main([str(tmp_path / "t.csv")]) == 0
     assert "| ets | 1 | 0 | 1 | 3 |" in capsys.readouterr().out
+
+
+def test_success_over_steps(tmp_path):
+    """Read back from the table, nothing of a run without rollouts; drawn."""
+    metrics = {"success": [0.25, None, 0.0], "sft_tokens": [None, 30.0, 12.0], "step": [1.0, 2.0, 3.0]}
+    found = rows.course_cells(RunFiles(tmp_path, "r", {}, metrics, []))
+    assert found == {"course": "250 - 0", "sft_tokens": 42}
+    (course,) = results.courses([found, {"course": "- -"}, {"run": "old"}])
+    assert course[::2] == [25.0, 0.0] and math.isnan(course[1])
+    (tmp_path / "t.csv").write_text(
+        "run,course,null_half\nets-seed0,250 300,0.3\nets-seed1,200 0,0.3\nsft-seed0,,\n"
+    )
+    assert results.main([str(tmp_path / "t.csv"), "--figure", str(tmp_path / "x" / "f.png")]) == 0
+    assert (tmp_path / "x" / "f.png").stat().st_size > 5000

@@ -101,6 +101,22 @@ def test_equal_tokens_for_ets_and_its_control(policy, monkeypatch):
     assert all(100 <= count < 100 + longest for count in counts.values())
 
 
+def test_failed_tasks_are_shown_in_every_format(tiny):
+    """Each in each, what RL plays first; by default in that alone."""
+    rows, _ = made_up(tiny)
+    for row in rows:
+        row.reward = 0.0
+    shown = {}
+    for formats in ("own", "all"):
+        run = make_run(tiny, format="xml", ets_formats=formats)
+        found, counts = signals.ets(run, tasks(2), rows)
+        assert counts == {"failed_tasks": 2}
+        shown[formats] = [(row.format, row.task_id) for row in found]
+    names = [task.id for task in tasks(2)]
+    assert shown["own"] == [("xml", name) for name in names]
+    assert sorted(shown["all"]) == sorted((f, name) for f in ("hermes", "python", "xml") for name in names)
+
+
 @pytest.mark.parametrize("window", [2, 5])
 def test_window_and_rounds(window, tiny, monkeypatch):
     """Bursts come before steps 4 and 7, from the last 2 (5: all) steps of their own round of 3."""

@@ -9,6 +9,7 @@ import time
 import pytest
 from helpers.runs import TINY, hears_signals
 
+from nanotoolrl.look import studies as study_runs
 from nanotoolrl.look import study
 from nanotoolrl.look.rundir import RunDirectory, logged_steps
 
@@ -83,12 +84,13 @@ def test_bad_jobs_are_refused(capsys):
 
 @pytest.mark.parametrize("name", study.STUDIES)
 def test_every_run_of_a_study_can_be_made(name):
-    """Its flags are settings, and runs that differ in their seed alone are arms of five."""
+    """Its flags are settings, and runs that differ in their seed alone are arms of five, or of three."""
     runs = study.STUDIES[name]
     assert all(study.parse(flags.split())[0] for flags in runs.values())
     assert len(set(runs.values())) == len(runs)
     for arm in {run.rpartition("-seed")[0] for run in runs} - {"", "small-batch-lr1e-3-warmup30"}:
-        assert sum(run.rpartition("-seed")[0] == arm for run in runs) == 5
+        count = len(study_runs.FEWER if name in ("lr", "ablate") else study_runs.SEEDS)
+        assert sum(run.rpartition("-seed")[0] == arm for run in runs) == count
 
 
 def test_looks_at_a_finished_run(tmp_path, monkeypatch):

@@ -1,11 +1,12 @@
 """The tables of docs/results.md: what replicates of Hao et al. 2026, and what does not.
 
-`python -m nanotoolrl.look.results TABLE.csv` prints them from a table that a study wrote. Success is greedy,
-in %, its interval for other tasks (clustered by index) and other seeds; changes are in points, paired by
-task, from the untrained model.
+`python -m nanotoolrl.look.results TABLE.csv` prints them from a table that a study wrote; `--figure` draws
+success over steps. Success is greedy, in %, its interval for other tasks (clustered by index) and other
+seeds; changes are in points, paired by task, from the untrained model.
 """
 
 import argparse
+import math
 import sys
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
@@ -30,6 +31,11 @@ PAPER = {
     "hint": ("0.0", "0.75", "22.5", "0.0"),
     "ets": ("20.0", "23.25", "8.75", "21.6"),
     "prs": ("25.75", "19.5", "12.0", "25.8"),
+}
+# What the figure shows: a panel for each, its arms.
+PANELS = {
+    "RL, and signals mixed into every step": ("grpo", "restart", "ops", "hint"),
+    "SFT between rounds of RL, or before it": ("ets", "prs", "sft_rl", "bursts"),
 }
 START = "untrained"  # the arm that others are compared with
 WAYS = [f"{way} {name}" for name in ("test", "ood") for way in ("hermes", "forced prefix", "python", "xml")]
@@ -134,6 +140,43 @@ def tables(arms: Mapping[str, Sequence[Row]]) -> Iterator[str]:
     yield from (table for table in found if table.count("\n") > 1)
 
 
+def courses(rows: Sequence[Row]) -> list[list[float]]:
+    """Sampled success of every run, step by step in %; runs without rollouts have none."""
+    found = [
+        [math.nan if x == "-" else float(x) / 10 for x in str(row.get("course", "")).split()] for row in rows
+    ]
+    return [course for course in found if not all(map(math.isnan, course))]
+
+
+def draw(arms: Mapping[str, Sequence[Row]], path: Path) -> None:
+    """Success over steps as PNG: every seed thin, their mean thick, and untrained success as a line."""
+    from matplotlib.figure import Figure  # for this alone
+
+    from nanotoolrl.look.figures import COLORS
+
+    canvas = Figure(figsize=(9, 3.4))
+    null = [percent(x) for rows in arms.values() for x in numbers(rows, "null_half")]
+    for axes, (title, names) in zip(canvas.subplots(1, 2, sharey=True), PANELS.items()):
+        for color, name in zip(COLORS, names):
+            runs = courses(arms.get(name, ()))
+            for course in runs:
+                axes.plot(range(1, len(course) + 1), course, color=color, linewidth=0.6, alpha=0.5)
+            if runs:
+                mean = [sum(found) / len(found) for found in zip(*runs)]
+                axes.plot(range(1, len(mean) + 1), mean, color=color, linewidth=2.2, label=name)
+        if null:
+            axes.axhline(sum(null) / len(null), color="#999999", linestyle=":", label="untrained, same tasks")
+        axes.set_title(title, fontsize=9)
+        axes.set_xlabel("step")
+        axes.grid(alpha=0.3)
+        axes.legend(fontsize=8)
+    canvas.axes[0].set_ylabel("sampled success, %")
+    canvas.axes[0].set_ylim(bottom=0)
+    canvas.tight_layout()
+    path.parent.mkdir(parents=True, exist_ok=True)
+    canvas.savefig(path, dpi=110)
+
+
 @command
 def main(argv: list[str] | None = None) -> int:
     """The command: 0, or 2 for a table that cannot be read."""
@@ -141,6 +184,7 @@ def main(argv: list[str] | None = None) -> int:
         prog="python -m nanotoolrl.look.results", description=__doc__.splitlines()[0]
     )
     parser.add_argument("table", type=Path, help="CSV that a study wrote")
+    parser.add_argument("--figure", type=Path, help="draw success over steps into this PNG")
     args = parser.parse_args(argv)
     try:
         arms = read_arms(args.table)
@@ -148,6 +192,8 @@ def main(argv: list[str] | None = None) -> int:
         print(f"results: {args.table} is no table of a study: {error}", file=sys.stderr)
         return 2
     print("\n\n".join(tables(arms)))
+    if args.figure:
+        draw(arms, args.figure)
     return 0
 
 

@@ -68,7 +68,7 @@ def row(name: str, flags: str, files: RunFiles) -> Cells:
             cells[f"halved_{kind}"] = values[near] / values[0]
     for state in MESSAGE_STATES:
         cells[f"end_{state}"] = mean(files.metrics[f"state_{state}"][-window:])
-    for more in (fall_cells, push_cells, null_cells, judged_cells, reward_cells):
+    for more in (fall_cells, push_cells, null_cells, judged_cells, course_cells, reward_cells):
         cells |= more(files)
     return cells
 
@@ -181,6 +181,13 @@ def judged_cells(files: RunFiles) -> Cells:
             cells[f"before {way}"] = reference.success[way][0]
     cells |= {f"left {way}": share for way, share in left_of(model, reference).items()}
     return cells | {"lost": lost_of(model, reference)}
+
+
+def course_cells(files: RunFiles) -> Cells:
+    """`course`: sampled success step by step in thousandths, between spaces; `sft_tokens`: how many tokens
+    SFT trained in all."""
+    course = " ".join("-" if value is None else f"{1000 * value:.0f}" for value in files.metrics["success"])
+    return {"course": course, "sft_tokens": sum(files.series("sft_tokens")[1])}
 
 
 def reward_cells(files: RunFiles) -> Cells:

@@ -1,6 +1,7 @@
 """The studies of `python -m nanotoolrl.study`: a name, its runs, and the flags of each for train.py."""
 
 SEEDS = range(5)
+FEWER = range(3)  # where many settings are looked at
 
 # The search for `--preset collapse`.
 SCREEN = "--scheme grpo --eval-count 100 --eval-part 100"  # a look, not a claim
@@ -26,10 +27,10 @@ COLLAPSE_SEARCH = {
 }
 
 
-def arms(settings: dict[str, str]) -> dict[str, str]:
+def arms(settings: dict[str, str], seeds: range = SEEDS) -> dict[str, str]:
     """A run of every arm for every seed, seed by seed: a study that was cut short has whole seeds."""
     return {
-        f"{arm}-seed{seed}": f"{flags} --seed {seed}" for seed in SEEDS for arm, flags in settings.items()
+        f"{arm}-seed{seed}": f"{flags} --seed {seed}" for seed in seeds for arm, flags in settings.items()
     }
 
 
@@ -52,6 +53,48 @@ METHODS = {
     "bursts": "--scheme bursts",
     "restart": "--scheme restart --restart-steps 4",
 }
+# A signal in every update instead of in bursts, with about as many SFT tokens.
+SYNC = "--schedule sync --sft-window 1"
+SCHEDULE = {
+    "ets-sync": f"--scheme ets {RESCUE} {SYNC}",
+    "prs-sync": f"--scheme prs {RESCUE} {SYNC}",
+    "sft-sync": f"--scheme sft {RESCUE} {SYNC} --sft-batch 8",
+    "sft-interleaved": f"--scheme sft {RESCUE} --schedule interleaved",
+}
+# Rates over two orders; the middle one, 2e-4, is in `main`.
+RATES = ("2e-5", "6e-5", "6e-4", "2e-3")
+LR = {
+    f"{name}-lr{rate}": f"--scheme {name} {RESCUE} --lr {rate}" for name in ("grpo", "ets") for rate in RATES
+}
+LR |= {f"ets-sft{rate}": f"--scheme ets {RESCUE} --sft-lr {rate}" for rate in RATES}
+ABLATE = {
+    "psr": "--scheme psr",
+    "nsr": "--scheme nsr",
+    "guard0.3": "--scheme grpo --guard 0.3",
+    "guard0.5": "--scheme grpo --guard 0.5",
+    "guard-kl": "--scheme guard-kl",
+    "gtpo": "--scheme grpo --gtpo 1",
+    "prefix": "--scheme grpo --spare-passed 1",
+    "rare": "--scheme grpo --rare 0.3",
+    "void": "--scheme void",
+    "llds": "--scheme llds",
+    "filter": "--scheme grpo --filter 0.5",
+    **{f"kl{kl}": f"--scheme grpo --kl {kl}" for kl in ("1e-4", "1e-3", "1e-2", "1e-1")},
+    "updates3": "--scheme grpo --updates 3",
+    "sequence-mean": "--scheme grpo --loss-agg sequence",
+    "no-std": "--scheme grpo --no-adv-std",
+    "graded": "--scheme grpo --graded-reward",
+    "cispo": "--scheme grpo --loss cispo",
+    "gspo": "--scheme grpo --loss gspo",
+    "selfdistil": "--scheme selfdistil",
+    "hpt": "--scheme hpt",
+    "ghpo": "--scheme ghpo",
+    "chord": "--scheme chord",
+    "sentinel": "--scheme sentinel --probe-every 1",
+    "ctrl_sft": "--scheme ctrl_sft",
+    "selfrepair": "--scheme selfrepair",
+    "ets-formats": "--scheme ets --ets-formats all",
+}
 STUDIES = {
     "collapse-search": {name: f"{SCREEN} {flags}" for name, flags in COLLAPSE_SEARCH.items()},
     "collapse": {
@@ -69,6 +112,9 @@ STUDIES = {
     "roundtrip": arms({how: f"{ROUNDTRIP} --record {how}" for how in ("text", "exact")}),
     "roundtrip-parts": arms({how: f"{ROUNDTRIP} --record {how}" for how in ("encode", "stop", "vanish")}),
     "main": arms({name: f"{flags} {RESCUE}" for name, flags in METHODS.items()}),
+    "schedule": arms(SCHEDULE),
+    "lr": arms(LR, FEWER),
+    "ablate": arms({name: f"{RESCUE} {flags}" for name, flags in ABLATE.items()}, FEWER),
     # The paper's regime: few successes, many small updates.
     "regime": arms({how: f"{REGIME} --record {how}" for how in ("exact", "text")}),
     # Other ways to train what the policy did not sample, or not so.
