@@ -175,6 +175,9 @@ class Config:
     rare: float = setting(
         0.0, "share of a token's advantage that is multiplied by its probability", least=0, most=1
     )
+    silence: float = setting(
+        0.0, "tokens of good rollouts below this probability teach nothing", least=0, most=1
+    )
     filter: float = setting(
         1.0,
         "share of the groups that are trained on: those with the largest variance of rewards",

@@ -21,7 +21,7 @@ from nanotoolrl.trajectory import Trajectory
 def weighed(tokens: Tokens) -> Tokens:
     """The tokens with their advantages times `token_weights`; the same where no setting weighs them."""
     config = tokens.run.config
-    if config.guard == config.gtpo == config.spare_passed == config.rare == 0:
+    if config.guard == config.gtpo == config.spare_passed == config.rare == config.silence == 0:
         return tokens
     return replace(tokens, advantages=tokens.advantages * token_weights(tokens))
 
@@ -37,6 +37,8 @@ def token_weights(tokens: Tokens) -> Tensor:
       2601.18984, which finds the place of the error by a verifier of processes; ours knows the turn.
     - `--rare a`: a p + 1 - a, p the token's probability, without a gradient: rare tokens push less.
       Advantage reweighting of arXiv 2505.12929, a = 0.3 there.
+    - `--silence P`: 0 where A > 0 and p < P: what was sampled by a fluke is no lesson. After STAPO, arXiv
+      2602.15620; the source asks for low entropy at that place, too.
     """
     config = tokens.run.config
     bad, good = tokens.advantages < 0, tokens.advantages > 0
@@ -48,8 +50,11 @@ def token_weights(tokens: Tokens) -> Tensor:
         weights = torch.where(tokens.conflict & good, weights * (1 + config.gtpo), weights)
     if config.spare_passed > 0:
         weights = torch.where(tokens.passed & bad, weights * (1 - config.spare_passed), weights)
+    p = tokens.logprobs.detach().exp()
     if config.rare > 0:
-        weights = weights * (config.rare * tokens.logprobs.detach().exp() + 1 - config.rare)
+        weights = weights * (config.rare * p + 1 - config.rare)
+    if config.silence > 0:
+        weights = torch.where(good & (p < config.silence), 0.0, weights)
     return weights
 
 

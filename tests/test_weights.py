@@ -70,6 +70,12 @@ def test_rare_tokens_push_less():
     assert weights.tolist() == pytest.approx([0.3 * 0.5 + 0.7, 0.3 * 0.1 + 0.7])
 
 
+def test_flukes_of_good_rollouts_teach_nothing():
+    logprobs = torch.tensor([0.5, 0.1, 0.5, 0.1]).log().tolist()
+    weights = token_weights(tokens_of([row([5, 6]), row([5, 6])], [1.0, -1.0], logprobs, silence=0.2))
+    assert weights.tolist() == [1.0, 0.0, 1.0, 1.0]
+
+
 def test_weights_multiply_and_neutral_ones_change_nothing():
     tokens = tokens_of([row([5, 6])], [-1.0], [0.0, 0.0])
     assert weighed(tokens) is tokens

@@ -76,6 +76,7 @@ ABLATE = {
     "gtpo": "--scheme grpo --gtpo 1",
     "prefix": "--scheme grpo --spare-passed 1",
     "rare": "--scheme grpo --rare 0.3",
+    "silence": "--scheme grpo --silence 0.01",
     "void": "--scheme void",
     "llds": "--scheme llds",
     "filter": "--scheme grpo --filter 0.5",
