@@ -34,6 +34,14 @@ class Tokens:
     advantages: Tensor
     row: Tensor
     conflict: Tensor | None = None  # [N], see `weights.conflicts`
+    unweighed: Tensor | None = (
+        None  # [N], advantages before `weights.token_weights`, where these were applied
+    )
+
+    @property
+    def own_advantages(self) -> Tensor:
+        """[N], the advantages of their rows, whatever a token weighs: a weight of 0 says nothing of a row."""
+        return self.advantages if self.unweighed is None else self.unweighed
 
     @cached_property
     def message(self) -> Tensor:

@@ -197,7 +197,7 @@ def llds(run: Run, tasks: list[Task]) -> Step:
 
     def objective(run: Run, tokens: Tokens) -> tuple[Tensor, Tensor]:
         loss, clipped = clipped_objective(run, tokens)
-        fallen = likelihood_drop(tokens.logprobs, tokens.old, tokens.advantages >= 0, tokens.message)
+        fallen = likelihood_drop(tokens.logprobs, tokens.old, tokens.own_advantages >= 0, tokens.message)
         return loss + run.config.llds_weight * fallen, clipped
 
     trajectories = rollout(run, tasks)
@@ -208,7 +208,7 @@ def llds(run: Run, tasks: list[Task]) -> Step:
 
 
 @scheme(
-    about="control: grpo that begins anew every --restart-steps steps, as rounds of ets do",
+    about="control: grpo that begins anew every --restart-steps steps, as published rounds do",
     source="ours; the published rounds are runs of their own",
     settings={"restart_steps": setting(5, "steps after which the optimiser begins anew; 0: never", least=0)},
     uses=["warmup"],
@@ -216,7 +216,7 @@ def llds(run: Run, tasks: list[Task]) -> Step:
 )
 def restart(run: Run, tasks: list[Task]) -> Step:
     """Like grpo, but every `restart_steps` steps AdamW begins anew, with its warm-up, and KL terms pull to
-    the policy of that step: what the published rounds of ETS and PRS do besides their SFT.
+    the policy of that step: what the published rounds of ETS and PRS do besides their SFT. Our rounds do not.
     """
     every = run.config.restart_steps
     if every and run.step > 1 and (run.step - 1) % every == 0:

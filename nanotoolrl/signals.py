@@ -19,6 +19,7 @@ from typing import Any
 import torch
 
 from nanotoolrl.calls import FORMATS
+from nanotoolrl.chat import control_tokens
 from nanotoolrl.config import Setting, setting
 from nanotoolrl.env import Task
 from nanotoolrl.gpu import distributed
@@ -264,8 +265,10 @@ def ctrl_sft(run: Run, tasks: list[Task], trajectories: list[Trajectory]) -> tup
     answer is not, so this also teaches to call where an answer is due.
     """
     examples, metrics = ets(run, tasks, trajectories)
-    control = set(run.control.tolist())
-    masks = [[on and t in control for t, on in zip(row.tokens, row.loss_mask)] for row in examples]
+    control = {format: set(control_tokens(run.policy.chat, format).values()) for format in FORMATS}
+    masks = [
+        [on and t in control[row.format] for t, on in zip(row.tokens, row.loss_mask)] for row in examples
+    ]
     return [replace(row, loss_mask=mask) for row, mask in zip(examples, masks)], metrics
 
 

@@ -68,7 +68,8 @@ def policy_update(
         3     5                1         0          left out
 
     Rows 0 and 1 are padded to one micro-batch: ids [2, T], log-probs [5]. The sum of their 5 token losses is
-    divided by 14, the sampled tokens of all four rows: what is left out still counts.
+    divided by 14, the sampled tokens of all four rows: what has no advantage still counts. Groups that
+    `--filter` leaves out do not.
     """
     config = run.config
     trajectories, advantages, changed = recorded_and_kept(run, trajectories, advantages)
@@ -76,11 +77,12 @@ def policy_update(
     notes = Notes()
     every_row = every_row or config.kl > 0 or config.entropy > 0 or config.guard_kl > 0
     by_token = config.loss_agg == "token"
+    riding = supervised if supervised and supervised.examples and supervised.coefficient > 0 else None
     shares = shares_of(run, len(trajectories))
     trained = [rows_to_train(share, trajectories, advantages, every_row) for share in shares]
     old = {i: old_logprobs(run, trajectories[i]) for rows in trained for i in rows}
     for update, (share, mine) in enumerate(zip(shares, trained, strict=True)):
-        if config.skip_dead and not (every_row or supervised or advantages[share].any()):
+        if config.skip_dead and not (every_row or riding or advantages[share].any()):
             continue
         total = sum(trajectories[i].sampled_tokens for i in share) if by_token else len(share)
         loss_sum = 0.0
@@ -96,8 +98,8 @@ def policy_update(
             (loss * run.masters.scale).backward()
             notes.take(tokens, clipped, entropy, first_update=update == 0)
             loss_sum += loss.item()
-        if supervised and supervised.coefficient > 0:
-            notes.take_supervised(*ride_along(run, supervised, update))
+        if riding:
+            notes.take_supervised(*ride_along(run, riding, update))
         loss_sum = distributed.total(loss_sum)
         notes.losses.append(loss_sum)
         notes.norms.append(optimizer_step(run, loss_sum, run.optimizer, config.lr * warm_up(run)))
@@ -216,8 +218,6 @@ def ride_along(run: Run, supervised: Supervision, update: int) -> tuple[float, l
     """Add the gradient of the SFT loss of one update; returns (that loss, the examples it is of)."""
     count = min(run.config.sft_batch, len(supervised.examples))
     drawn = random.Random(f"{run.config.seed}/{run.step}/{update}").sample(supervised.examples, count)
-    if not drawn:
-        return math.nan, []
     return sft_backward(run, drawn, supervised.coefficient, supervised.weight), drawn
 
 

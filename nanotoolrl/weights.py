@@ -8,6 +8,8 @@ Shapes: P prompts, G rollouts per prompt, B = P G rows in group order, N trained
 from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import replace
+from itertools import accumulate
+from operator import and_
 
 import torch
 from torch import Tensor
@@ -23,7 +25,8 @@ def weighed(tokens: Tokens) -> Tokens:
     config = tokens.run.config
     if config.guard == config.gtpo == config.spare_passed == config.rare == config.silence == 0:
         return tokens
-    return replace(tokens, advantages=tokens.advantages * token_weights(tokens))
+    weights = token_weights(tokens)
+    return replace(tokens, advantages=tokens.advantages * weights, unweighed=tokens.advantages)
 
 
 def token_weights(tokens: Tokens) -> Tensor:
@@ -32,13 +35,18 @@ def token_weights(tokens: Tokens) -> Tensor:
     - `--guard g`: 1 - g on the tokens of `--guard-tokens` where A < 0. After GTPO (arXiv 2508.03772); the
       source spares shared tokens, see the next.
     - `--gtpo s`: 1 - s where A < 0 and 1 + s where A > 0, on tokens that good and bad rollouts of the group
-      share (`conflicts`). GTPO, arXiv 2508.03772, at s = 1. Deviation: its filter by entropy is not here.
+      share (`conflicts`). GTPO, arXiv 2508.03772, at s = 1. Deviations: its filter by entropy is not here; in
+      its code a token that is shared from both ends weighs 4, and weights are divided by their number.
     - `--spare-passed s`: 1 - s where A < 0, in turns before the first failed one. After VPPO, arXiv
-      2601.18984, which finds the place of the error by a verifier of processes; ours knows the turn.
+      2601.18984, which finds the place of the error by a verifier of processes, where ours knows the turn,
+      and rewards what stands before it, where ours spares it.
     - `--rare a`: a p + 1 - a, p the token's probability, without a gradient: rare tokens push less.
       Advantage reweighting of arXiv 2505.12929, a = 0.3 there.
-    - `--silence P`: 0 where A > 0 and p < P: what was sampled by a fluke is no lesson. After STAPO, arXiv
-      2602.15620; the source asks for low entropy at that place, too.
+    - `--silence P`: 0 where A > 0 and p < P: what was sampled by a fluke is no lesson. Ground truth in a
+      group (`ops`) was not sampled, and is left alone. After STAPO, arXiv 2602.15620, which asks for low
+      entropy at that place, too, and takes the mean over the tokens that are left.
+
+    p is the policy's under the prompt that is trained, which of a hinted rollout is the one without the hint.
     """
     config = tokens.run.config
     bad, good = tokens.advantages < 0, tokens.advantages > 0
@@ -54,13 +62,15 @@ def token_weights(tokens: Tokens) -> Tensor:
     if config.rare > 0:
         weights = weights * (config.rare * p + 1 - config.rare)
     if config.silence > 0:
-        weights = torch.where(good & (p < config.silence), 0.0, weights)
+        flukes = good & (p < config.silence) & ~tokens.of("oracle")
+        weights = torch.where(flukes, 0.0, weights)
     return weights
 
 
 def conflicts(trajectories: Sequence[Trajectory], advantages: Tensor, group: int) -> list[list[bool]]:
-    """Of every row, whether each of its sampled tokens stands at the same place, counted from the start or
-    from the end of what was sampled, in a good and in a bad rollout of its group (arXiv 2508.03772).
+    """Of every row, whether each of its sampled tokens is shared: it and all before it stand at the same
+    places, counted from the start of what was sampled, in a good and in a bad rollout of its group; or it and
+    all behind it do, counted from the end (arXiv 2508.03772).
 
     Example, a good row [5, 6, 9] and a bad one [5, 7, 8, 9]: 5 (from the start) and 9 (from the end).
     """
@@ -77,10 +87,10 @@ def conflicts(trajectories: Sequence[Trajectory], advantages: Tensor, group: int
                 seen[place, token].add(sign)
                 seen[place - len(ids), token].add(sign)
         both = {key for key, there in seen.items() if {1.0, -1.0} <= there}
-        found += [
-            [(i, token) in both or (i - len(ids), token) in both for i, token in enumerate(ids)]
-            for ids in spoken
-        ]
+        for ids in spoken:
+            ahead = accumulate(((i, token) in both for i, token in enumerate(ids)), and_)
+            behind = accumulate(((-i, token) in both for i, token in enumerate(reversed(ids), 1)), and_)
+            found.append([a or b for a, b in zip(ahead, [*behind][::-1], strict=True)])
     return found
 
 

@@ -11,6 +11,7 @@ from nanotoolrl.look.intervals import (
     difference,
     difference_over_seeds,
     over_seeds,
+    quantile,
     share_of,
     student,
     wilson,
@@ -61,6 +62,7 @@ def test_intervals_of_student():
     assert student([0.3, 0.5]) == pytest.approx((0.4, 12.706 * 0.1))
     assert student([0.2])[0] == 0.2 and math.isnan(student([0.2])[1])
     assert math.isnan(student([])[0])
+    assert [round(quantile(n), 2) for n in (1, 9, 10, 20, 1000)] == [12.71, 2.26, 2.23, 2.09, 1.96]
 
 
 def test_over_seeds():
@@ -82,7 +84,8 @@ def test_a_difference_over_seeds():
     """Of one seed each it is `difference`; a method beside itself is 0; scattered seeds widen it."""
     before, after = [1.0, 0.0] * 20, [1.0, 1.0] * 10 + [0.0, 0.0] * 10
     assert difference_over_seeds([after], [before], range(40)) == difference(after, before, range(40))
-    assert difference_over_seeds([after] * 3, [after] * 3, range(40))[:3] == (0, 0, 0)
+    same = difference_over_seeds([after] * 3, [after] * 3, range(40))
+    assert same[:3] == pytest.approx((0, -0.0876, 0.0876), abs=1e-4), "as wilson(0, 40) has it"
     wide = difference_over_seeds([after, [0.0] * 40, after], [before], range(40))
     narrow = difference([2 / 3 * x for x in after], before, range(40))
     half = math.hypot(narrow.high - narrow.share, student([0.5, 0.0, 0.5])[1])

@@ -55,23 +55,24 @@ def test_the_untrained_model_is_a_method(tmp_path):
 def test_tables(tmp_path):
     """Two seeds of one method beside the paper's numbers; what was not measured is empty."""
     files = finished(tmp_path)
-    row = rows.reward_cells(files) | {"greedy_after": 1 / 3, "fall": ""}
+    row = rows.reward_cells(files) | {"greedy_after": 1 / 3, "fall": "", "sft_tokens": 4000.0}
     other = row | {"greedy_after": 0.0, "fall": 15, "collapsed": 1, "digits closing": "t" + "0" * 12}
     other["digits python ood at the fall"] = "t" + "0" * 12
     start = rows.untrained_row(files, tmp_path / "grid.json")
-    arms = {"untrained": [start], "ets": [row, other], "new": [{"run": "new-seed0"}]}
+    going = {"run": "ets-seed2", "fall": 3}
+    arms = {"untrained": [start], "ets": [row, other, going], "new": [going]}
     found = list(results.tables(arms))
     assert len(found) == 4
     lines = found[0].splitlines()
     assert lines[2].startswith("| untrained | 1 | 0 | 0 |  |") and lines[2].endswith(
-        "| 100, 100 |  | 3.5, 12.5 |"
+        "| 100, 100 |  |  | 3.5, 12.5 |"
     )
-    assert lines[3].startswith("| ets | 2 | 1 | 1 | 15 |") and lines[3].endswith("| 20.0, 23.25 |")
+    assert lines[3].startswith("| ets | 2 | 1 | 1 | 15 |") and lines[3].endswith("] | 4k | 20.0, 23.25 |")
     assert "| 16.7 [" in lines[3] and "] | 0, 33 | -83.3 [" in lines[3]
-    assert lines[4].startswith("| new | 1 | 0 | 0 |  |")
+    assert len(lines) == 4, "what is not finished is not there"
     lines = found[1].splitlines()
     assert lines[3].count("50.0 [") == 4 and lines[3].endswith("| 8.75, 21.6 |") and len(lines) == 4
-    assert found[2].splitlines()[2].count(" +0.0 [+0.0, +0.0] |  |") == 4
+    assert found[2].splitlines()[2].count(" +0.0 [-24.3, +24.3] |  |") == 4
     assert found[3].splitlines()[2].startswith("| ets |") and "| 0.0 [0.0, " in found[3]
 
 
@@ -85,7 +86,7 @@ def test_a_change_is_from_the_arm_that_is_named():
 
 def test_command(tmp_path, capsys):
     assert results.main([str(tmp_path / "no.csv")]) == 2 and "no table of a study" in capsys.readouterr().err
-    (tmp_path / "t.csv").write_text("run,fall\nets-seed0,3\n")
+    (tmp_path / "t.csv").write_text("run,fall,greedy_after\nets-seed0,3,0.1\n")
     assert results.main([str(tmp_path / "t.csv")]) == 0
     assert "| ets | 1 | 0 | 1 | 3 |" in capsys.readouterr().out
 
@@ -98,7 +99,8 @@ def test_success_over_steps(tmp_path):
     (course,) = results.courses([found, {"course": "- -"}, {"run": "old"}])
     assert course[::2] == [25.0, 0.0] and math.isnan(course[1])
     (tmp_path / "t.csv").write_text(
-        "run,course,null_half\nets-seed0,250 300,0.3\nets-seed1,200 0,0.3\nsft-seed0,,\n"
+        "run,course,null_half,greedy_after\nets-seed0,250 300,0.3,0.2\n"
+        "ets-seed1,200 0,0.3,0.1\nsft-seed0,,,0.3\n"
     )
     assert results.main([str(tmp_path / "t.csv"), "--figure", str(tmp_path / "x" / "f.png")]) == 0
     assert (tmp_path / "x" / "f.png").stat().st_size > 5000

@@ -142,5 +142,13 @@ def test_a_run_that_holds(tmp_path):
     assert found["halved_step"] is None and "halved_nll_control" not in found and found["nll_control"] == 1.5
 
 
+def test_a_run_without_rollouts(tmp_path):
+    """Of SFT alone nothing is said of what was sampled."""
+    found = rows.row("r", "", run_of(tmp_path, [None] * 6, tasks="train"))
+    assert found["steps"] == 6 and found["fall"] is None and found["course"] == "- - - - - -"
+    assert {found[f"sampled_{when}"] for when in ("start", "best", "end")} == {None}
+    assert found["halved_step"] is None and "above_null" not in found
+
+
 def test_the_mean_of_what_is_there():
     assert rows.mean([None, 1.0, 3.0]) == 2.0 and rows.mean([None]) is None

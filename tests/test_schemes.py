@@ -25,7 +25,7 @@ from helpers.updates import (
 
 from nanotoolrl import guidance, objective, schemes
 from nanotoolrl.config import SETTINGS, setting
-from nanotoolrl.env import Call, Turn
+from nanotoolrl.env import Call, Turn, Verdict
 from nanotoolrl.guidance import hint
 from nanotoolrl.look.metrics import metrics
 from nanotoolrl.run import (
@@ -211,6 +211,27 @@ def test_llds_by_hand(tiny, monkeypatch):
                 loss, fell = loss + 0.6 * (theirs - ours).clamp(min=0).sum(), fell + 1
     assert 0 < fell < 2 * (advantages >= 0).sum()
     all_close(gradients[0], gradient_of(loss / count, tiny), atol=2e-5, rtol=1e-3)
+
+
+@pytest.mark.parametrize("spared", ["guard", "spare_passed", "gtpo"])
+def test_llds_never_holds_a_bad_rollout_up(tiny, monkeypatch, spared):
+    """Its tokens may weigh 0, which is not below 0: whose they are decides."""
+    rows, _ = made_up(tiny, spread=0.0)
+    rows, _ = with_control_tokens(tiny, rows)
+    for row in rows:  # as if everything had been likelier
+        row.logprobs = [x + 0.3 for x in row.logprobs]
+        row.verdicts, row.turn_of = [Verdict(True), Verdict(False)], [0, 0]
+        row.turns = 2
+    bad = torch.full((len(rows),), -1.0)
+    settings = {spared: 1.0, "updates": 1}
+    held, _ = objective_of("llds", monkeypatch, tiny, rows, bad, llds_weight=0.6, **settings)
+    plain, _ = objective_of("grpo", monkeypatch, tiny, rows, bad, **settings)
+    all_close(held[0], plain[0], atol=1e-7)
+    mixed = bad.clone()
+    mixed[0] = 0.5
+    held, _ = objective_of("llds", monkeypatch, tiny, rows, mixed, llds_weight=0.6, **settings)
+    plain, _ = objective_of("grpo", monkeypatch, tiny, rows, mixed, **settings)
+    assert any((a - b).abs().max() > 1e-4 for a, b in zip(held[0], plain[0]))
 
 
 @pytest.mark.parametrize("kind", ["shaped", "ratio"])

@@ -18,6 +18,7 @@ from helpers.updates import (
 )
 
 from nanotoolrl import sft, signals
+from nanotoolrl.chat import control_tokens
 from nanotoolrl.run import (
     Step,
 )
@@ -149,6 +150,17 @@ def test_ctrl_sft_trains_control_tokens_only(tiny):
         assert chosen and chosen == [
             t for t, on in zip(a.tokens, a.loss_mask, strict=True) if on and t in control
         ]
+
+
+def test_ctrl_sft_knows_the_control_tokens_of_each_format(tiny):
+    """What opens and closes a call is trained in every format that it is shown in."""
+    run = make_run(tiny, group=2, ets_formats="all")
+    rows = [graded([], 1, [], 0.0) for _ in range(4)]
+    shown = signals.ctrl_sft(run, load_tasks("train")[:2], rows)[0]
+    for format in ("hermes", "python", "xml"):
+        found = [row for row in shown if row.format == format]
+        trained = {t for row in found for t, on in zip(row.tokens, row.loss_mask, strict=True) if on}
+        assert trained <= set(control_tokens(tiny.chat, format).values()) and len(trained) > 2, format
 
 
 def test_forced_prefixes_are_trained(policy):

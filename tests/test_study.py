@@ -1,6 +1,7 @@
 """A study runs what is missing, goes on with what is unfinished, and makes its table from the files."""
 
 import csv
+import os
 import signal
 import subprocess
 import sys
@@ -125,6 +126,13 @@ def test_looks_at_a_finished_run(tmp_path, monkeypatch):
         assert study.judge(tmp_path / name, 8, hand) == study.score_grids(tmp_path / name, 8, hand) == 0
     looks = ["start-nano.json", "fell/doctor.json", "grid-nano.json", "fell/grid.json", "fell/grid-fall.json"]
     assert asked == [*looks, "stands/grid.json"]
+    asked.clear()
+    (tmp_path / "stands" / "model").mkdir()
+    (tmp_path / "stands" / "model" / "weights").touch()
+    later = time.time() + 5
+    os.utime(tmp_path / "stands" / "model" / "weights", (later, later))
+    assert study.score_grids(tmp_path / "stands", 8, hand) == 0
+    assert asked == ["stands/grid.json"], "the model was written since"
     asked.clear()
     codes["grid-nano.json"] = 1
     assert study.score_grids(tmp_path / "fell", 9, hand) == 1 and asked == ["grid-nano.json"]

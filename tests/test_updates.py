@@ -29,7 +29,7 @@ from nanotoolrl.run import (
     rollout,
 )
 from nanotoolrl.trajectory import Trajectory
-from nanotoolrl.updates import policy_update, rescore
+from nanotoolrl.updates import Supervision, policy_update, rescore
 
 
 # ------------------------------------------------------------------------------------------ the objective
@@ -347,6 +347,22 @@ def test_a_dead_step_goes_on_by_momentum_or_not(policy, skip):
     half = advantages.clone()
     half[: len(half) // 2] = 0  # the first of two updates is dead, the second is not
     policy_update(run, rows, half)
+    assert any((a != b).any() for a, b in zip(parameters_of(tiny), before, strict=True))
+
+
+@pytest.mark.parametrize("supervised", [None, Supervision([], 1.0), "without weight"])
+def test_nothing_rides_along_in_a_dead_step(policy, supervised):
+    """A signal without examples, or of weight 0, is none."""
+    tiny = tiny_policy(policy.tokenizer)
+    run = make_run(tiny, torch.optim.AdamW, lr=1e-2, skip_dead=True)
+    rows, advantages = made_up(tiny)
+    policy_update(run, rows, advantages)
+    before = parameters_of(tiny)
+    shown = examples(tiny)
+    riding = Supervision(shown, 0.0) if supervised == "without weight" else supervised
+    policy_update(run, rows, torch.zeros_like(advantages), supervised=riding)
+    assert all((a == b).all() for a, b in zip(parameters_of(tiny), before, strict=True))
+    policy_update(run, rows, torch.zeros_like(advantages), supervised=Supervision(shown, 1.0))
     assert any((a != b).any() for a, b in zip(parameters_of(tiny), before, strict=True))
 
 

@@ -43,6 +43,9 @@ def test_conflicts_of_the_example():
     assert found[:2] == [[True, False, True], [True, False, False, True]]
     assert found[2] == [True, False, True], "counted, though its weight changes nothing"
     assert conflicts(rows, torch.tensor([1.0, -1.0, 1.0, -1.0]), 2)[2] == [True] * 3
+    island = [row([5, 6, 7, 8, 9]), row([5, 1, 7, 2, 9])]
+    flags = [True, False, False, False, True]
+    assert conflicts(island, torch.tensor([1.0, -1.0]), 2) == [flags, flags], "not behind a difference"
     apart = conflicts(rows, torch.tensor([1.0, 1.0, -1.0, -1.0]), 2)
     assert not any(any(flags) for flags in apart), "groups are compared within"
 
@@ -74,6 +77,14 @@ def test_flukes_of_good_rollouts_teach_nothing():
     logprobs = torch.tensor([0.5, 0.1, 0.5, 0.1]).log().tolist()
     weights = token_weights(tokens_of([row([5, 6]), row([5, 6])], [1.0, -1.0], logprobs, silence=0.2))
     assert weights.tolist() == [1.0, 0.0, 1.0, 1.0]
+
+
+def test_ground_truth_is_no_fluke():
+    """It was not sampled: how likely it was says nothing."""
+    shown = row([5, 6])
+    shown.source = "oracle"
+    logprobs = torch.tensor([0.5, 0.1]).log().tolist()
+    assert token_weights(tokens_of([shown], [1.0], logprobs, silence=0.2)).tolist() == [1.0, 1.0]
 
 
 def test_weights_multiply_and_neutral_ones_change_nothing():

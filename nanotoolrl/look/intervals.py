@@ -67,16 +67,24 @@ def share_of(rewards: Sequence[float], clusters: Sequence[Hashable]) -> Share:
 
 
 def student(values: Sequence[float]) -> tuple[float, float]:
-    """(mean, half of its 95 % interval of Student's t); nan for what too few values cannot say, and for the
-    half of more than ten."""
+    """(mean, half of its 95 % interval of Student's t); nan for what too few values cannot say."""
     n = len(values)
     if not n:
         return math.nan, math.nan
     middle = sum(values) / n
-    if n < 2 or n > len(T) + 1:
+    if n < 2:
         return middle, math.nan
     spread = sum((value - middle) ** 2 for value in values) / (n - 1)
-    return middle, T[n - 2] * math.sqrt(spread / n)
+    return middle, quantile(n - 1) * math.sqrt(spread / n)
+
+
+def quantile(freedom: int) -> float:
+    """That of Student's t at 97.5 %, to three digits: from a table, beyond it by the first terms of its
+    expansion about the normal one."""
+    if freedom <= len(T):
+        return T[freedom - 1]
+    first, second = (Z**3 + Z) / 4, (5 * Z**5 + 16 * Z**3 + 3 * Z) / 96
+    return Z + first / freedom + second / freedom**2
 
 
 def by_task(rewards: Sequence[Sequence[float]]) -> list[float]:
@@ -102,9 +110,11 @@ def difference_over_seeds(
     after: Sequence[Sequence[float]], before: Sequence[Sequence[float]], clusters: Sequence[Hashable]
 ) -> Share:
     """Mean of after - before on the same tasks, each [seeds][n tasks], not the same seeds: the interval of
-    `difference`, and of both over seeds, combined as in `over_seeds`."""
+    `difference`, and of both over seeds, combined as in `over_seeds`. Where no task changed, that of the
+    tasks is what as many independent ones, none of which changed, can say."""
     found = difference(by_task(after), by_task(before), clusters)
-    half = math.hypot(found.high - found.share, half_over_seeds(after), half_over_seeds(before))
+    tasks = found.high - found.share or wilson(0.0, len(set(clusters)))[1]
+    half = math.hypot(tasks, half_over_seeds(after), half_over_seeds(before))
     return found._replace(low=found.share - half, high=found.share + half)
 
 

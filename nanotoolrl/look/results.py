@@ -53,6 +53,7 @@ def main_table(arms: Mapping[str, Sequence[Row]]) -> str:
         "all",
         "seeds from, to",
         "change",
+        "SFT tokens",
     ]
     lines = heading([*heads, "paper: Qwen2.5, Qwen3"])
     for arm, rows in arms.items():
@@ -64,6 +65,8 @@ def main_table(arms: Mapping[str, Sequence[Row]]) -> str:
             cells.append(f"{percent(sum(shares) / len(shares)):.1f}" if shares else "")
         cells += [written(pooled(rows, "closing")), f"{min(ends):.0f}, {max(ends):.0f}" if ends else ""]
         cells.append("" if arm == START else written(changed(arms, arm, "closing"), "+"))
+        tokens = numbers(rows, "sft_tokens")
+        cells.append(f"{sum(tokens) / len(tokens) / 1000:.0f}k" if sum(tokens) else "")
         cells.append(", ".join(PAPER.get(arm, ("", ""))[:2]).strip(", "))
         lines.append(line_of(cells))
     return "\n".join(lines)
@@ -135,7 +138,9 @@ def changed(arms: Mapping[str, Sequence[Row]], arm: str, way: str, since: str = 
 
 
 def tables(arms: Mapping[str, Sequence[Row]]) -> Iterator[str]:
-    """All of them, those that have a line."""
+    """All of them, those that have a line, of the runs that are finished."""
+    arms = {arm: [row for row in rows if numbers([row], "greedy_after")] for arm, rows in arms.items()}
+    arms = {arm: rows for arm, rows in arms.items() if rows}
     found = [main_table(arms), ood_table(arms), changes_table(arms), ood_table(arms, " at the fall")]
     yield from (table for table in found if table.count("\n") > 1)
 

@@ -29,13 +29,15 @@ def row(name: str, flags: str, files: RunFiles) -> Cells:
     """What a run's files say, for one line of the table.
 
     Greedy success: before, the best on the way (on `--eval-part` tasks), after. Sampled success: a mean over
-    640 rollouts. The spike is the largest of the run; NLLs are ratios of the last measurement to the start.
+    640 rollouts, empty of a run without any. The spike is the largest of the run; NLLs are ratios of the last
+    measurement to the start.
     `halved_*` is measured at the first step, after the first 640 rollouts, whose sampled success is at most
     half of theirs; `end_*` are the message states of the last 640 rollouts.
     """
     window = math.ceil(WINDOW / (files.config["prompts"] * files.config["group"]))
     success = files.metrics["success"]
-    sampled = [mean(success[i : i + window]) for i in range(max(1, len(success) - window + 1))]
+    windows = [mean(success[i : i + window]) for i in range(max(1, len(success) - window + 1))]
+    sampled = [share for share in windows if share is not None]
     halved = next((window + i for i, share in enumerate(sampled) if i and share <= sampled[0] / 2), None)
     result = files.path / "result.json"
     finished = result.exists() and len(success) == files.config["steps"]
@@ -52,9 +54,9 @@ def row(name: str, flags: str, files: RunFiles) -> Cells:
         "greedy_before": greedy.get("before"),
         "greedy_best": max(files.series("eval_success")[1], default=None),
         "greedy_after": greedy.get("after"),
-        "sampled_start": sampled[0],
-        "sampled_best": max(sampled),
-        "sampled_end": sampled[-1],
+        "sampled_start": sampled[0] if sampled else None,
+        "sampled_best": max(sampled, default=None),
+        "sampled_end": sampled[-1] if sampled else None,
         "spike": spike,
         "spike_token": token,
         "halved_step": halved,
@@ -122,7 +124,7 @@ def null_cells(files: RunFiles) -> Cells:
     null = null_of(files.config, len(files.metrics["success"]))
     half = len(null) // 2
     success = [value or 0.0 for value in files.metrics["success"]]
-    if not half:
+    if not half or not files.series("success")[1]:
         return {}
     window = min(len(null), math.ceil(WINDOW / (files.config["prompts"] * files.config["group"])))
     expected = sum(null[:half]) / half

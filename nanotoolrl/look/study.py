@@ -236,12 +236,17 @@ def start_page(model: str) -> str:
 
 
 def look(how: list[str], model: Path | str, page: Path, count: int, children: Children) -> int:
-    """`evaluate` a model on so many tasks into a page, if that was not done yet; the exit code. What it
-    prints goes to a log beside the page."""
-    if stored_arguments(page).get("count") == count:
+    """`evaluate` a model on so many tasks into a page, if that was not done since it was written; the exit
+    code. What it prints goes to a log beside the page."""
+    if stored_arguments(page).get("count") == count and page.stat().st_mtime >= newest(model):
         return 0
     command = [sys.executable, "-m", "nanotoolrl.evaluate", *how, "--model", str(model)]
     return children.run([*command, "--count", str(count), "--json", str(page)], page.with_suffix(".log"))
+
+
+def newest(model: Path | str) -> float:
+    """When a model's directory was last written, in seconds; 0 of one that is known by its name."""
+    return max((part.stat().st_mtime for part in Path(model).glob("*")), default=0.0)
 
 
 def stored_arguments(page: Path) -> dict:
