@@ -89,6 +89,18 @@ PRESETS: dict[str, dict] = {
     # Bad rollouts do not push control tokens down (--guard 1): success holds for a dozen steps, then the
     # structure of calls breaks, and the skill stands behind it.
     "spike": FALLING | {"steps": 20, "guard": 1.0, "show_every": 5},
+    # The same, longer, and in rounds: where signals have something to rescue.
+    "rescue": FALLING
+    | {
+        "steps": 24,
+        "guard": 1.0,
+        "show_every": 5,
+        "probe_every": 4,
+        "round_steps": 4,
+        "sft_window": 4,
+        "restart_steps": 4,
+        "eval_count": 200,
+    },
     # Messages are trained as their decoded text, encoded anew; `--record exact` is the twin that is not.
     "roundtrip": FALLING
     | {

@@ -40,7 +40,7 @@ REGIME = f"{ROUNDTRIP} --min-turns 4 --updates 3 --lr 1e-4 --steps 150"
 EXACT = f"{SPIKE} --guard 0"  # plain GRPO, exactly on policy
 # The rescue: every method in the setting that collapses, 128 rollouts a step, in rounds of four. Ground truth
 # takes the place of one in eight in `ops`; `sft` makes none.
-RESCUE = "--preset spike --steps 24 --probe-every 4 --round-steps 4 --sft-window 4 --eval-count 200"
+RESCUE = "--preset rescue"
 METHODS = {
     "sft": "--scheme sft",
     "sft-foreign": "--scheme sft --sft-source foreign",
@@ -52,7 +52,7 @@ METHODS = {
     "ets": "--scheme ets",
     "prs": "--scheme prs",
     "bursts": "--scheme bursts",
-    "restart": "--scheme restart --restart-steps 4",
+    "restart": "--scheme restart",
 }
 # A signal in every update instead of in bursts: each example once, at most sft_batch of them an update.
 SYNC = "--schedule sync --sft-window 1"
