@@ -41,9 +41,10 @@ EXACT = f"{SPIKE} --guard 0"  # plain GRPO, exactly on policy
 # The rescue: every method in the setting that collapses, 128 rollouts a step, in rounds of four. Ground truth
 # takes the place of one in eight in `ops`; `sft` makes none.
 RESCUE = "--preset rescue"
+EPOCHS = "--steps 57"  # three over the training tasks, as before the RL of `sft_rl`
 METHODS = {
-    "sft": "--scheme sft",
-    "sft-foreign": "--scheme sft --sft-source foreign",
+    "sft": f"--scheme sft {EPOCHS}",
+    "sft-foreign": f"--scheme sft --sft-source foreign {EPOCHS}",
     "grpo": "--scheme grpo",
     "sft_rl": "--scheme sft_rl",
     "sft_rl-foreign": "--scheme sft_rl --sft-source foreign",
