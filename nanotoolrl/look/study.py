@@ -14,7 +14,7 @@ import subprocess
 import sys
 import threading
 from collections.abc import Iterator
-from concurrent.futures import ThreadPoolExecutor, as_completed
+from concurrent.futures import FIRST_COMPLETED, ThreadPoolExecutor, wait
 from pathlib import Path
 
 from tqdm import tqdm
@@ -33,6 +33,7 @@ from nanotoolrl.look.studies import STUDIES
 ROOT = Path(__file__).resolve().parent.parent.parent
 REFUSED = 2  # exit code of a run that was made with other settings, or cannot be made
 ENDED = 130  # of one that has not begun when the study is ended
+SECONDS = 2.0  # between two looks at how far the runs are
 
 
 STARTS = threading.Lock()  # the model that runs began from is looked at once, whoever is first
@@ -147,27 +148,30 @@ def main(argv: list[str] | None = None) -> int:
         return 2
     base = f" --model {args.model}" if args.model else ""
     study = {name: flags + base for name, flags in STUDIES[args.study].items()}
-    codes = {}
+    codes: dict[str, int] = {}
     asked = (args.judge, args.grid)
     children = Children()
     with (
         interrupting(signal.SIGTERM, getattr(signal, "SIGHUP", signal.SIGTERM)),
         ThreadPoolExecutor(args.jobs) as pool,
-        tqdm(total=len(study), unit="run") as bar,
+        tqdm(total=sum(map(steps_of, study.values())), initial=made_steps(study, home), unit="step") as bar,
     ):
         waiting = {
             pool.submit(run, home / name, flags, children, *asked): name for name, flags in study.items()
         }
         try:
-            for done in as_completed(waiting):
-                name = waiting[done]
-                codes[name] = done.result()
-                bar.update()
-                if codes[name]:
-                    bar.write(f"{name} failed or has other settings, see {home / name}.log")
-                if codes[name] == REFUSED:
-                    study.pop(name)
-                write(table, rows(study, home))
+            while len(codes) < len(waiting):
+                going = [one for one, name in waiting.items() if name not in codes]
+                for done in wait(going, SECONDS, FIRST_COMPLETED).done:
+                    name = waiting[done]
+                    codes[name] = done.result()
+                    if codes[name]:
+                        bar.write(f"{name} failed or has other settings, see {home / name}.log")
+                    if codes[name] == REFUSED:
+                        study.pop(name)
+                    write(table, rows(study, home))
+                bar.set_postfix_str(f"{len(codes)} of {len(waiting)} runs", refresh=False)
+                bar.update(made_steps(study, home) - bar.n)
         except KeyboardInterrupt:
             children.end()
             pool.shutdown(cancel_futures=True)
@@ -181,6 +185,18 @@ def main(argv: list[str] | None = None) -> int:
         if args.figure:
             draw(found, args.figure)
     return 1 if any(codes.values()) else 0
+
+
+def steps_of(flags: str) -> int:
+    """The steps that a run is to make; 0 of one that cannot be made."""
+    with contextlib.suppress(Refused):
+        return parse(flags.split())[0].steps
+    return 0
+
+
+def made_steps(study: dict[str, str], home: Path) -> int:
+    """The steps that its runs have made."""
+    return sum(logged_steps(home / name / "metrics.csv") for name in study)
 
 
 @contextlib.contextmanager
