@@ -107,7 +107,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument(
         "--model",
         default=BUILT_IN,
-        help="checkpoint or run directory, hub name, or nano, the built-in model (default)",
+        help="checkpoint or run directory, hub name, nano, the built-in model (default), or collapsed",
     )
     parser.add_argument("--tasks", default="test", help=f"{TASK_NAMES} (default: test)")
     parser.add_argument("--task", default="", help="id of the task (default: the first)")

@@ -84,7 +84,9 @@ class Config:
     scheme: str = setting("hint", "trainer variant; see --list")
     schedule: str = setting("", "when an SFT signal is trained (default: the scheme's own)")
     preset: str = setting("first", "named set of settings, overridden by flags")
-    model: str = setting(BUILT_IN, "checkpoint or run directory, hub name, or nano, the built-in model")
+    model: str = setting(
+        BUILT_IN, "checkpoint or run directory, hub name, nano, the built-in model, or collapsed"
+    )
     tasks: str = setting("train", f"training tasks: {TASK_NAMES}; of bfcl the train half unless named")
     bfcl_official: bool = setting(
         False, "bfcl: hidden tools can be called, no cap on messages but the benchmark's"

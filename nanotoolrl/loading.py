@@ -16,9 +16,11 @@ from nanotoolrl.chat import Chat
 from nanotoolrl.logprob import check_backend
 from nanotoolrl.model import Policy, quiet
 
-BUILT_IN = "nano"  # the name `load` knows it by
 DTYPES = {"auto": None, "fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}  # by name
 NANO = Path(__file__).resolve().parent.parent / "data" / "nano"
+COLLAPSED = NANO.with_name("collapsed")  # nano at the fall of a run (docs/2-one-collapse.md)
+BUILT_IN = "nano"
+BY_NAME = {BUILT_IN: NANO, "collapsed": COLLAPSED}  # what `load` knows by name
 
 OFFLINE = (
     "There is no connection to the hub: run `hf download NAME --local-dir DIR` where there is, and give DIR."
@@ -42,7 +44,8 @@ def load(
     dtype: torch.dtype | None = None,
     backend: str = "auto",
 ) -> Policy:
-    """Load a checkpoint directory, a run directory (its model/), a hub name, or "nano", the built-in model.
+    """Load a checkpoint directory, a run directory (its model/), a hub name, or "nano", the built-in model,
+    or "collapsed", what became of it.
 
     device: "cuda" where there is one, else "cpu". dtype: fp32 on the CPU, bf16 on a GPU that has it, else
     fp16. backend: of its log-probs; ValueError if it cannot run. Raises ModelError, with the path or name and
@@ -111,7 +114,7 @@ def some_ids(policy: Policy) -> torch.Tensor:
 @contextmanager
 def _checkpoint(name_or_dir: str | os.PathLike) -> Iterator[str]:
     """Where transformers finds a model; quiet, and with whatever goes wrong turned into a ModelError."""
-    name = str(NANO) if name_or_dir == BUILT_IN else os.fspath(name_or_dir)
+    name = os.fspath(BY_NAME.get(os.fspath(name_or_dir), name_or_dir))
     try:
         local = Path(name).exists() or Path(name).parent.is_dir()  # "data/nan0" is a slip, not a hub name
     except (OSError, ValueError) as error:

@@ -30,6 +30,7 @@ from nanotoolrl.look import studies
 from nanotoolrl.look.arms import falls_table, numbers, read_arms, shown, spread_of, table_of
 from nanotoolrl.look.doctor import COLLAPSED
 from nanotoolrl.look.evaluate import Scores, states_table, table
+from nanotoolrl.look.falls import fall_of
 from nanotoolrl.look.figures import FIGURES
 from nanotoolrl.look.metrics import metrics, metrics_page
 from nanotoolrl.look.rows import null_of
@@ -475,6 +476,33 @@ def test_the_transcripts_are_the_committed_ones():
     for path in (RESULTS / "dose").glob("transcript-*.txt"):
         text = path.read_text(encoding="utf-8")
         assert f"```text\n{text[text.index('     user |') :]}```" in README, path.name
+
+
+def test_the_excerpts_of_one_collapse_are_from_its_transcripts():
+    """Each a run of whole lines of a file that the page names."""
+    found = [path.read_text(encoding="utf-8") for path in (RESULTS / "spike").glob("step-*.txt")]
+    found.append((RESULTS / "dose" / "transcript-python.txt").read_text(encoding="utf-8"))
+    shown = [block for block in blocks("text", PAGES["docs/2-one-collapse.md"]) if "assistant |" in block]
+    assert len(shown) == 5
+    for block in shown:
+        assert any(f"\n{block}" in text for text in found), block
+
+
+def test_what_the_page_of_one_collapse_says():
+    text = " ".join(PAGES["docs/2-one-collapse.md"].split())
+    with (RESULTS / "spike" / "metrics.csv").open() as file:
+        steps = list(csv.DictReader(file))
+    success = [float(row["success"]) for row in steps]
+    assert fall_of(success) == 14 and "falls below a quarter of its best at step 14" in text
+    assert f"from {success[10]:.2f} in step 11 to {success[14]:.2f} in step 15".replace("0.", ".") in text
+    assert sum(int(row["contrast_groups"]) for row in steps[-5:]) == 1
+    assert "one group with contrast in the last five steps" in text
+    row = dose_arms()["guard1"][0]
+    left, before = (100 * float(row[f"{when} forced skeleton"]) for when in ("judged", "before"))
+    assert f"with the skeleton of calls given: {left:.1f} % of 400 tasks, {before:.1f} before" in text
+    probes = [json.loads(line) for line in (RESULTS / "spike" / "probes.jsonl").read_text().splitlines()]
+    tag = {line["step"]: line["tokens"]["<tool_call>"]["start_reply"] for line in probes}
+    assert f"the tag where a reply is due, {tag[0]:.2f} to {tag[14]:.2f};".replace("0.", ".") in text
 
 
 def test_what_the_page_of_the_noise_collapse_says():

@@ -23,12 +23,21 @@ from transformers import (
     Qwen2Config,
 )
 
-from nanotoolrl.loading import NANO, ModelError, load
+import sample
+from nanotoolrl.loading import COLLAPSED, NANO, ModelError, load
 
 
 @pytest.fixture(scope="module")
 def tiny(policy):
     return tiny_policy(policy.tokenizer)
+
+
+def test_the_collapsed_model_is_the_one_of_the_page(capsys):
+    """By its name, and small; it plays what the model of the run's fall played, from which it was rounded."""
+    assert sum(path.stat().st_size for path in COLLAPSED.iterdir()) <= 4e6
+    assert sample.main(["--model", "collapsed", "--task", "test-005-base"]) == 0
+    expected = ROOT / "data" / "results" / "spike" / "step-14.txt"
+    assert capsys.readouterr().out == expected.read_text(encoding="utf-8")
 
 
 @pytest.mark.slow

@@ -34,7 +34,7 @@ from nanotoolrl.env import (
     messages_needed,
 )
 from nanotoolrl.files import check_writable, finite, write_atomically
-from nanotoolrl.loading import BUILT_IN, ModelError, load
+from nanotoolrl.loading import BUILT_IN, BY_NAME, ModelError, load
 from nanotoolrl.look.doctor import (
     FORCED,
     OWN_STRUCTURE,
@@ -320,7 +320,7 @@ def command_line() -> argparse.ArgumentParser:
     add(
         "--model",
         default=BUILT_IN,
-        help="checkpoint or run directory, hub name, or nano, the built-in model (default)",
+        help="checkpoint or run directory, hub name, nano, the built-in model (default), or collapsed",
     )
     add("--tasks", default="test", help=f"{TASK_NAMES} (default: test)")
     add(
@@ -512,7 +512,7 @@ def run_settings(model: str) -> dict:
     ValueError for one that no run can have."""
     names = ("model", "format", "tasks", *(one.name for one in dataclasses.fields(Limits)))
     path = Path(model)
-    folders = (path, path.parent, path.parent.parent) if model != BUILT_IN and path.exists() else ()
+    folders = (path, path.parent, path.parent.parent) if model not in BY_NAME and path.exists() else ()
     for folder in folders:
         try:
             found = json.loads((folder / "config.json").read_text(encoding="utf-8"))

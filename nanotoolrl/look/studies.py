@@ -54,6 +54,7 @@ METHODS = {
     "prs": "--scheme prs",
     "bursts": "--scheme bursts",
     "restart": "--scheme restart",
+    "exact": "--scheme grpo --guard 0",  # what there would be to lose, were it not for the guard
 }
 # A signal in every update instead of in bursts: each example once, at most sft_batch of them an update.
 SYNC = "--schedule sync --sft-window 1"
