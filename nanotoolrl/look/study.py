@@ -13,7 +13,7 @@ import signal
 import subprocess
 import sys
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from concurrent.futures import FIRST_COMPLETED, ThreadPoolExecutor, wait
 from pathlib import Path
 
@@ -148,13 +148,13 @@ def main(argv: list[str] | None = None) -> int:
         return 2
     base = f" --model {args.model}" if args.model else ""
     study = {name: flags + base for name, flags in STUDIES[args.study].items()}
-    codes: dict[str, int] = {}
+    names, codes = list(study), dict[str, int]()
     asked = (args.judge, args.grid)
     children = Children()
     with (
         interrupting(signal.SIGTERM, getattr(signal, "SIGHUP", signal.SIGTERM)),
         ThreadPoolExecutor(args.jobs) as pool,
-        tqdm(total=sum(map(steps_of, study.values())), initial=made_steps(study, home), unit="step") as bar,
+        tqdm(total=sum(map(steps_of, study.values())), initial=made_steps(names, home), unit="step") as bar,
     ):
         waiting = {
             pool.submit(run, home / name, flags, children, *asked): name for name, flags in study.items()
@@ -171,7 +171,7 @@ def main(argv: list[str] | None = None) -> int:
                         study.pop(name)
                     write(table, rows(study, home))
                 bar.set_postfix_str(f"{len(codes)} of {len(waiting)} runs", refresh=False)
-                bar.update(made_steps(study, home) - bar.n)
+                bar.update(made_steps(names, home) - bar.n)
         except KeyboardInterrupt:
             children.end()
             pool.shutdown(cancel_futures=True)
@@ -194,9 +194,9 @@ def steps_of(flags: str) -> int:
     return 0
 
 
-def made_steps(study: dict[str, str], home: Path) -> int:
-    """The steps that its runs have made."""
-    return sum(logged_steps(home / name / "metrics.csv") for name in study)
+def made_steps(names: Iterable[str], home: Path) -> int:
+    """The steps that runs have made."""
+    return sum(logged_steps(home / name / "metrics.csv") for name in names)
 
 
 @contextlib.contextmanager
