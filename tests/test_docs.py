@@ -26,13 +26,14 @@ from bench.steps import slopes_table
 from nanotoolrl import calls, commandline, env
 from nanotoolrl.calls import FORMATS, message_state, parse_calls, render_calls
 from nanotoolrl.commandline import parse
-from nanotoolrl.look import studies
+from nanotoolrl.look import results, studies
 from nanotoolrl.look.arms import falls_table, numbers, read_arms, shown, spread_of, table_of
 from nanotoolrl.look.doctor import COLLAPSED
 from nanotoolrl.look.evaluate import Scores, states_table, table
 from nanotoolrl.look.falls import fall_of
 from nanotoolrl.look.figures import FIGURES
 from nanotoolrl.look.metrics import metrics, metrics_page
+from nanotoolrl.look.results import changed, pooled, written
 from nanotoolrl.look.rows import null_of
 from nanotoolrl.schemes import Scheme
 from nanotoolrl.signals import SCHEMES
@@ -478,6 +479,76 @@ def test_the_transcripts_are_the_committed_ones():
         assert f"```text\n{text[text.index('     user |') :]}```" in README, path.name
 
 
+# ------------------------------------------------------------------------------------------------- the rescue
+def rescue_arms() -> dict:
+    """The arms of the committed study of the methods."""
+    return read_arms(RESULTS / "main.csv")
+
+
+def rescue_claims() -> list[str]:
+    """The table of docs/results.md: what became of each claim of the paper."""
+    arms = rescue_arms()
+
+    def collapsed(*names):
+        found = [
+            f"`{name}` {sum(numbers(arms[name], 'collapsed')):.0f} of {len(arms[name])}" for name in names
+        ]
+        return ", ".join(found)
+
+    def sampled(name, when="end"):
+        return f"{shown(numbers(arms[name], f'sampled_{when}'), 100, 0)} %"
+
+    def greedy(*names):
+        return ", ".join(f"`{name}` {written(pooled(arms[name], 'closing'))}" for name in names)
+
+    def moved(name, way):
+        return written(changed(arms, name, way), "+")
+
+    rows = {
+        "RL alone collapses": (
+            f"collapsed: {collapsed('grpo', 'exact')} seeds; `grpo` falls at step "
+            f"{spread_of(numbers(arms['grpo'], 'fall'))}"
+        ),
+        "SFT before RL prevents it (Qwen2.5), or does not (Qwen3)": (
+            f"collapsed: {collapsed('sft_rl', 'sft_rl-foreign')}, falling at step "
+            f"{spread_of(numbers([*arms['sft_rl'], *arms['sft_rl-foreign']], 'fall'))}; the former from "
+            f"{sampled('sft_rl', 'best')} sampled"
+        ),
+        "Off-policy rollouts and hints do not prevent it": (
+            f"collapsed: {collapsed('ops', 'hint')}; falling at step "
+            f"{spread_of(numbers([*arms['ops'], *arms['hint']], 'fall'))}"
+        ),
+        "SFT on failures or on reflections, interleaved, does": (
+            f"collapsed: {collapsed('ets', 'prs')}. Sampled success at the end, on the tasks trained on: "
+            f"`ets` {sampled('ets')}, `prs` {sampled('prs')}, `grpo` {sampled('grpo')}. Greedy on `test`: "
+            f"{greedy('ets', 'prs')}"
+        ),
+        "It is the signal that does, and RL gains from it": (
+            f"beginning anew without SFT: {collapsed('restart')} collapsed. SFT without RL: "
+            f"{collapsed('bursts')}; greedy {greedy('bursts')}"
+        ),
+    }
+    if any(row.get("digits python ood") for row in arms["ets"]):
+        rows["Interleaving costs accuracy out of distribution"] = "; ".join(
+            f"`{name}` in python {moved(name, 'python ood')}, in xml {moved(name, 'xml ood')}, in its own "
+            f"format {moved(name, 'hermes ood')}"
+            for name in ("ets", "prs", "grpo")
+        )
+    else:
+        rows["Interleaving costs accuracy out of distribution"] = "not measured yet"
+    return [f"| {claim} | {found} |" for claim, found in rows.items()]
+
+
+def test_what_replicates_is_made_from_the_committed_study():
+    page, arms = PAGES["docs/results.md"], rescue_arms()
+    assert "\n".join(rescue_claims()) in page, "\n".join(rescue_claims())
+    for made in results.tables(arms):
+        assert made in page, made
+    flags = {row["run"]: row["flags"] for rows in arms.values() for row in rows if row["flags"]}
+    assert flags == {name: studies.STUDIES["main"][name] for name in flags}
+
+
+# ----------------------------------------------------------------------------------------------- one collapse
 def test_the_excerpts_of_one_collapse_are_from_its_transcripts():
     """Each a run of whole lines of a file that the page names."""
     found = [path.read_text(encoding="utf-8") for path in (RESULTS / "spike").glob("step-*.txt")]

@@ -10,19 +10,29 @@ from pathlib import Path
 
 import pytest
 
+from nanotoolrl.signals import SCHEMES
+
 ROOT = Path(__file__).resolve().parent.parent
 PAIR = re.compile(r"^```python\n(.*?)^```\n\n```text\n(.*?)^```", re.MULTILINE | re.DOTALL)
 LESSONS = sorted(path for path in (ROOT / "docs").glob("[0-9]-*.md") if PAIR.search(path.read_text()))
 
 
-@pytest.mark.parametrize("path", LESSONS, ids=lambda path: path.stem)
+@pytest.mark.parametrize(
+    "path",
+    [pytest.param(path, marks=pytest.mark.slow if "solutions" in path.stem else ()) for path in LESSONS],
+    ids=[path.stem for path in LESSONS],
+)
 def test_the_code_prints_what_the_page_says(path):
-    names: dict = {}
-    for code, expected in PAIR.findall(path.read_text(encoding="utf-8")):
-        printed = io.StringIO()
-        with contextlib.redirect_stdout(printed):
-            exec(code, names)
-        assert printed.getvalue() == expected
+    before, names = dict(SCHEMES), dict[str, object]()
+    try:
+        for code, expected in PAIR.findall(path.read_text(encoding="utf-8")):
+            printed = io.StringIO()
+            with contextlib.redirect_stdout(printed):
+                exec(code, names)
+            assert printed.getvalue() == expected
+    finally:  # what a page adds is not there for other tests
+        SCHEMES.clear()
+        SCHEMES.update(before)
 
 
 def reading_path():

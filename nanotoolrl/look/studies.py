@@ -75,7 +75,6 @@ ABLATE = {
     "nsr": "--scheme nsr",
     "guard0.3": "--scheme grpo --guard 0.3",
     "guard0.5": "--scheme grpo --guard 0.5",
-    "guard-kl": "--scheme guard-kl",
     "gtpo": "--scheme grpo --gtpo 1",
     "prefix": "--scheme grpo --spare-passed 1",
     "rare": "--scheme grpo --rare 0.3",
@@ -98,7 +97,15 @@ ABLATE = {
     "sentinel": "--scheme sentinel --probe-every 1",
     "ctrl_sft": "--scheme ctrl_sft",
     "selfrepair": "--scheme selfrepair",
-    "ets-formats": "--scheme ets --ets-formats all",
+}
+# In-distribution success as with ets or prs, and no loss out of distribution: candidates, each of them reported.
+BOTH = {
+    "ets-rounds2": "--scheme ets --round-steps 2 --sft-window 2",
+    "ets-tokens": "--scheme ets --sft-tokens 12000",
+    "ets-formats": "--scheme ets --sft-tokens 12000 --ets-formats all",
+    "prs-formats": "--scheme prs --ets-formats all",
+    "ets-held": "--scheme ets --sft-tokens 12000 --ets-formats all --guard-kl 1",
+    "held": "--scheme grpo --guard-kl 1",
 }
 STUDIES = {
     "collapse-search": {name: f"{SCREEN} {flags}" for name, flags in COLLAPSE_SEARCH.items()},
@@ -119,6 +126,7 @@ STUDIES = {
     "main": arms({name: f"{flags} {RESCUE}" for name, flags in METHODS.items()}),
     "schedule": arms(SCHEDULE),
     "lr": arms(LR, FEWER),
+    "both": arms({name: f"{RESCUE} {flags}" for name, flags in BOTH.items()}),
     "ablate": arms({name: f"{RESCUE} {flags}" for name, flags in ABLATE.items()}, FEWER),
     # The paper's regime: few successes, many small updates.
     "regime": arms({how: f"{REGIME} --record {how}" for how in ("exact", "text")}),

@@ -170,8 +170,8 @@ def main(argv: list[str] | None = None) -> int:
                     if codes[name] == REFUSED:
                         study.pop(name)
                     write(table, rows(study, home))
-                bar.set_postfix_str(f"{len(codes)} of {len(waiting)} runs", refresh=False)
                 bar.update(made_steps(names, home) - bar.n)
+                bar.set_postfix_str(f"{len(codes)} of {len(waiting)} runs")
         except KeyboardInterrupt:
             children.end()
             pool.shutdown(cancel_futures=True)
