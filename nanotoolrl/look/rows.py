@@ -51,6 +51,7 @@ def row(name: str, flags: str, files: RunFiles) -> Cells:
         "flags": flags,
         "steps": len(success),
         "minutes": sum(files.metrics["seconds"]) / 60,
+        "made_with": made_with(files.config),
         "greedy_before": greedy.get("before"),
         "greedy_best": max(files.series("eval_success")[1], default=None),
         "greedy_after": greedy.get("after"),
@@ -73,6 +74,17 @@ def row(name: str, flags: str, files: RunFiles) -> Cells:
     for more in (fall_cells, push_cells, null_cells, judged_cells, course_cells, reward_cells):
         cells |= more(files)
     return cells
+
+
+def made_with(config: dict) -> str | None:
+    """Threads, versions and machine, upon which rounding hangs; None where a run did not say."""
+    versions = config.get("versions", {})
+    said = [f"{name} {versions[name]}" for name in ("torch", "transformers") if name in versions]
+    return (
+        ", ".join([*said, f"{config['threads']} threads", *filter(None, [versions.get("machine")])])
+        if said
+        else None
+    )
 
 
 def mean(values: list[float | None]) -> float | None:

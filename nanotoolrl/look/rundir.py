@@ -122,6 +122,7 @@ class RunDirectory:
         """Resolved settings with versions and git revision. Only its owner may read what names a judge."""
         versions = {"python": platform.python_version(), "torch": torch.__version__}
         versions |= {"transformers": transformers.__version__, "git": git_revision()}
+        versions |= {"machine": f"{platform.system()} {platform.machine()}, {os.cpu_count()} cores"}
         settings = {name: getattr(config, name) for name in self.names}
         content = json.dumps(settings | {"versions": versions}, indent=1)
         write_atomically(self.config, content, 0o600 if config.judge else 0o666)

@@ -98,7 +98,7 @@ ABLATE = {
     "ctrl_sft": "--scheme ctrl_sft",
     "selfrepair": "--scheme selfrepair",
 }
-# In-distribution success as with ets or prs, and no loss out of distribution: candidates, each of them reported.
+# Success as with ets or prs, and no loss out of distribution: candidates, each of which is reported.
 BOTH = {
     "ets-rounds2": "--scheme ets --round-steps 2 --sft-window 2",
     "ets-tokens": "--scheme ets --sft-tokens 12000",
