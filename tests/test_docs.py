@@ -26,7 +26,7 @@ from bench.steps import slopes_table
 from nanotoolrl import calls, commandline, env
 from nanotoolrl.calls import FORMATS, message_state, parse_calls, render_calls
 from nanotoolrl.commandline import parse
-from nanotoolrl.look import results, studies
+from nanotoolrl.look import boxes, results, studies
 from nanotoolrl.look.arms import falls_table, numbers, read_arms, shown, spread_of, table_of
 from nanotoolrl.look.doctor import COLLAPSED
 from nanotoolrl.look.evaluate import Scores, states_table, table
@@ -482,7 +482,7 @@ def test_the_transcripts_are_the_committed_ones():
 # ------------------------------------------------------------------------------------------------- the rescue
 def rescue_arms() -> dict:
     """The arms of the committed study of the methods."""
-    return read_arms(RESULTS / "main.csv")
+    return results.finished(read_arms(RESULTS / "main.csv"))
 
 
 def rescue_claims() -> list[str]:
@@ -668,23 +668,10 @@ def test_the_memory_table_is_made_by_its_command():
     assert memory_table() in PAGES["docs/real-models.md"]
 
 
-def test_the_scheme_table_is_made_from_the_registry_and_the_committed_results():
-    """A scheme that somebody just adds, without a committed run, needs no row."""
-    lines = []
-    for name, scheme in listed().items():
-        scores = Scores(
-            **json.loads((stored_run(name) / "result.json").read_text())["after"]["held out, greedy"]
-        )
-        share, low, high, n = scores.of("all")
-        success = f"{100 * share:.1f} [{100 * low:.1f}, {100 * high:.1f}]"
-        assert n == 400
-        lines.append(
-            f"| `{name}` | {scheme.about} | `python train.py --scheme {name} --preset nano` | {success} |"
-        )
-    assert "\n".join(lines) in PAGES["docs/schemes.md"], "\n".join(lines)
-    before = greedy_scores(stored_run("grpo"), "before")
-    share, low, high, _ = before.of("all")
-    assert f"{100 * share:.1f} [{100 * low:.1f}, {100 * high:.1f}]" in PAGES["docs/schemes.md"]
+def test_the_page_of_signals_is_what_its_command_prints():
+    """Of the schemes that are known here: one that somebody just adds needs no box."""
+    assert PAGES["docs/3-signals.md"] == boxes.page(listed())
+    assert boxes.page() == boxes.page(SCHEMES)
 
 
 def test_the_table_of_the_collapse_is_made_from_the_committed_study():
@@ -758,14 +745,16 @@ def test_committed_runs_are_whole_and_made_with_the_present_defaults():
 
 # ------------------------------------------------------------------------------------------------ the metrics
 def test_the_page_of_metrics_is_what_its_command_prints():
-    """Of the schemes that have a committed run: one that somebody just adds needs no page."""
+    """Of the schemes that are known here: one that somebody just adds needs no page."""
     assert PAGES["docs/metrics.md"] == metrics_page(listed())
     assert listed() and metrics_page(SCHEMES) == metrics_page()
 
 
 def listed() -> dict[str, Scheme]:
-    """The schemes that have a committed run."""
-    return {name: scheme for name, scheme in SCHEMES.items() if stored_run(name)}
+    """The schemes that a study of methods runs, and those with a committed run."""
+    flags = [flags for name in boxes.STUDIES for flags in studies.STUDIES[name].values()]
+    run = {re.search(r"--scheme (\S+)", one).group(1) for one in flags}
+    return {name: scheme for name, scheme in SCHEMES.items() if name in run or stored_run(name)}
 
 
 def test_every_metric_is_explained():

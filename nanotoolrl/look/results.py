@@ -137,10 +137,15 @@ def changed(arms: Mapping[str, Sequence[Row]], arm: str, way: str, since: str = 
     return difference_over_seeds(after, before, clusters_of(way, len(after[0])))
 
 
+def finished(arms: Mapping[str, Sequence[Row]]) -> dict[str, list[Row]]:
+    """The runs that have ended, by arm; of an arm with none there is none."""
+    found = {arm: [row for row in rows if numbers([row], "greedy_after")] for arm, rows in arms.items()}
+    return {arm: rows for arm, rows in found.items() if rows}
+
+
 def tables(arms: Mapping[str, Sequence[Row]]) -> Iterator[str]:
     """All of them, those that have a line, of the runs that are finished."""
-    arms = {arm: [row for row in rows if numbers([row], "greedy_after")] for arm, rows in arms.items()}
-    arms = {arm: rows for arm, rows in arms.items() if rows}
+    arms = finished(arms)
     found = [main_table(arms), ood_table(arms), changes_table(arms), ood_table(arms, " at the fall")]
     yield from (table for table in found if table.count("\n") > 1)
 
@@ -159,7 +164,7 @@ def draw(arms: Mapping[str, Sequence[Row]], path: Path) -> None:
 
     from nanotoolrl.look.figures import COLORS
 
-    canvas = Figure(figsize=(9, 3.4))
+    canvas, arms = Figure(figsize=(9, 3.4)), finished(arms)
     null = [percent(x) for rows in arms.values() for x in numbers(rows, "null_half")]
     for axes, (title, names) in zip(canvas.subplots(1, 2, sharey=True), PANELS.items()):
         for color, name in zip(COLORS, names):
@@ -174,9 +179,9 @@ def draw(arms: Mapping[str, Sequence[Row]], path: Path) -> None:
         axes.set_title(title, fontsize=9)
         axes.set_xlabel("step")
         axes.grid(alpha=0.3)
-        axes.legend(fontsize=8)
+        axes.legend(fontsize=8, ncols=2, loc="upper right")
     canvas.axes[0].set_ylabel("sampled success, %")
-    canvas.axes[0].set_ylim(bottom=0)
+    canvas.axes[0].set_ylim(0, 1.25 * canvas.axes[0].get_ylim()[1])  # room for the legends
     canvas.tight_layout()
     path.parent.mkdir(parents=True, exist_ok=True)
     canvas.savefig(path, dpi=110)
