@@ -1,7 +1,8 @@
 """Make the collapsed model and the files of docs/2-one-collapse.md: `python data/make_collapsed.py`.
 
-They come from one run of 6 minutes, `train.py --scheme grpo --preset spike` on one thread: data/results/spike
-has its logs and what its model plays at five moments, data/collapsed its model at the fall, in bf16.
+They come from one run of 6 minutes, `train.py --scheme grpo --preset spike` on one thread, and its twin of
+`--guard 0`: data/results/spike has the logs and what the model plays at five moments, data/collapsed the
+model at the fall, in bf16.
 """
 
 import argparse
@@ -33,15 +34,17 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--run", type=Path, default=Path("runs/grpo-spike-s0"), help="directory of the run")
     args = parser.parse_args()
-    flags = "--scheme grpo --preset spike --threads 1 --keep-every 1 --show-every 0 --out".split()
-    if not (args.run / "result.json").exists():
-        code = train.main([*flags, str(args.run), *(["--resume"] if args.run.exists() else [])])
-        if code:
+    exact = args.run.with_name(f"{args.run.name}-exact")
+    for out, more in ((args.run, ["--keep-every", "1"]), (exact, ["--guard", "0"])):
+        flags = ["--scheme", "grpo", "--preset", "spike", "--threads", "1", "--show-every", "0", *more]
+        flags += ["--out", str(out), *(["--resume"] if out.exists() else [])]
+        if not (out / "result.json").exists() and (code := train.main(flags)):
             return code
     results = ROOT / "data" / "results" / "spike"
     results.mkdir(parents=True, exist_ok=True)
     for name in LOGS:
         shutil.copyfile(args.run / name, results / name)
+    shutil.copyfile(exact / "probes.jsonl", results / "exact-probes.jsonl")
     for step in MOMENTS:
         model = str(args.run / "models" / f"step-{step}") if step else BUILT_IN
         said = io.StringIO()

@@ -118,7 +118,7 @@ from nanotoolrl import evaluate  # noqa: E402
 
 _ = evaluate.main(["--doctor", "--model", "collapsed", "--compare", "nano", "--count", "8"])
 # %% [markdown]
-# ## A rescue
+# ## With a signal
 #
 # The same again, with one signal: after every fourth step, supervised training on the ground truth of the
 # tasks whose rollouts all failed (ETS of Hao et al. 2026).

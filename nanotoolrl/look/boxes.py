@@ -5,6 +5,7 @@ What a scheme is comes from the registry and from its docstring, what became of 
 
 import argparse
 import inspect
+import re
 import sys
 import textwrap
 from collections.abc import Iterator, Mapping, Sequence
@@ -23,11 +24,12 @@ STUDIES = ("main", "ablate", "both")  # tables in which a method may be
 PAGE = """# 3. Signals
 
 Who supervises, and how: each scheme by its idea, its equation, where it comes from and what we do otherwise,
-what it logs, and what became of it where plain GRPO collapses. The text of a box is the docstring of the
+what it logs, and what became of it where GRPO collapses. The text of a box is the docstring of the
 function, so the page is what `python -m nanotoolrl.look.boxes` prints. Results are those of
-`--preset rescue`: greedy success in % of 200 `test` tasks, with an interval for other tasks and other seeds,
-and the change from the untrained model, paired by task; [what replicates](results.md) says what they mean.
-Collapsed: below a quarter of success before.
+`--preset rescue`, in which bad rollouts spare control tokens, `grpo` included: greedy success in % of 200
+`test` tasks, with an interval for other tasks and other seeds, and the change from the untrained model,
+paired by task; [what replicates](results.md) says what they mean. Collapsed: below a quarter of success
+before. A box without a result waits for its study.
 
 A = (R - mean R) / (std R + 1e-6) is the advantage of a rollout, r the ratio of the probability of one of its
 tokens to that at sampling. [Schedules, judges and settings that go with any of them](schemes.md) are on their
@@ -76,20 +78,28 @@ def box(scheme: Scheme, arms: Mapping[str, Sequence[Row]]) -> str:
 def facts(scheme: Scheme, arms: Mapping[str, Sequence[Row]]) -> Iterator[tuple[str, str]]:
     """The rows of its table; those about which there is nothing to say are empty."""
     yield "source", scheme.source
-    yield "run it", f"`python train.py --scheme {scheme.name} --preset rescue`"
-    own = [f"`{flag(name)}` {SETTINGS[name].about}" for name in scheme.settings]
+    yield "run it", f"`python train.py {flags_of(scheme.name, arms)}`"
+    shared = [name for name in scheme.settings if sum(name in one.settings for one in SCHEMES.values()) > 1]
+    own = [f"`{flag(name)}` {SETTINGS[name].about}" for name in scheme.settings if name not in shared]
     yield "its settings", "; ".join(own)
+    yield "shared with others", ", ".join(f"`{flag(name)}`" for name in shared)
     yield "schedules", ", ".join(f"`{name}`" for name in scheme.schedules)
     yield "is grpo at", ", ".join(f"`{flag(name)} {value:g}`" for name, value in scheme.neutral.items())
     yield "logs", "; ".join(f"`{name}` {about}" for name, (_, about) in scheme.metrics.items())
     yield "result", outcome(scheme.name, arms)
 
 
+def flags_of(name: str, arms: Mapping[str, Sequence[Row]]) -> str:
+    """Those that made the result, or would."""
+    rows = finished(arms).get(name)
+    return re.sub(r" --seed \d+", "", rows[0]["flags"]) if rows else f"--scheme {name} --preset rescue"
+
+
 def outcome(name: str, arms: Mapping[str, Sequence[Row]]) -> str:
     """What became of the runs of a method."""
     rows = finished(arms).get(name, [])
     if not rows:
-        return "no run in the studies yet"
+        return ""
     falls = numbers(rows, "fall")
     fell = f", {len(falls)} fell at step {spread_of(falls)}" if falls else ""
     collapsed = f"{sum(numbers(rows, 'collapsed')):.0f} of {len(rows)} seeds collapsed{fell}"
