@@ -4,7 +4,12 @@ import os
 from collections.abc import Iterator
 from pathlib import Path
 
-import torch
+# Before torch, for the tests and for the commands that they start: most are small, a second thread would wait
+# more than it works, and one that spins beside other tests makes both crawl.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+
+import torch  # noqa: E402
 
 if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"  # before anything imports Triton: its kernels run on the CPU
@@ -24,7 +29,6 @@ from nanotoolrl.world.api import API_CLASSES, owner_of, schema  # noqa: E402
 from nanotoolrl.world.goals import DOMAINS  # noqa: E402
 from nanotoolrl.world.tasks import SPLITS, load_tasks  # noqa: E402
 
-torch.set_num_threads(1)  # most tests are small: a second thread would wait more than it works
 settings.register_profile("untimed", deadline=None)  # a busy machine is no failure
 settings.load_profile("untimed")
 
