@@ -49,7 +49,7 @@ def table_of(arms: Mapping[str, Sequence[Row]]) -> str:
         *("push `" + token.replace("|", "\\|") + "`" for token in SHOWN),
     ]
     heads += ["lost"]
-    lines = ["| " + " | ".join(heads) + " |", "|" + "---|" * len(heads)]
+    lines = heading(heads)
     for arm, rows in arms.items():
         falls = numbers(rows, "fall")
         lost = sorted(str(row["lost"]) for row in rows if row.get("lost") and row.get("fall"))
@@ -57,7 +57,7 @@ def table_of(arms: Mapping[str, Sequence[Row]]) -> str:
         cells = [arm, len(rows), len(falls), spread_of(falls)]
         cells += [shown(numbers(rows, f"sampled_{when}"), 100, 0) for when in ("best", "end")]
         cells += [shown(numbers(rows, f"net {token}"), 1, 2) for token in SHOWN]
-        lines.append("| " + " | ".join(map(str, [*cells, said])) + " |")
+        lines.append(line_of([*cells, said]))
     return "\n".join(lines)
 
 
@@ -70,11 +70,11 @@ def falls_table(rows: Sequence[Row]) -> str:
     commonest unhealthy state."""
     judged = [row for row in rows if row.get("verdict") and row.get("fall")]
     heads = ["run", "step", *WAYS, "broken %", "replies %", "most"]
-    lines = ["| " + " | ".join(heads) + " |", "|" + "---|" * len(heads)]
+    lines = heading(heads)
     if judged:
         start = [judged[0].get(f"before {name}") for name in (*WAYS, "broken", "replies")]
         cells = ["" if value in (None, "") else f"{percent(value):.1f}" for value in start]
-        lines.append("| " + " | ".join(["before", "0", *cells, ""]) + " |")
+        lines.append(line_of(["before", "0", *cells, ""]))
     for row in judged:
         cells = []
         for way in WAYS:
@@ -84,8 +84,18 @@ def falls_table(rows: Sequence[Row]) -> str:
             )
         cells += [f"{percent(row[name]):.1f}" for name in ("broken", "replies")]
         cells = [row["run"], f"{float(row['fall']):.0f}", *cells, row["worst_state"]]
-        lines.append("| " + " | ".join(cells) + " |")
+        lines.append(line_of(cells))
     return "\n".join(lines)
+
+
+def heading(heads: Sequence[str]) -> list[str]:
+    """The first two lines of a Markdown table."""
+    return [line_of(heads), "|" + "---|" * len(heads)]
+
+
+def line_of(cells: Sequence[object]) -> str:
+    """A line of a Markdown table."""
+    return "| " + " | ".join(map(str, cells)) + " |"
 
 
 def percent(share: Any) -> float:

@@ -13,7 +13,7 @@ from pathlib import Path
 
 from nanotoolrl.cli import command
 from nanotoolrl.env import CATEGORIES
-from nanotoolrl.look.arms import Row, numbers, percent, read_arms, spread_of
+from nanotoolrl.look.arms import Row, heading, line_of, numbers, percent, read_arms, spread_of
 from nanotoolrl.look.evaluate import index_of
 from nanotoolrl.look.intervals import Share, difference_over_seeds, over_seeds
 from nanotoolrl.look.rows import in_order
@@ -92,16 +92,6 @@ def changes_table(arms: Mapping[str, Sequence[Row]]) -> str:
         if arm != START and any(cells):
             lines.append(line_of([arm, *cells]))
     return "\n".join(lines)
-
-
-def heading(heads: Sequence[str]) -> list[str]:
-    """The first two lines of a Markdown table."""
-    return [line_of(heads), "|" + "---|" * len(heads)]
-
-
-def line_of(cells: Sequence[object]) -> str:
-    """A line of a Markdown table."""
-    return "| " + " | ".join(map(str, cells)) + " |"
 
 
 def written(found: Share | None, sign: str = "") -> str:

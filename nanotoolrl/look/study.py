@@ -120,7 +120,9 @@ def command_line() -> argparse.ArgumentParser:
         "--jobs", type=jobs, default=available_cores(), help="runs side by side, one thread each"
     )
     parser.add_argument("--runs", default="runs", help="directory for the run directories")
-    parser.add_argument("--model", help="the model that every run begins from (default: that of its flags)")
+    parser.add_argument(
+        "--model", help="the model that every run begins from, seen from the repository's directory"
+    )
     looks = {
         "--judge": "have the doctor judge each run that falls, at its fall, on so many tasks",
         "--grid": "score each run, at its end and at its fall, in all formats on so many tasks of `test` "
