@@ -157,10 +157,16 @@ def null_of(config: dict, steps: int) -> list[float]:
         return []
     if not {"seed", "prompts"} <= config.keys() or config["scheme"] in ("hint", "ops", "ghpo"):
         return []
-    rates, tasks = base_rates()[1], load_tasks("train")
-    order = in_epochs(tasks, str(config["seed"]), range(steps * config["prompts"]))
+    rates = base_rates()[1]
+    order = in_epochs(train_tasks(), str(config["seed"]), range(steps * config["prompts"]))
     per_step = [order[i : i + config["prompts"]] for i in range(0, len(order), config["prompts"])]
     return [sum(rates[task.id] for task in chosen) / len(chosen) for chosen in per_step]
+
+
+@cache
+def train_tasks() -> list[Task]:
+    """The training tasks, read and checked once for all rows of a table."""
+    return load_tasks("train")
 
 
 @cache

@@ -164,13 +164,15 @@ def main(argv: list[str] | None = None) -> int:
         try:
             while len(codes) < len(waiting):
                 going = [one for one, name in waiting.items() if name not in codes]
-                for done in wait(going, SECONDS, FIRST_COMPLETED).done:
+                finished = wait(going, SECONDS, FIRST_COMPLETED).done
+                for done in finished:
                     name = waiting[done]
                     codes[name] = done.result()
                     if codes[name]:
                         bar.write(f"{name} failed or has other settings, see {home / name}.log")
                     if codes[name] == REFUSED:
                         study.pop(name)
+                if finished:
                     write(table, rows(study, home))
                 bar.update(made_steps(names, home) - bar.n)
                 bar.set_postfix_str(f"{len(codes)} of {len(waiting)} runs")
