@@ -150,7 +150,7 @@ def test_messages_of_a_ground_truth():
     assert len(messages_of(row.tokens, row.loss_mask, row.states, chat)) == len(found)
 
 
-def test_long_runs_are_thinned_and_say_so(finished, monkeypatch, tmp_path):
+def test_long_runs_are_thinned_and_say_so(finished, tmp_path):
     run = read_run(finished)
     line = json.loads((finished / "rollouts.jsonl").read_text().splitlines()[0])
     long = tmp_path / "long"
@@ -163,9 +163,21 @@ def test_long_runs_are_thinned_and_say_so(finished, monkeypatch, tmp_path):
     numbers = [step["step"] for step in steps]
     assert total == 100 and len(numbers) == 25 and numbers[0] == 1 and numbers[-1] == 100
     assert len(set(numbers)) == len(numbers)
-    monkeypatch.setattr(report, "MOST_BYTES", -(-size // 4))
-    assert "long: 25 of the 100 logged steps" in embedded(report.build([read_run(long)], tmp_path))["sampled"]
+    page = report.build([read_run(long)], tmp_path, -(-size // 4) / 1e6)
+    assert "long: 25 of the 100 logged steps" in embedded(page)["sampled"]
     assert rollouts_of(run, 10**9)[2] == 3
+
+
+def test_the_page_is_opened_where_there_is_a_screen(finished, monkeypatch, tmp_path, capsys):
+    opened = []
+    monkeypatch.setattr(report.webbrowser, "open", lambda address: opened.append(address) or True)
+    monkeypatch.setattr(report.sys, "platform", "linux")
+    monkeypatch.delenv("WAYLAND_DISPLAY", raising=False)
+    for display, said in (("", True), (":0", False)):
+        monkeypatch.setenv("DISPLAY", display)
+        assert report.main([str(finished), "--out", str(tmp_path), "--open"]) == 0
+        assert ("no browser to show it here" in capsys.readouterr().out) == said
+    assert opened == [(tmp_path / "report.html").as_uri()]
 
 
 def test_a_line_that_is_half_written_is_left_out(finished, tmp_path):

@@ -77,6 +77,17 @@ def test_a_study_that_is_ended_ends_its_runs(name, tmp_path):
     assert not (home / "two").exists()
 
 
+@pytest.mark.slow
+def test_the_demo_ends_in_the_compared_report(tmp_path, monkeypatch, capsys):
+    flags = f"{TINY.replace('--threads 1 --show-every 0', '')} --steps 1 --eval-count 2"
+    monkeypatch.setitem(study.STUDIES, "demo", {name: f"{flags} --scheme {name}" for name in ("grpo", "ets")})
+    monkeypatch.setattr(study.report, "has_screen", lambda: False)
+    assert study.main(["demo", "--runs", str(tmp_path)]) == 0
+    page = tmp_path / "demo" / "report" / "report.html"
+    assert str(page) in capsys.readouterr().out and "grpo and ets" in page.read_text()
+    assert (tmp_path / "demo" / "demo.csv").exists() and not (study.ROOT / "data/results/demo.csv").exists()
+
+
 def test_bad_jobs_are_refused(capsys):
     with pytest.raises(SystemExit):
         study.main(["collapse", "--jobs", "0"])

@@ -8,19 +8,21 @@ sparklines.
 import argparse
 import base64
 import json
+import os
 import sys
+import webbrowser
 from collections.abc import Sequence
 from pathlib import Path
 
 from nanotoolrl.calls import MESSAGE_STATES
 from nanotoolrl.chat import Chat
-from nanotoolrl.cli import command, progress
+from nanotoolrl.cli import command, number, progress
 from nanotoolrl.loading import ModelError, load_chat
 from nanotoolrl.look.metrics import FIRST, LAST
 from nanotoolrl.look.runfiles import RunFiles, Unreadable, logged_lines, read_run, tell_apart
 from nanotoolrl.look.viewer import TEMPLATE, page_of
 
-MOST_BYTES = 14_000_000  # of rollouts in the page; together with figures it stays under 20 MB
+MEGABYTES = 14.0  # of rollouts in the page; together with figures it stays under 20
 SPARKS = "▁▂▃▄▅▆▇█"
 
 
@@ -39,14 +41,14 @@ def rollouts_of(run: RunFiles, most_bytes: int) -> tuple[list[dict], dict[int, s
         numbers = [numbers[round(i * (len(numbers) - 1) / (kept - 1))] for i in range(kept)]
     steps = []
     used = set()
-    for number in numbers:
+    for step in numbers:
         groups: dict[int, dict] = {}
-        for line in lines[number]:
+        for line in lines[step]:
             row = json.loads(line)
             group = groups.setdefault(row["group"], {"task": row["task_id"], "rollouts": []})
             group["rollouts"].append(_rollout(row, chat))
             used.update(row["tokens"])
-        steps.append({"step": number, "groups": list(groups.values())})
+        steps.append({"step": step, "groups": list(groups.values())})
     return steps, {token: chat.decode([token]) for token in sorted(used)}, len(lines)
 
 
@@ -95,12 +97,13 @@ def messages_of(tokens: list[int], mask: list[int], states: list[str], chat: Cha
     return found
 
 
-def build(runs: Sequence[RunFiles], directory: Path) -> Path:
-    """Write figures and report.html into a directory; returns the page's path."""
+def build(runs: Sequence[RunFiles], directory: Path, megabytes: float = MEGABYTES) -> Path:
+    """Write figures and report.html into a directory; returns the page's path. megabytes: of rollouts, of all
+    runs together."""
     from nanotoolrl.look.figures import draw  # matplotlib, for this alone
 
     figures = draw(runs, directory)
-    share = MOST_BYTES // len(runs)
+    share = int(1e6 * megabytes) // len(runs)
     shown = []
     notes = []
     for run in progress(runs, "rollouts", unit="run"):
@@ -169,6 +172,11 @@ def spark(values: Sequence[float], width: int = 24) -> str:
     return "".join(SPARKS[min(7, int(8 * (x - low) / span))] for x in means)
 
 
+def has_screen() -> bool:
+    """Whether a browser could have a window: a browser of the terminal would take the terminal."""
+    return sys.platform in ("darwin", "win32") or any(map(os.environ.get, ("DISPLAY", "WAYLAND_DISPLAY")))
+
+
 def screen(runs: Sequence[RunFiles]) -> str:
     """One screen about the runs, for people without a browser."""
     lines = []
@@ -201,13 +209,20 @@ def main(argv: list[str] | None = None) -> int:
     )
     parser.add_argument("runs", nargs="+", type=Path, metavar="RUN", help="run directory; several: compared")
     parser.add_argument("--out", type=Path, help="where to write (default: RUN/report of the first)")
+    parser.add_argument(
+        "--megabytes",
+        type=number(float, above=0, most=1000),
+        default=MEGABYTES,
+        help="of rollouts in the page, the steps left out evenly (default: %(default)s)",
+    )
+    parser.add_argument("--open", action="store_true", help="show the page in the browser")
     args = parser.parse_args(argv)
     try:
         runs = [read_run(path) for path in args.runs]
         tell_apart(runs)
         directory = args.out or args.runs[0] / "report"
         directory.mkdir(parents=True, exist_ok=True)
-        page = build(runs, directory)
+        page = build(runs, directory, args.megabytes)
         text = screen(runs)
     except (Unreadable, ModelError, OSError, ValueError) as error:
         print(f"report: {error}", file=sys.stderr)
@@ -219,6 +234,8 @@ def main(argv: list[str] | None = None) -> int:
         return 2
     print(text)
     print(f"page: {page} ({page.stat().st_size / 1e6:.1f} MB); figures: {directory}/*.png")
+    if args.open and not (has_screen() and webbrowser.open(page.resolve().as_uri())):
+        print(f"There is no browser to show it here: open {page} in one.")
     return 0
 
 

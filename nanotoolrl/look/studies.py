@@ -107,7 +107,10 @@ BOTH = {
     "ets-held": "--scheme ets --sft-tokens 12000 --ets-formats all --guard-kl 1",
     "held": "--scheme grpo --guard-kl 1",
 }
+# For a lesson: as short as shows it, one seed, two runs side by side. Not a claim.
+DEMO = f"{RESCUE} --steps 16 --eval-count 100"
 STUDIES = {
+    "demo": {"collapse": f"--scheme grpo {DEMO}", "rescue": f"--scheme ets {DEMO}"},
     "collapse-search": {name: f"{SCREEN} {flags}" for name, flags in COLLAPSE_SEARCH.items()},
     "collapse": {
         f"seed{seed}": f"--scheme grpo --preset collapse --seed {seed} --eval-count 400 --eval-part 400 "

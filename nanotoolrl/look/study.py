@@ -23,6 +23,7 @@ from nanotoolrl.cli import available_cores, command, number
 from nanotoolrl.commandline import parse, stored_config
 from nanotoolrl.config import Refused
 from nanotoolrl.files import check_writable
+from nanotoolrl.look import report
 from nanotoolrl.look.arms import arms_of, draw, falls_table, table_of
 from nanotoolrl.look.falls import fall_of
 from nanotoolrl.look.rows import row, untrained_row
@@ -132,7 +133,7 @@ def command_line() -> argparse.ArgumentParser:
         count = number(int, least=0, most=10_000)
         parser.add_argument(name, type=count, default=0, metavar="TASKS", help=f"{about} (default: 0)")
     parser.add_argument("--figure", type=Path, help="draw the arms of the study into this PNG")
-    parser.add_argument("--table", help="CSV (default: data/results/STUDY.csv)")
+    parser.add_argument("--table", help="CSV (default: data/results/STUDY.csv; of the demo: beside its runs)")
     return parser
 
 
@@ -141,7 +142,8 @@ def main(argv: list[str] | None = None) -> int:
     """The command: returns 1 if a run failed (its log says why), 2 if refused, 130 if ended, else 0."""
     args = command_line().parse_args(argv)
     home = Path(args.runs).resolve() / args.study
-    table = Path(args.table or ROOT / "data" / "results" / f"{args.study.replace('-', '_')}.csv")
+    results = home if args.study == "demo" else ROOT / "data" / "results"
+    table = Path(args.table or results / f"{args.study.replace('-', '_')}.csv")
     try:
         table.parent.mkdir(parents=True, exist_ok=True)
         check_writable(table)
@@ -188,6 +190,8 @@ def main(argv: list[str] | None = None) -> int:
         print(falls_table(made))
         if args.figure:
             draw(found, args.figure)
+    if args.study == "demo" and not any(codes.values()):
+        return report.main([*(str(home / name) for name in names), "--out", str(home / "report"), "--open"])
     return 1 if any(codes.values()) else 0
 
 
