@@ -1,9 +1,11 @@
 # %% [markdown]
 # # A tour: a model uses tools, collapses, and is rescued
 #
-# A million parameters on two CPU cores: no GPU, no download of weights. The collapse below takes about ten
-# minutes, and as long again the rescue. In Colab, run the next cell once; on your own machine start Jupyter
-# in the repository's directory.
+# A million parameters on two CPU cores: no GPU, no download of weights. The collapse below takes about five
+# minutes, and as long again the rescue.
+#
+# On your own machine start Jupyter in the repository. In Colab, first clone it in a cell of its own
+# (`!git clone ADDRESS`, `%cd nanotoolrl`, `!pip install -r requirements.txt`).
 
 # %%
 import os
@@ -16,12 +18,10 @@ if not Path("nanotoolrl").is_dir():
     raise SystemExit("Start this notebook in the repository: clone it, and install requirements.txt.")
 sys.path.insert(0, os.getcwd())
 
-import nanotoolrl  # noqa: E402, F401  (before torch)
+import nanotoolrl  # before torch
+import torch
 
-# isort: split
-import torch  # noqa: E402
-
-torch.set_num_threads(2)
+torch.set_num_threads(min(2, os.cpu_count()))
 STEPS = int(os.environ.get("TOUR_STEPS", 20))  # a test takes fewer
 
 # %% [markdown]
@@ -31,7 +31,7 @@ STEPS = int(os.environ.get("TOUR_STEPS", 20))  # a test takes fewer
 # the world: is it as the ground truth leaves it?
 
 # %%
-import sample  # noqa: E402
+import sample
 
 _ = sample.main(["--task", "test-005-base"])
 # %% [markdown]
@@ -45,13 +45,13 @@ _ = sample.main(["--model", "collapsed", "--task", "test-005-base"])
 # Eight rollouts of a task; the reward of each; its advantage over the others.
 
 # %%
-from nanotoolrl.commandline import resolve  # noqa: E402
-from nanotoolrl.loading import load  # noqa: E402
-from nanotoolrl.run import Run, group_advantages, rollout  # noqa: E402
-from nanotoolrl.updates import policy_update, rescore  # noqa: E402
-from nanotoolrl.world.tasks import in_epochs, load_tasks  # noqa: E402
+from nanotoolrl.commandline import resolve
+from nanotoolrl.loading import load
+from nanotoolrl.run import Run, group_advantages, rollout
+from nanotoolrl.updates import policy_update, rescore
+from nanotoolrl.world.tasks import in_epochs, load_tasks
 
-run = Run.begin(resolve({"scheme": "grpo", "prompts": 1, "warmup": 0}), load("nano"))
+run = Run.begin(resolve({"scheme": "grpo", "prompts": 1, "updates": 1, "warmup": 0}), load("nano"))
 run.next_step()
 task = next(task for task in load_tasks("train") if task.id == "train-013-base")
 rows = rollout(run, [task])
@@ -72,11 +72,11 @@ for row, advantage in zip(rows, advantages.tolist()):
 # the tag where a reply is due. [docs/2-one-collapse.md](2-one-collapse.md) reads this run.
 
 # %%
-import matplotlib.pyplot as plt  # noqa: E402
-from IPython.display import clear_output, display  # noqa: E402
+import matplotlib.pyplot as plt
+from IPython.display import clear_output, display
 
-from nanotoolrl.probes import ProbeSet  # noqa: E402
-from nanotoolrl.signals import SCHEMES  # noqa: E402
+from nanotoolrl.probes import ProbeSet
+from nanotoolrl.signals import SCHEMES
 
 
 def train(scheme, **settings):
@@ -114,7 +114,7 @@ collapsed, fall = train("grpo")
 # the start. (Few tasks here, wide intervals; it takes 400 by default.)
 
 # %%
-from nanotoolrl import evaluate  # noqa: E402
+from nanotoolrl import evaluate
 
 _ = evaluate.main(["--doctor", "--model", "collapsed", "--compare", "nano", "--count", "8"])
 # %% [markdown]

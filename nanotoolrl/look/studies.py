@@ -56,20 +56,21 @@ METHODS = {
     "restart": "--scheme restart",
     "exact": "--scheme grpo --guard 0",  # what there would be to lose, were it not for the guard
 }
+# The other studies take half the rollouts a step: the fall comes at the same step, in half the time.
+HALF = f"{RESCUE} --prompts 8"
+REFERENCES = {name: METHODS[name] for name in ("exact", "grpo", "ets", "prs")}
 # A signal in every update instead of in bursts: each example once, at most sft_batch of them an update.
 SYNC = "--schedule sync --sft-window 1"
 SCHEDULE = {
-    "ets-sync": f"--scheme ets {RESCUE} {SYNC}",
-    "prs-sync": f"--scheme prs {RESCUE} {SYNC}",
-    "sft-sync": f"--scheme sft {RESCUE} {SYNC} --sft-batch 8",
-    "sft-interleaved": f"--scheme sft {RESCUE} --schedule interleaved",
+    "ets-sync": f"--scheme ets {SYNC}",
+    "prs-sync": f"--scheme prs {SYNC}",
+    "sft-sync": f"--scheme sft {SYNC} --sft-batch 8",
+    "sft-interleaved": "--scheme sft --schedule interleaved",
 }
-# Rates over two orders; the middle one, 2e-4, is in `main`.
+# Rates over two orders; the middle one, 2e-4, is in `both`, as all of these references are.
 RATES = ("2e-5", "6e-5", "6e-4", "2e-3")
-LR = {
-    f"{name}-lr{rate}": f"--scheme {name} {RESCUE} --lr {rate}" for name in ("grpo", "ets") for rate in RATES
-}
-LR |= {f"ets-sft{rate}": f"--scheme ets {RESCUE} --sft-lr {rate}" for rate in RATES}
+LR = {f"{name}-lr{rate}": f"--scheme {name} --lr {rate}" for name in ("grpo", "ets") for rate in RATES}
+LR |= {f"ets-sft{rate}": f"--scheme ets --sft-lr {rate}" for rate in RATES}
 ABLATE = {
     "psr": "--scheme psr",
     "nsr": "--scheme nsr",
@@ -99,7 +100,7 @@ ABLATE = {
     "selfrepair": "--scheme selfrepair",
 }
 # Success as with ets or prs, and no loss out of distribution: candidates, each of which is reported.
-BOTH = {
+BOTH = REFERENCES | {
     "ets-rounds2": "--scheme ets --round-steps 2 --sft-window 2",
     "ets-tokens": "--scheme ets --sft-tokens 12000",
     "ets-formats": "--scheme ets --sft-tokens 12000 --ets-formats all",
@@ -127,10 +128,12 @@ STUDIES = {
     "roundtrip": arms({how: f"{ROUNDTRIP} --record {how}" for how in ("text", "exact")}),
     "roundtrip-parts": arms({how: f"{ROUNDTRIP} --record {how}" for how in ("encode", "stop", "vanish")}),
     "main": arms({name: f"{flags} {RESCUE}" for name, flags in METHODS.items()}),
-    "schedule": arms(SCHEDULE),
-    "lr": arms(LR, FEWER),
-    "both": arms({name: f"{RESCUE} {flags}" for name, flags in BOTH.items()}),
-    "ablate": arms({name: f"{RESCUE} {flags}" for name, flags in ABLATE.items()}, FEWER),
+    "schedule": arms({name: f"{flags} {HALF}" for name, flags in SCHEDULE.items()}),
+    "lr": arms({name: f"{flags} {HALF}" for name, flags in LR.items()}, FEWER),
+    "both": arms({name: f"{flags} {HALF}" for name, flags in BOTH.items()}),
+    "ablate": arms({name: f"{flags} {HALF}" for name, flags in ABLATE.items()}, FEWER),
+    # Every method again, for another base: --model.
+    "half": arms({name: f"{flags} {HALF}" for name, flags in METHODS.items()}),
     # The paper's regime: few successes, many small updates.
     "regime": arms({how: f"{REGIME} --record {how}" for how in ("exact", "text")}),
     # Other ways to train what the policy did not sample, or not so.
