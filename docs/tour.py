@@ -1,15 +1,17 @@
 # %% [markdown]
 # # A tour: a model uses tools, collapses, and is rescued
 #
-# A million parameters on two CPU cores: no GPU, no download of weights. The collapse below takes about five
-# minutes, and as long again the rescue.
+# A million parameters on two CPU cores: no GPU, no download of weights. The whole takes twelve minutes, most
+# of it the collapse, and as long again the rescue.
 #
 # On your own machine start Jupyter in the repository. In Colab, first clone it in a cell of its own
-# (`!git clone ADDRESS`, `%cd nanotoolrl`, `!pip install -r requirements.txt`).
+# (`!git clone ADDRESS`, `%cd nanotoolrl`, `!pip install -r requirements.txt`). The notebook is made from
+# `docs/tour.py`: `pip install jupytext nbclient ipykernel`, `jupytext --to ipynb --execute docs/tour.py`.
 
 # %%
 import os
 import sys
+import warnings
 from pathlib import Path
 
 if not Path("nanotoolrl").is_dir() and Path("../nanotoolrl").is_dir():
@@ -17,6 +19,8 @@ if not Path("nanotoolrl").is_dir() and Path("../nanotoolrl").is_dir():
 if not Path("nanotoolrl").is_dir():
     raise SystemExit("Start this notebook in the repository: clone it, and install requirements.txt.")
 sys.path.insert(0, os.getcwd())
+os.environ["TQDM_DISABLE"] = "1"  # figures are drawn as they come
+warnings.filterwarnings("ignore", message="IProgress")
 
 import nanotoolrl  # before torch
 import torch
@@ -136,5 +140,6 @@ display(figure)
 plt.close(figure)
 
 # %% [markdown]
-# One seed shows that it can happen. [docs/results.md](results.md) has five, with intervals, and what it
-# costs.
+# p(tag) shows the mechanism: in each round the tag becomes likelier where a reply is due, and each burst
+# takes it back. One seed shows that it can happen; [docs/results.md](results.md) has more, with intervals,
+# and what it costs.

@@ -92,9 +92,11 @@ def one_voice() -> Iterator[None]:
 def progress(things: Iterable | None = None, what: str | None = None, **settings: Any) -> tqdm:
     """A progress bar over `things`, or one to be counted up; of several processes only the first shows it.
 
-    One over things goes away when it is done, and is left out where nobody sits at a terminal.
+    One over things goes away when it is done, and is left out where nobody sits at a terminal, or by
+    TQDM_DISABLE=1.
     """
-    passing = {} if things is None else {"leave": False, "disable": None}
+    unseen = os.environ.get("TQDM_DISABLE", "0") not in ("", "0") or None  # None: tqdm asks the terminal
+    passing = {} if things is None else {"leave": False, "disable": unseen}
     hidden = {} if distributed.first() else {"disable": True}
     return tqdm(things, what, **{"dynamic_ncols": True} | passing | settings | hidden)
 

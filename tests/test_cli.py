@@ -103,7 +103,7 @@ def test_output_that_is_not_utf8(encoding, tmp_path, monkeypatch):
         print("\ufffd \u2588 ok")
     assert terminal.getvalue() == b"? ? ok\n"
     monkeypatch.setattr(sys, "stdout", io.TextIOWrapper(terminal, encoding))
-    committed = ROOT / "data" / "results" / "schemes" / "hint"
+    committed = ROOT / "data" / "results" / "first" / "hint" / "seed0"
     assert report.main([str(committed), "--out", str(tmp_path)]) == 0
     assert terminal.getvalue().count(b"?") > 2
     assert (tmp_path / "report.html").read_text(encoding="utf-8")

@@ -248,40 +248,16 @@ def test_the_readme_is_short():
 
 
 # ----------------------------------------------------------------------------- numbers from committed results
-def committed_runs() -> dict[Path, dict]:
-    """Every committed run of a scheme in the settings in which schemes are compared, with its config."""
-    paths = sorted(RESULTS.glob("schemes/*/config.json"))
-    return {path.parent: json.loads(path.read_text(encoding="utf-8")) for path in paths}
-
-
 def default_runs(kind: str) -> dict[int, Path]:
     """The committed runs of the default command by seed: `hint`, or `no-hint`, which is without one."""
     paths = (RESULTS / "first" / kind).glob("seed*/config.json")
     return {seed: path for path in paths for seed in [json.loads(path.read_text())["seed"]]}
 
 
-def stored_run(scheme: str) -> Path | None:
-    """Directory of the committed run of a scheme, if there is one."""
-    runs = [path for path, one in committed_runs().items() if one["scheme"] == scheme]
-    assert len(runs) < 2, runs
-    return runs[0] if runs else None
-
-
-def greedy_scores(run: Path, when: str) -> Scores:
-    """Those of a run on held-out tasks, before or after training."""
-    return Scores(**json.loads((run / "result.json").read_text(encoding="utf-8"))[when]["held out, greedy"])
-
-
 def stored_scores(path: Path) -> dict[str, Scores]:
     """The scores that `evaluate --json` wrote."""
     scores = json.loads(path.read_text(encoding="utf-8"))["scores"]
     return {name: Scores(**values) for name, values in scores.items()}
-
-
-def with_interval(scores: Scores) -> str:
-    """Success in % with its interval, as tables of the pages have it."""
-    share, low, high, _ = scores.of("all")
-    return f"{100 * share:.1f} [{100 * low:.1f}, {100 * high:.1f}]"
 
 
 def first_table(kind: str) -> str:
@@ -316,8 +292,8 @@ def span(values, digits=1) -> str:
 
 
 def claims() -> list[str]:
-    """README's first table, but for what is not measured yet."""
-    arms = dose_arms()
+    """README's first table: what broke from the study of the dose, what helped from that of the methods."""
+    arms, methods = dose_arms(), rescue_arms()
     exact, spike = arms["guard0"], arms["guard1"]
     falls = numbers(spike, "fall")
     gain = [100 * x for x in numbers(spike, "above_null")]
@@ -352,8 +328,30 @@ def claims() -> list[str]:
             f"skeleton of calls given {of('forced skeleton')} ({before('forced skeleton')}), in python "
             f"{of('python')} ({before('python')}), in xml {of('xml')} ({before('xml')})"
         ),
+        "SFT on failures or on reflections, interleaved with RL, rescues a run": (
+            f"of {WORDS[len(methods['ets'])]} seeds each, fell: {fell(methods, 'grpo', 'ets', 'prs')}"
+        ),
+        "hints and off-policy rollouts do not": f"fell: {fell(methods, 'hint', 'ops')}",
+        "interleaving costs accuracy out of distribution": cost(methods),
     }
     return [f"| {claim} | {found} |" for claim, found in rows.items()]
+
+
+def fell(arms, *names) -> str:
+    """How many runs of each method fell. Example: "`grpo` 5, `ets` 0"."""
+    return ", ".join(f"`{name}` {len(numbers(arms[name], 'fall'))}" for name in names)
+
+
+def cost(arms) -> str:
+    """What became of other formats on other tasks, in points from the untrained model."""
+    if not any(row.get("digits python ood") for row in arms["ets"]):
+        return "not measured yet"
+    return "; ".join(
+        f"`{name}` in python {written(changed(arms, name, 'python ood'), '+')}, in xml "
+        f"{written(changed(arms, name, 'xml ood'), '+')}, in its own format "
+        f"{written(changed(arms, name, 'hermes ood'), '+')}"
+        for name in ("ets", "prs", "grpo")
+    )
 
 
 def kept(rows, ways) -> str:
@@ -445,31 +443,10 @@ def test_the_tables_of_the_dose_are_made_from_the_committed_study():
     assert falls_table(rows) in WHY, falls_table(rows)
 
 
-def test_what_the_page_says_of_a_dead_run():
-    with (RESULTS / "schemes" / "guard" / "metrics.csv").open() as file:
-        steps = list(csv.DictReader(file))
-    last = max(i for i, row in enumerate(steps) if int(row["contrast_groups"]))
-    text = " ".join(WHY.split())
-    assert f"the last group with contrast is at step {last + 1}." in text
-    assert f"In the {('five', 'six')[len(steps) - last - 6]} steps after it" in text
-    for name, said in (("nll_content", "goes on from {} to {} nats"), ("kl", "from the start from {} to {}")):
-        assert said.format(*(f"{float(steps[i][name]):.2f}" for i in (last, -1))) in text
-
-
 def test_what_the_page_says_of_the_null():
     spans = {arm: span([100 * x for x in numbers(rows, "above_null")]) for arm, rows in dose_arms().items()}
     said = f"{spans['guard0']} points above it without a guard, {spans['guard1']} with all of it"
     assert said in " ".join(WHY.split())
-
-
-def test_the_table_of_collapse_and_help_is_made_from_the_committed_results():
-    rows = re.findall(
-        r"^\| `python train.py --scheme ([\w-]+) --preset nano` \| (.*) \|$", README, re.MULTILINE
-    )
-    assert len(rows) > 3
-    for name, cell in rows:
-        assert cell == with_interval(greedy_scores(stored_run(name), "after")), name
-    assert f"from {with_interval(greedy_scores(stored_run('grpo'), 'before'))}" in README
 
 
 def test_the_transcripts_are_the_committed_ones():
@@ -495,17 +472,11 @@ def rescue_claims() -> list[str]:
         ]
         return ", ".join(found)
 
-    def fell(*names):
-        return ", ".join(f"`{name}` {len(numbers(arms[name], 'fall'))}" for name in names)
-
     def sampled(name, when="end"):
         return f"{shown(numbers(arms[name], f'sampled_{when}'), 100, 0)} %"
 
     def greedy(*names):
         return ", ".join(f"`{name}` {written(pooled(arms[name], 'closing'))}" for name in names)
-
-    def moved(name, way):
-        return written(changed(arms, name, way), "+")
 
     rows = {
         "RL alone collapses": (
@@ -522,8 +493,8 @@ def rescue_claims() -> list[str]:
             f"{spread_of(numbers([*arms['ops'], *arms['hint']], 'fall'))}"
         ),
         "SFT on failures or on reflections, interleaved, does": (
-            f"collapsed: {collapsed('ets', 'prs')}, fell: {fell('ets', 'prs')}. Sampled success at the end, "
-            f"on the tasks trained on: `ets` {sampled('ets')}, `prs` {sampled('prs')}, `grpo` "
+            f"collapsed: {collapsed('ets', 'prs')}, fell: {fell(arms, 'ets', 'prs')}. Sampled success at the "
+            f"end, on the tasks trained on: `ets` {sampled('ets')}, `prs` {sampled('prs')}, `grpo` "
             f"{sampled('grpo')}. Greedy on `test`: "
             f"{greedy('ets', 'prs')}"
         ),
@@ -531,16 +502,28 @@ def rescue_claims() -> list[str]:
             f"beginning anew without SFT: {collapsed('restart')} collapsed. SFT without RL: "
             f"{collapsed('bursts')}; greedy {greedy('bursts')}"
         ),
+        "Interleaving costs accuracy out of distribution": cost(arms),
     }
-    if any(row.get("digits python ood") for row in arms["ets"]):
-        rows["Interleaving costs accuracy out of distribution"] = "; ".join(
-            f"`{name}` in python {moved(name, 'python ood')}, in xml {moved(name, 'xml ood')}, in its own "
-            f"format {moved(name, 'hermes ood')}"
-            for name in ("ets", "prs", "grpo")
-        )
-    else:
-        rows["Interleaving costs accuracy out of distribution"] = "not measured yet"
     return [f"| {claim} | {found} |" for claim, found in rows.items()]
+
+
+def rescued() -> list[str]:
+    """README's table of five methods in the setting that collapses."""
+    arms, lines = rescue_arms(), []
+    for name in ("grpo", "hint", "ops", "ets", "prs"):
+        rows = arms[name]
+        falls = numbers(rows, "fall")
+        fell = f"{len(falls)} of {len(rows)}" + (f", at step {spread_of(falls)}" if falls else "")
+        ends = [f"{shown(numbers(rows, 'sampled_end'), 100, 0)}", written(pooled(rows, "closing"))]
+        lines.append(f"| {' | '.join([f'`{name}`', fell, *ends])} |")
+    return lines
+
+
+def test_the_table_of_collapse_and_rescue_is_made_from_the_committed_study():
+    arms = rescue_arms()
+    assert "\n".join(rescued()) in README, "\n".join(rescued())
+    start = f"{written(pooled(arms['untrained'], 'closing'))} before"
+    assert start in " ".join(README.split()), start
 
 
 def test_what_replicates_is_made_from_the_committed_study():
@@ -740,7 +723,7 @@ def test_the_model_card_is_made_from_the_committed_scores():
 
 
 def test_committed_runs_are_whole_and_made_with_the_present_defaults():
-    runs = {path: f"--scheme {path.name} --preset nano" for path in committed_runs()}
+    runs = {}
     for kind, flags in {"hint": "", "no-hint": "--hint-count 0"}.items():
         runs |= {path.parent: f"--seed {seed} {flags}" for seed, path in default_runs(kind).items()}
     for folder, flags in runs.items():
@@ -762,10 +745,10 @@ def test_the_page_of_metrics_is_what_its_command_prints():
 
 
 def listed() -> dict[str, Scheme]:
-    """The schemes that a study of methods runs, and those with a committed run."""
+    """The schemes that a study of methods runs."""
     flags = [flags for name in boxes.STUDIES for flags in studies.STUDIES[name].values()]
     run = {re.search(r"--scheme (\S+)", one).group(1) for one in flags}
-    return {name: scheme for name, scheme in SCHEMES.items() if name in run or stored_run(name)}
+    return {name: scheme for name, scheme in SCHEMES.items() if name in run}
 
 
 def test_every_metric_is_explained():

@@ -74,8 +74,8 @@ LR |= {f"ets-sft{rate}": f"--scheme ets --sft-lr {rate}" for rate in RATES}
 ABLATE = {
     "psr": "--scheme psr",
     "nsr": "--scheme nsr",
-    "guard0.3": "--scheme grpo --guard 0.3",
-    "guard0.5": "--scheme grpo --guard 0.5",
+    "guard0.3": "--scheme guard --guard 0.3",
+    "guard0.5": "--scheme guard --guard 0.5",
     "gtpo": "--scheme grpo --gtpo 1",
     "prefix": "--scheme grpo --spare-passed 1",
     "rare": "--scheme grpo --rare 0.3",
@@ -106,10 +106,10 @@ BOTH = REFERENCES | {
     "ets-formats": "--scheme ets --sft-tokens 12000 --ets-formats all",
     "prs-formats": "--scheme prs --ets-formats all",
     "ets-held": "--scheme ets --sft-tokens 12000 --ets-formats all --guard-kl 1",
-    "held": "--scheme grpo --guard-kl 1",
+    "guard-kl": "--scheme guard-kl",
 }
 # For a lesson: as short as shows it, one seed, two runs side by side. Not a claim.
-DEMO = f"{RESCUE} --steps 16 --eval-count 100"
+DEMO = f"{RESCUE} --steps 16 --eval-count 50"
 STUDIES = {
     "demo": {"collapse": f"--scheme grpo {DEMO}", "rescue": f"--scheme ets {DEMO}"},
     "collapse-search": {name: f"{SCREEN} {flags}" for name, flags in COLLAPSE_SEARCH.items()},
