@@ -24,8 +24,10 @@ def test_study_command(tmp_path, monkeypatch, capsys):
     """Two runs, one of which cannot be made; then more steps of the other."""
     flags = f"{TINY.replace('--threads 1 --show-every 0', '')} --scheme grpo --eval-count 2"
     study_of = {"good": f"{flags} --steps 1", "bad": f"{flags} --steps 1 --tasks nope"}
+    study_of["later"] = f"{flags} --steps 1 --seed 1"  # left out by --seeds
     monkeypatch.setitem(study.STUDIES, "tiny", study_of)
     command = ["tiny", "--jobs", "2", "--runs", str(tmp_path), "--table", str(tmp_path / "table.csv")]
+    command += ["--seeds", "1"]
     assert study.main(command) == 1
     assert "bad failed or has other settings" in capsys.readouterr().out
     assert "nope" in (tmp_path / "tiny" / "bad.log").read_text()

@@ -8,6 +8,7 @@ import argparse
 import contextlib
 import csv
 import json
+import math
 import os
 import signal
 import subprocess
@@ -121,6 +122,8 @@ def command_line() -> argparse.ArgumentParser:
         "--jobs", type=jobs, default=available_cores(), help="runs side by side, one thread each"
     )
     parser.add_argument("--runs", default="runs", help="directory for the run directories")
+    seeds = number(int, above=0, most=1024)
+    parser.add_argument("--seeds", type=seeds, help="make the first so many of each setting (default: all)")
     parser.add_argument(
         "--model", help="the model that every run begins from, seen from the repository's directory"
     )
@@ -151,7 +154,8 @@ def main(argv: list[str] | None = None) -> int:
         print(f"study: {error}", file=sys.stderr)
         return 2
     base = f" --model {args.model}" if args.model else ""
-    study = {name: flags + base for name, flags in STUDIES[args.study].items()}
+    seeds = args.seeds or math.inf
+    study = {name: flags + base for name, flags in STUDIES[args.study].items() if seed_of(flags) < seeds}
     names, codes = list(study), dict[str, int]()
     asked = (args.judge, args.grid)
     children = Children()
@@ -193,6 +197,13 @@ def main(argv: list[str] | None = None) -> int:
     if args.study == "demo" and not any(codes.values()):
         return report.main([*(str(home / name) for name in names), "--out", str(home / "report"), "--open"])
     return 1 if any(codes.values()) else 0
+
+
+def seed_of(flags: str) -> int:
+    """The seed that a run is to have; 0 of one that cannot be made."""
+    with contextlib.suppress(Refused):
+        return parse(flags.split())[0].seed
+    return 0
 
 
 def steps_of(flags: str) -> int:
