@@ -26,14 +26,15 @@ from bench.steps import slopes_table
 from nanotoolrl import calls, commandline, env
 from nanotoolrl.calls import FORMATS, message_state, parse_calls, render_calls
 from nanotoolrl.commandline import parse
-from nanotoolrl.look import boxes, results, studies
+from nanotoolrl.look import boxes, replication, studies
 from nanotoolrl.look.arms import falls_table, numbers, read_arms, shown, spread_of, table_of
 from nanotoolrl.look.doctor import COLLAPSED
 from nanotoolrl.look.evaluate import Scores, states_table, table
 from nanotoolrl.look.falls import fall_of
 from nanotoolrl.look.figures import FIGURES
 from nanotoolrl.look.metrics import metrics, metrics_page
-from nanotoolrl.look.results import changed, pooled, written
+from nanotoolrl.look.replication import cost, fell
+from nanotoolrl.look.results import finished, pooled, written
 from nanotoolrl.look.rows import null_of
 from nanotoolrl.schemes import Scheme
 from nanotoolrl.signals import SCHEMES
@@ -332,26 +333,9 @@ def claims() -> list[str]:
             f"of {WORDS[len(methods['ets'])]} seeds each, fell: {fell(methods, 'grpo', 'ets', 'prs')}"
         ),
         "hints and off-policy rollouts do not": f"fell: {fell(methods, 'hint', 'ops')}",
-        "interleaving costs accuracy out of distribution": cost(methods),
+        "interleaving costs accuracy out of distribution": cost(methods, "ets"),
     }
     return [f"| {claim} | {found} |" for claim, found in rows.items()]
-
-
-def fell(arms, *names) -> str:
-    """How many runs of each method fell. Example: "`grpo` 5, `ets` 0"."""
-    return ", ".join(f"`{name}` {len(numbers(arms[name], 'fall'))}" for name in names)
-
-
-def cost(arms) -> str:
-    """What became of other formats on other tasks, in points from the untrained model."""
-    if not any(row.get("digits python ood") for row in arms["ets"]):
-        return "not measured yet"
-    return "; ".join(
-        f"`{name}` in python {written(changed(arms, name, 'python ood'), '+')}, in xml "
-        f"{written(changed(arms, name, 'xml ood'), '+')}, in its own format "
-        f"{written(changed(arms, name, 'hermes ood'), '+')}"
-        for name in ("ets", "prs", "grpo")
-    )
 
 
 def kept(rows, ways) -> str:
@@ -459,52 +443,7 @@ def test_the_transcripts_are_the_committed_ones():
 # ------------------------------------------------------------------------------------------------- the rescue
 def rescue_arms() -> dict:
     """The arms of the committed study of the methods."""
-    return results.finished(read_arms(RESULTS / "main.csv"))
-
-
-def rescue_claims() -> list[str]:
-    """The table of docs/results.md: what became of each claim of the paper."""
-    arms = rescue_arms()
-
-    def collapsed(*names):
-        found = [
-            f"`{name}` {sum(numbers(arms[name], 'collapsed')):.0f} of {len(arms[name])}" for name in names
-        ]
-        return ", ".join(found)
-
-    def sampled(name, when="end"):
-        return f"{shown(numbers(arms[name], f'sampled_{when}'), 100, 0)} %"
-
-    def greedy(*names):
-        return ", ".join(f"`{name}` {written(pooled(arms[name], 'closing'))}" for name in names)
-
-    rows = {
-        "RL alone collapses": (
-            f"collapsed: {collapsed('exact', 'grpo')} seeds; `grpo`, in which bad rollouts spare control "
-            f"tokens, falls at step {spread_of(numbers(arms['grpo'], 'fall'))}"
-        ),
-        "SFT before RL prevents it (Qwen2.5), or does not (Qwen3)": (
-            f"collapsed: {collapsed('sft_rl', 'sft_rl-foreign')}, falling at step "
-            f"{spread_of(numbers([*arms['sft_rl'], *arms['sft_rl-foreign']], 'fall'))}; `sft_rl` began at "
-            f"{sampled('sft_rl', 'start')} sampled"
-        ),
-        "Off-policy rollouts and hints do not prevent it": (
-            f"collapsed: {collapsed('ops', 'hint')}; falling at step "
-            f"{spread_of(numbers([*arms['ops'], *arms['hint']], 'fall'))}"
-        ),
-        "SFT on failures or on reflections, interleaved, does": (
-            f"collapsed: {collapsed('ets', 'prs')}, fell: {fell(arms, 'ets', 'prs')}. Sampled success at the "
-            f"end, on the tasks trained on: `ets` {sampled('ets')}, `prs` {sampled('prs')}, `grpo` "
-            f"{sampled('grpo')}. Greedy on `test`: "
-            f"{greedy('ets', 'prs')}"
-        ),
-        "It is the signal that does, and RL gains from it": (
-            f"beginning anew without SFT: {collapsed('restart')} collapsed. SFT without RL: "
-            f"{collapsed('bursts')}; greedy {greedy('bursts')}"
-        ),
-        "Interleaving costs accuracy out of distribution": cost(arms),
-    }
-    return [f"| {claim} | {found} |" for claim, found in rows.items()]
+    return finished(read_arms(RESULTS / "main.csv"))
 
 
 def rescued() -> list[str]:
@@ -526,13 +465,17 @@ def test_the_table_of_collapse_and_rescue_is_made_from_the_committed_study():
     assert start in " ".join(README.split()), start
 
 
-def test_what_replicates_is_made_from_the_committed_study():
-    page, arms = PAGES["docs/results.md"], rescue_arms()
-    assert "\n".join(rescue_claims()) in page, "\n".join(rescue_claims())
-    for made in results.tables(arms):
-        assert made in page, made
-    flags = {row["run"]: row["flags"] for rows in arms.values() for row in rows if row["flags"]}
-    assert flags == {name: studies.STUDIES["main"][name] for name in flags}
+def test_the_page_of_what_replicates_is_what_its_command_prints():
+    assert PAGES["docs/results.md"] == replication.page()
+
+
+@pytest.mark.parametrize("name, study", [("main", "main"), *(other[:2] for other in replication.OTHERS)])
+def test_committed_runs_of_methods_are_of_the_present_studies(name, study):
+    arms = replication.arms_of(name)
+    made = [row for rows in arms.values() for row in rows if row["flags"]]
+    flags = {row["run"]: re.sub(r" --model \S+$", "", row["flags"]) for row in made}
+    assert flags == {name: studies.STUDIES[study][name] for name in flags}
+    assert (RESULTS / f"{name}.csv").exists() == bool(flags)
 
 
 # ----------------------------------------------------------------------------------------------- one collapse

@@ -101,6 +101,9 @@ ABLATE = {
 }
 # Success as with ets or prs, and no loss out of distribution: candidates, each of which is reported.
 BOTH = REFERENCES | {
+    # One step after a burst instead of four: what a round takes away again.
+    "ets-after": "--scheme ets --steps 25",
+    "prs-after": "--scheme prs --steps 25",
     "ets-rounds2": "--scheme ets --round-steps 2 --sft-window 2",
     "ets-tokens": "--scheme ets --sft-tokens 12000",
     "ets-formats": "--scheme ets --sft-tokens 12000 --ets-formats all",
