@@ -43,9 +43,10 @@ def test_rewards_task_by_task(tmp_path):
 
 
 def test_the_untrained_model_is_a_method(tmp_path):
-    """What every run did before, and the grid of the model; without that, it has no line."""
+    """What every run did before, and the grid of the model if there is one; of none that ended, no line."""
     files = finished(tmp_path)
-    assert rows.untrained_row(files, tmp_path / "none.json") == {}
+    assert rows.untrained_row(RunFiles(tmp_path / "none", "r", {}, {}, []), tmp_path / "grid.json") == {}
+    assert "digits python ood" not in rows.untrained_row(files, tmp_path / "none.json")
     found = rows.untrained_row(files, tmp_path / "grid.json")
     assert found["run"] == "untrained-seed0" and found["greedy_after"] == 1.0
     assert found["digits closing"] == "t" + "1" * 12

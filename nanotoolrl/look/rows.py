@@ -245,13 +245,13 @@ def grid_cells(page: Path, when: str = "") -> Cells:
 
 
 def untrained_row(files: RunFiles, page: Path) -> Cells:
-    """The line of the model that a run began from, as if it were a method: what it did before, and its grid;
-    {} where there is no grid."""
-    grid, greedy = grid_cells(page), greedy_of(files)
-    if not grid or not greedy:
+    """The line of the model that a run began from, as if it were a method: what it did before, and its grid
+    if there is one; {} of a run that has not ended."""
+    greedy = greedy_of(files)
+    if not greedy:
         return {}
     start = {"greedy_before": greedy["before"].success, "greedy_after": greedy["before"].success}
-    return {"run": "untrained-seed0", **start, **closing_cells(greedy["before"]), **grid}
+    return {"run": "untrained-seed0", **start, **closing_cells(greedy["before"]), **grid_cells(page)}
 
 
 def digits(scores: Scores) -> str:

@@ -189,7 +189,7 @@ def main(argv: list[str] | None = None) -> int:
             print("stopped; the runs are saved, the same command goes on", file=sys.stderr)
             return 130
     made = rows(study, home)
-    if found := arms_of(made):
+    if found := arms_of([line for line in made if line["run"] in study]):
         print(table_of(found))
         print(falls_table(made))
         if args.figure:
@@ -294,7 +294,7 @@ def stored_arguments(page: Path) -> dict:
 
 def rows(study: dict[str, str], home: Path) -> list[dict]:
     """A line for every run that has made a step, with the settings of the study; above them one for the model
-    that they began from, if its grid was scored."""
+    that they began from, once a run has ended."""
     runs = {}
     for name in study:
         with contextlib.suppress(Unreadable):
