@@ -39,14 +39,14 @@ from nanotoolrl.files import finite, write_atomically
 from nanotoolrl.gpu import distributed
 from nanotoolrl.gpu.memory import available, describe, plan
 from nanotoolrl.judge import Judge
-from nanotoolrl.loading import DTYPES, ModelError, finite_logits, finite_weights, load
+from nanotoolrl.loading import ModelError, finite_logits, finite_weights
 from nanotoolrl.look.evaluate import Scores, closing_table, evaluate, named, obstacle, rules, say_unsolvable
 from nanotoolrl.look.falls import worth_keeping
 from nanotoolrl.look.metrics import measures, probe_step
 from nanotoolrl.look.rundir import RunDirectory
 from nanotoolrl.look.screen import SPOILED, STUCK, tell, why_ended
 from nanotoolrl.probes import ProbeSet
-from nanotoolrl.run import Run, Step
+from nanotoolrl.run import Run, Step, first_model
 from nanotoolrl.signals import SCHEMES
 from nanotoolrl.supervise import hint_text
 from nanotoolrl.world.tasks import in_epochs, is_bfcl, load_tasks, subset
@@ -153,7 +153,7 @@ def setup(config: Config) -> tuple[Run, list[Task], int]:
     torch.set_num_threads(config.threads or cpu_threads(distributed.neighbours()))
     torch.manual_seed(config.seed)
     try:
-        policy = load(config.model, dtype=DTYPES[config.dtype], backend=config.logprob)
+        policy = first_model(config, config.dtype)
         tasks = load_tasks(config.tasks, config.bfcl_official)
         official = config.bfcl_official and is_bfcl(config.eval_tasks)
         held = load_tasks(config.eval_tasks, official) if config.eval_count else []
@@ -162,6 +162,8 @@ def setup(config: Config) -> tuple[Run, list[Task], int]:
             distributed.from_first(judge.check)
     except (ModelError, OSError, ValueError) as error:
         raise Refused(str(error)) from None
+    if policy.template != "own":
+        print(f"chat template: {policy.template}, in place of the model's own (--chat-template)")
     held = subset(held, config.eval_count)
     tasks = [task for task in tasks if len(task.turns) >= config.min_turns]
     room = min(config.context, policy.context) - config.max_new_tokens
@@ -212,7 +214,7 @@ def probes_of_start(run: Run, directory: RunDirectory) -> ProbeSet:
     config = run.config
     start = run.policy
     if run.step:
-        start = load(config.model, dtype=DTYPES[config.dtype], backend=config.logprob)
+        start = first_model(config, config.dtype)
     probes = ProbeSet(start, subset(run.tasks, config.probe_tasks), config.format)
     if distributed.from_first(lambda: directory.probes.stat().st_size == 0):
         measured = probes.measure(start)

@@ -1,8 +1,8 @@
 # %% [markdown]
 # # A tour: a model uses tools, collapses, and is rescued
 #
-# A million parameters on two CPU cores: no GPU, no download of weights. The whole takes twelve minutes, most
-# of it the collapse, and as long again the rescue.
+# A million parameters on two CPU cores: no GPU, no download of weights. The whole takes about a quarter of an
+# hour: six minutes the collapse, six the rescue, the rest the doctor.
 #
 # On your own machine start Jupyter in the repository. In Colab, first clone it in a cell of its own
 # (`!git clone ADDRESS`, `%cd nanotoolrl`, `!pip install -r requirements.txt`). The notebook is made from
@@ -27,6 +27,7 @@ import torch
 
 torch.set_num_threads(min(2, os.cpu_count()))
 STEPS = int(os.environ.get("TOUR_STEPS", 20))  # a test takes fewer
+COUNT = os.environ.get("TOUR_COUNT", "40")
 
 # %% [markdown]
 # ## A task
@@ -73,7 +74,7 @@ for row, advantage in zip(rows, advantages.tolist()):
 #
 # Plain GRPO, but for one thing: bad rollouts do not push control tokens down (`--guard 1`). Three curves:
 # sampled success, the share of messages that are `bare` (a tag and nothing to call), and the probability of
-# the tag where a reply is due. [docs/2-one-collapse.md](2-one-collapse.md) reads this run.
+# the tag where a reply is due. [docs/2-one-collapse.md](2-one-collapse.md) reads such a run.
 
 # %%
 import matplotlib.pyplot as plt
@@ -115,12 +116,12 @@ collapsed, fall = train("grpo")
 # ## What broke
 #
 # The doctor plays tasks in other formats, with the structure forced, and with half of the tokens taken from
-# the start. (Few tasks here, wide intervals; it takes 400 by default.)
+# the start. (Few tasks here, and wide intervals; it takes 400 by default.)
 
 # %%
 from nanotoolrl import evaluate
 
-_ = evaluate.main(["--doctor", "--model", "collapsed", "--compare", "nano", "--count", "8"])
+_ = evaluate.main(["--doctor", "--model", "collapsed", "--compare", "nano", "--count", COUNT])
 # %% [markdown]
 # ## With a signal
 #

@@ -118,7 +118,7 @@ class Chat:
             raise ValueError(f"the tokenizer cannot write {SAMPLE!r}: its vocabulary is not there")
         self.after_ids = self.encode(self.layout.after)
         if not tokenizer.chat_template:
-            raise ValueError("the tokenizer has no chat template")
+            raise ValueError("the tokenizer has no chat template: --chat-template gives it one")
         hello = [{"role": "system", "content": "a"}, {"role": "user", "content": "b"}]
         self.opening = self._template(hello, add_generation_prompt=True).removeprefix(self._template(hello))
         self._check()
@@ -168,7 +168,7 @@ class Chat:
             here, there = (repr(self.decode(ids[max(0, at - 3) : at + 3])) for ids in (ours, theirs))
             raise ValueError(
                 f"the {self.layout.name} layout differs from the model's own chat template at token {at}: "
-                f"{here} here, {there} there"
+                f"{here} here, {there} there. --chat-template takes another"
             )
 
     def pieces(self, text: str) -> list[str]:

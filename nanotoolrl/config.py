@@ -87,6 +87,10 @@ class Config:
     model: str = setting(
         BUILT_IN, "checkpoint or run directory, hub name, nano, the built-in model, or collapsed"
     )
+    chat_template: str = setting(
+        "auto",
+        "own: the model's; nano: the built-in model's; a file; auto: own, but nano where own lists no tools",
+    )
     tasks: str = setting("train", f"training tasks: {TASK_NAMES}; of bfcl the train half unless named")
     bfcl_official: bool = setting(
         False, "bfcl: hidden tools can be called, no cap on messages but the benchmark's"

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 import transformers
 
-from nanotoolrl.chat import Chat
+from nanotoolrl.chat import LAYOUTS, Chat
 from nanotoolrl.logprob import check_backend
 from nanotoolrl.model import Policy, quiet
 
@@ -21,6 +21,8 @@ NANO = Path(__file__).resolve().parent.parent / "data" / "nano"
 COLLAPSED = NANO.with_name("collapsed")  # nano at the fall of a run (docs/2-one-collapse.md)
 BUILT_IN = "nano"
 BY_NAME = {BUILT_IN: NANO, "collapsed": COLLAPSED}  # what `load` knows by name
+
+TEMPLATES = {BUILT_IN: NANO / "chat_template.jinja"}  # what a chat template may be by name
 
 OFFLINE = (
     "There is no connection to the hub: run `hf download NAME --local-dir DIR` where there is, and give DIR."
@@ -43,13 +45,14 @@ def load(
     device: str | None = None,
     dtype: torch.dtype | None = None,
     backend: str = "auto",
+    chat_template: str = "auto",
 ) -> Policy:
     """Load a checkpoint directory, a run directory (its model/), a hub name, or "nano", the built-in model,
     or "collapsed", what became of it.
 
     device: "cuda" where there is one, else "cpu". dtype: fp32 on the CPU, bf16 on a GPU that has it, else
-    fp16. backend: of its log-probs; ValueError if it cannot run. Raises ModelError, with the path or name and
-    what was expected.
+    fp16. backend: of its log-probs; ValueError if it cannot run. chat_template: see `set_template`. Raises
+    ModelError, with the path or name and what was expected.
     """
     check_backend(backend)
     device = device or ("cuda" if torch.cuda.is_available() else "cpu")
@@ -59,7 +62,7 @@ def load(
         )
         dtype = half if device.startswith("cuda") else torch.float32
     with _checkpoint(name_or_dir) as name:
-        tokenizer = transformers.AutoTokenizer.from_pretrained(name, trust_remote_code=False)
+        tokenizer, used = tokenizer_of(name, chat_template)
         how: dict[str, Any] = {"dtype": dtype, "attn_implementation": "sdpa", "trust_remote_code": False}
         loaded: Any = transformers.AutoModelForCausalLM.from_pretrained(name, output_loading_info=True, **how)
         foreign, info = loaded
@@ -68,6 +71,7 @@ def load(
         if left_over := sorted(key for key in info["unexpected_keys"] if ".layers." in key):
             raise ValueError(f"there are weights of layers that its config does not have: {left_over[0]}")
         policy = Policy(foreign.to(device).eval(), tokenizer, backend)
+        policy.template = used
         _refuse_what_is_different(policy, foreign)
         return policy
 
@@ -89,10 +93,38 @@ def _refuse_what_is_different(policy: Policy, foreign: "transformers.PreTrainedM
         raise ValueError("its logits are not those of transformers: its config has a setting unknown here")
 
 
-def load_chat(name_or_dir: str | os.PathLike) -> Chat:
+def load_chat(name_or_dir: str | os.PathLike, chat_template: str = "auto") -> Chat:
     """The `Chat` of a model, without its weights. Raises ModelError like `load`."""
     with _checkpoint(name_or_dir) as name:
-        return Chat(transformers.AutoTokenizer.from_pretrained(name, trust_remote_code=False))
+        return Chat(tokenizer_of(name, chat_template)[0])
+
+
+def tokenizer_of(name: str, chat_template: str) -> tuple[Any, str]:
+    """(the tokenizer of a checkpoint with the chat template it is to have, where that is from)."""
+    tokenizer = transformers.AutoTokenizer.from_pretrained(name, trust_remote_code=False)
+    return tokenizer, set_template(tokenizer, chat_template)
+
+
+def set_template(tokenizer: Any, choice: str) -> str:
+    """Give a tokenizer the chat template it is to have, which is saved with it. Returns where that is from:
+    "own", "nano" or a file.
+
+    choice: "own"; "nano", the built-in model's, which lists tools and teaches no format; a file with one; or
+    "auto": the tokenizer's own, but nano's where the layout is ChatML and its own lists no tools, or there is
+    none. Whether a conversation can be laid out by it is seen by `Chat`. Raises ValueError for no file.
+    """
+    if choice == "auto":
+        chat_ml = {LAYOUTS[0].begin, LAYOUTS[0].end} <= tokenizer.get_added_vocab().keys()
+        lists_tools = "tools" in str(tokenizer.chat_template or "")
+        choice = BUILT_IN if chat_ml and not lists_tools else "own"
+    if choice != "own":
+        path = TEMPLATES.get(choice, Path(choice))
+        if not path.is_file():
+            raise ValueError(
+                f"no chat template in {choice!r}: give auto, own, {', '.join(TEMPLATES)} or a file"
+            )
+        tokenizer.chat_template = path.read_text(encoding="utf-8")
+    return choice
 
 
 def finite_weights(model: torch.nn.Module) -> bool:

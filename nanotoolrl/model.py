@@ -20,7 +20,8 @@ from nanotoolrl.transformer import Architecture, Transformer
 class Policy:
     """A language model of ours (`.model`), its tokenizer (`.tokenizer`) and its `Chat` (`.chat`).
 
-    It takes over the weights of a transformers model. backend: of its log-probs, one of `BACKENDS`. Raises
+    `.template` says where its chat template is from: "own", or what took its place. It takes over the weights
+    of a transformers model. backend: of its log-probs, one of `BACKENDS`. Raises
     ValueError for a model of another family, or a backend that cannot run.
     """
 
@@ -35,6 +36,7 @@ class Policy:
         self.model.load_state_dict(foreign.state_dict(), assign=True)
         self.model.tie()
         self.tokenizer, self.chat = tokenizer, Chat(tokenizer)
+        self.template = "own"
         self.known_ids = 1 + max(tokenizer.get_vocab().values())
 
     @property

@@ -52,6 +52,12 @@ class Step:
     metrics: dict[str, Any]
 
 
+def first_model(config: Config, dtype: str) -> Policy:
+    """The model that a run begins from, in a width of `DTYPES`. Raises ModelError."""
+    how: dict[str, Any] = {"backend": config.logprob, "chat_template": config.chat_template}
+    return load(config.model, dtype=DTYPES[dtype], **how)
+
+
 @dataclass
 class Run:
     """What a scheme works with: settings, policy and what feeds and steps it, all training tasks."""
@@ -77,7 +83,7 @@ class Run:
         if config.sampler_dtype == "same":
             sampler = Sampler(policy, *how)
         else:
-            copy = load(config.model, dtype=DTYPES[config.sampler_dtype], backend=config.logprob)
+            copy = first_model(config, config.sampler_dtype)
             sampler = Sampler(copy, *how, copy_of=policy)
         return cls(config, policy, sampler, masters, optimizer, list(tasks))
 

@@ -34,7 +34,7 @@ from nanotoolrl.look.falls import fall_of
 from nanotoolrl.look.figures import FIGURES
 from nanotoolrl.look.metrics import metrics, metrics_page
 from nanotoolrl.look.replication import cost, fell
-from nanotoolrl.look.results import finished, pooled, written
+from nanotoolrl.look.results import changed, finished, pooled, written
 from nanotoolrl.look.rows import null_of
 from nanotoolrl.schemes import Scheme
 from nanotoolrl.signals import SCHEMES
@@ -321,8 +321,8 @@ def claims() -> list[str]:
             f"it holds: {span(gain)} points from an untrained model in the first ten steps"
         ),
         'a few control tokens break first (`<tool_call>`, `{"`, `<\\|im_end\\|>`)': (
-            f"in calls, structure breaks before values in {structure} of {seeds} seeds; values do not in "
-            f"{WORDS[never]}"
+            f"in calls, structure breaks before values in {structure} of {seeds} seeds; values never break "
+            f"in {WORDS[never]} of them"
         ),
         "the skill stays intact behind the broken format": (
             f"at the fall the trained format solves {of('hermes')} % ({before('hermes')} before), with the "
@@ -330,7 +330,9 @@ def claims() -> list[str]:
             f"{of('python')} ({before('python')}), in xml {of('xml')} ({before('xml')})"
         ),
         "SFT on failures or on reflections, interleaved with RL, rescues a run": (
-            f"of {WORDS[len(methods['ets'])]} seeds each, fell: {fell(methods, 'grpo', 'ets', 'prs')}"
+            f"of {WORDS[len(methods['ets'])]} seeds each, fell: {fell(methods, 'grpo', 'ets', 'prs')}. But "
+            "RL between the bursts of SFT takes away: `ets` less `bursts` "
+            f"{written(changed(methods, 'ets', 'closing', 'bursts'), '+')} points"
         ),
         "hints and off-policy rollouts do not": f"fell: {fell(methods, 'hint', 'ops')}",
         "interleaving costs accuracy out of distribution": cost(methods, "ets"),
@@ -449,7 +451,7 @@ def rescue_arms() -> dict:
 def rescued() -> list[str]:
     """README's table of five methods in the setting that collapses."""
     arms, lines = rescue_arms(), []
-    for name in ("grpo", "hint", "ops", "ets", "prs"):
+    for name in ("exact", "grpo", "hint", "ops", "ets", "prs", "bursts"):
         rows = arms[name]
         falls = numbers(rows, "fall")
         fell = f"{len(falls)} of {len(rows)}" + (f", at step {spread_of(falls)}" if falls else "")
@@ -461,7 +463,8 @@ def rescued() -> list[str]:
 def test_the_table_of_collapse_and_rescue_is_made_from_the_committed_study():
     arms = rescue_arms()
     assert "\n".join(rescued()) in README, "\n".join(rescued())
-    start = f"{written(pooled(arms['untrained'], 'closing'))} before"
+    null = shown(numbers(arms["grpo"], "null_end"), 100, 0)
+    start = f"Untrained: sampled {null}, greedy {written(pooled(arms['untrained'], 'closing'))}."
     assert start in " ".join(README.split()), start
 
 
@@ -494,13 +497,17 @@ def test_what_the_page_of_one_collapse_says():
         steps = list(csv.DictReader(file))
     success = [float(row["success"]) for row in steps]
     assert fall_of(success) == 14 and "falls below a quarter of its best at step 14" in text
-    fell = f"from {sum(success[6:11]) / 5:.2f}, the mean of steps 7 to 11, to {success[14]:.2f} in step 15"
-    assert fell.replace("0.", ".") in text
+    slide = [f"{share:.2f}".removeprefix("0") for share in success[10:15]]
+    assert f"{slide[0]} in step 11, {', '.join(slide[1:])} in step 15; then nothing" in text
+    assert max(success[15:]) < 0.02
     assert sum(int(row["contrast_groups"]) for row in steps[-5:]) == 1
     assert "one group with contrast in the last five steps" in text
     row = dose_arms()["guard1"][0]
     left, before = (100 * float(row[f"{when} forced skeleton"]) for when in ("judged", "before"))
-    assert f"with the skeleton of calls given: {left:.1f} % of 400 tasks, {before:.1f} before" in text
+    assert (
+        f"with the skeleton of calls and replies given: {left:.1f} % of 400 tasks, {before:.1f} before"
+        in text
+    )
     probes = [json.loads(line) for line in (RESULTS / "spike" / "probes.jsonl").read_text().splitlines()]
     tag = {line["step"]: line["tokens"]["<tool_call>"]["start_reply"] for line in probes}
     assert f"the tag where a reply is due, {tag[0]:.2f} to {tag[14]:.2f};".replace("0.", ".") in text
@@ -554,7 +561,7 @@ def test_the_table_of_what_was_tried_is_the_committed_one():
         parse(line.split("`")[1].split())
 
 
-def test_what_the_readme_says_of_the_default_run():
+def test_what_the_page_says_of_the_default_run():
     """How often sampled success has doubled on the tasks trained on, and the worst and best of each."""
     ends = [json.loads((path.parent / "result.json").read_text()) for path in default_runs("hint").values()]
     moved = {
@@ -562,22 +569,22 @@ def test_what_the_readme_says_of_the_default_run():
         for way in ends[0]["before"]
     }
     trained = [after / before for before, after in moved["trained on, sampled"]]
-    assert min(trained) >= 2 and f"{min(trained):.1f} to {max(trained):.1f} times" in README
-    assert f"each of {('three', 'four', 'five')[len(ends) - 3]} seeds" in README
+    assert min(trained) >= 2 and f"{min(trained):.1f} to {max(trained):.1f} times" in START
+    assert f"each of {('three', 'four', 'five')[len(ends) - 3]} seeds" in START
     changes = [100 * (after - before) for before, after in moved["held out, sampled"]]
-    assert f"between {min(changes):+.1f} and {max(changes):+.1f} points" in README
+    assert f"between {min(changes):+.1f} and {max(changes):+.1f} points" in START
     assert all(after >= before for before, after in moved["trained on, greedy"])
     greedy = [Scores(**end["after"]["held out, greedy"]) for end in ends]
     drops = [one.since(Scores(**end["before"]["held out, greedy"])) for one, end in zip(greedy, ends)]
     low, high = (100 * bound(drop.share for drop in drops) for bound in (min, max))
-    assert f"by {low:+.1f} to {high:+.1f}" in README
-    assert all(drop.low <= 0 <= drop.high for drop in drops) and "no greedy change excludes 0" in README
+    assert f"by {low:+.1f} to {high:+.1f}" in START
+    assert all(drop.low <= 0 <= drop.high for drop in drops) and "no greedy change excludes 0" in START
     gains = [
         Scores(**end["after"]["held out, sampled"]).since(Scores(**end["before"]["held out, sampled"]))
         for end in ends
     ]
     assert sum(gain.low > 0 for gain in gains) == 2 and "Two of the former exclude 0" in " ".join(
-        README.split()
+        START.split()
     )
 
 
@@ -728,12 +735,12 @@ def copied(path: Path, *titles: str) -> Path:
         name, code = example(title)
         before = (path / name).read_text(encoding="utf-8") + "\n\n" if (path / name).exists() else ""
         (path / name).write_text(before + code, encoding="utf-8")
-    changed = [
+    altered = [
         one.relative_to(path).as_posix()
         for one in path.rglob("*")
         if one.is_file() and not same(one, ROOT / one.relative_to(path))
     ]
-    assert sorted(changed) == sorted(example(title)[0] for title in titles)
+    assert sorted(altered) == sorted(example(title)[0] for title in titles)
     return path
 
 
@@ -781,9 +788,9 @@ def test_a_scheme_and_a_signal_are_listed(both, tmp_path):
     assert added.isdisjoint(SCHEMES)
     assert all(re.search(rf"^{name} ", said, re.MULTILINE) for name in (*SCHEMES, *added))
     page = succeeds(["-m", "nanotoolrl.look.metrics"], tmp_path, both)
-    changed = set(page.splitlines()) ^ set(metrics_page().splitlines())
+    new = set(page.splitlines()) ^ set(metrics_page().splitlines())
     added = {name for title in MORE for name in names_in(example(title)[1])[1]}
-    assert {re.match(r"\| `(\w+)`", line)[1] for line in changed} == added != set()
+    assert {re.match(r"\| `(\w+)`", line)[1] for line in new} == added != set()
 
 
 @pytest.mark.slow

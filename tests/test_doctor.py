@@ -24,8 +24,15 @@ def checkup(name, hermes, python=0.3, forced=0.4, states=None, after=(0.99, 0.01
     return Checkup(name, "hermes", success, states or {"call": 90, "reply": 10}, tokens)
 
 
-START = checkup("nano", 0.35)
+def few(name, low, high):
+    """One that played so few tasks that its success may be anything between."""
+    found = checkup(name, (low + high) / 2 if low else 0.0, states=BARE)
+    found.success["hermes"] = (found.success["hermes"][0], low, high, 8)
+    return found
+
+
 BARE = {"bare": 85, "malformed": 13, "reply": 2}
+START = checkup("nano", 0.35)
 
 
 @pytest.mark.parametrize(
@@ -64,6 +71,7 @@ BARE = {"bare": 85, "malformed": 13, "reply": 2}
             START,
             ["collapsed in hermes", "structure is healthy in hermes: 2.0%", "the skill went with it"],
         ),
+        (few("m", 0.0, 0.33), few("nano", 0.2, 0.6), ["too few tasks to tell in hermes: 0.0 %"]),
         (checkup("m", 0.3), None, ["structure is healthy in hermes: 0.0%", "30.0 %"]),
         (
             checkup("m", 0.0, states=BARE),

@@ -11,20 +11,23 @@ import sys
 import pytest
 import torch
 from helpers.models import tiny_policy, whole_logits
-from helpers.runs import ROOT
+from helpers.runs import ROOT, run
 from huggingface_hub.errors import GatedRepoError, LocalEntryNotFoundError, RepositoryNotFoundError
 from safetensors.torch import load_file, save_file
+from tokenizers import Tokenizer
 from transformers import (
     AutoModelForCausalLM,
     AutoTokenizer,
     CohereConfig,
     LlamaConfig,
     MistralConfig,
+    PreTrainedTokenizerFast,
     Qwen2Config,
 )
 
 import sample
-from nanotoolrl.loading import COLLAPSED, NANO, ModelError, load
+from nanotoolrl import evaluate
+from nanotoolrl.loading import COLLAPSED, NANO, ModelError, load, load_chat, set_template, tokenizer_of
 
 
 @pytest.fixture(scope="module")
@@ -226,3 +229,63 @@ def test_builtin_model(policy, tmp_path):
 def test_dtype(checkpoint):
     half = load(checkpoint, device="cpu", dtype=torch.bfloat16)
     assert all(parameter.dtype == torch.bfloat16 for parameter in half.model.parameters())
+
+
+# A chat template as many models have it: ChatML, and nothing of tools.
+WITHOUT_TOOLS = (
+    "{% for message in messages %}"
+    "{{ '<|im_start|>' + message.role + '\\n' + message.content + '<|im_end|>\\n' }}"
+    "{% endfor %}{% if add_generation_prompt %}{{ '<|im_start|>assistant\\n' }}{% endif %}"
+)
+
+
+@pytest.fixture
+def stranger(tmp_path):
+    """A chat model that knows no tools: its template lists none, and its tokenizer has no tokens of calls."""
+    text = (NANO / "tokenizer.json").read_text(encoding="utf-8")
+    for i, name in enumerate(("tool_call>", "/tool_call>", "tool_response>", "/tool_response>")):
+        text = text.replace(json.dumps(f"<{name}"), json.dumps(f"<|extra_{i}|>"))
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=Tokenizer.from_str(text), eos_token="<|im_end|>")
+    tokenizer.chat_template = WITHOUT_TOOLS
+    made = tiny_policy(tokenizer_of(str(NANO), "own")[0])  # its weights; the vocabulary is as large
+    made.save(tmp_path / "stranger")
+    tokenizer.save_pretrained(tmp_path / "stranger")
+    return tmp_path / "stranger"
+
+
+def test_where_a_template_lists_no_tools_ours_takes_its_place(stranger, tmp_path):
+    loaded = load(stranger, device="cpu")
+    assert loaded.template == "nano" and "<tool_call>" not in loaded.chat.special_ids
+    prompt = [{"role": "system", "content": "a"}, {"role": "user", "content": "b"}]
+    tools = [{"name": "look", "description": "Look.", "parameters": {"properties": {}}}]
+    assert "look(): Look." in loaded.chat.decode(loaded.chat.prompt_ids(prompt, tools, "hermes"))
+    loaded.save(tmp_path / "again")
+    again = load(tmp_path / "again", device="cpu")
+    assert again.template == "own" and again.tokenizer.chat_template == loaded.tokenizer.chat_template
+    with pytest.raises(ModelError, match="--chat-template takes another"):
+        load(stranger, device="cpu", chat_template="own")
+
+
+def test_the_chat_template_can_be_chosen(stranger, tmp_path):
+    own = tokenizer_of(str(NANO), "own")[0]
+    assert set_template(own, "auto") == "own"
+    own.chat_template = None
+    assert set_template(own, "auto") == "nano" and "# Tools" in own.chat_template
+    file = tmp_path / "mine.jinja"
+    file.write_text((NANO / "chat_template.jinja").read_text().replace("# Tools", "# What you can call"))
+    assert load(stranger, device="cpu", chat_template=str(file)).template == str(file)
+    assert load_chat(stranger, str(file)).tokenizer.chat_template == file.read_text()
+    with pytest.raises(ModelError, match="no chat template in 'qwen': give auto, own, nano or a file"):
+        load(stranger, device="cpu", chat_template="qwen")
+
+
+@pytest.mark.slow
+def test_a_model_that_knows_no_tools_is_trained(stranger, tmp_path, capsys):
+    """Where the tag of a call is several tokens: rollouts, updates, probes, a checkpoint; all of it says so
+    once, and goes on with the same template."""
+    flags = ("--scheme", "ets", "--model", stranger, "--max-new-tokens", "40", "--eval-count", "2")
+    assert run(*flags, "--steps", "1", out=tmp_path / "run") == 0
+    assert capsys.readouterr().out.count("chat template: nano, in place of the model's own") == 1
+    assert run(*flags, "--steps", "2", "--resume", out=tmp_path / "run") == 0
+    assert load(tmp_path / "run", device="cpu").template == "own"
+    assert evaluate.main(["--model", str(tmp_path / "run"), "--count", "2", "--force-prefix"]) == 0

@@ -21,8 +21,30 @@ def test_claims_are_counted():
     """Of two seeds of each method, one of which fell and collapsed."""
     rows = [{"fall": "", "collapsed": "0", "sampled_end": "0.3"}, {"fall": "9", "collapsed": "1"}]
     names = ("exact", "grpo", "sft_rl", "sft_rl-foreign", "ops", "hint", "ets", "prs", "restart", "bursts")
-    said = dict(replication.claims(dict.fromkeys(names, rows)))
-    assert "`exact` 1 of 2, `grpo` 1 of 2 seeds" in said["RL alone collapses"]
-    assert said["RL alone collapses"].endswith("falls at step 9")
-    assert "fell: `ets` 1, `prs` 1. " in said["SFT on failures or on reflections, interleaved, does"]
-    assert said["Interleaving costs accuracy out of distribution"] == "not measured yet"
+    said = {claim: found for claim, *found in replication.claims(dict.fromkeys(names, rows))}
+    assert "`exact` 1 of 2, `grpo` 1 of 2 seeds" in said["RL alone collapses"][1]
+    assert said["RL alone collapses"][1].endswith("falls at step 9")
+    assert "fell: `ets` 1, `prs` 1; " in said["SFT on failures or on reflections, interleaved, does"][1]
+    assert said["Interleaving costs accuracy out of distribution"] == ["open", "not measured yet"]
+    assert said["RL gains from it"][0] == "open"
+    assert sum(verdict == replication.MIXED for verdict, _ in said.values()) == 4
+
+
+def test_claims_are_judged():
+    """Where every seed says the same, and where an interval lies on one side of 0."""
+    solved = {"digits closing": "t" + "1" * 12, "digits python ood": "t" + "1" * 12}
+    failed = {"digits closing": "t" + "0" * 12, "digits python ood": "t" + "0" * 12}
+    down = [{"fall": "9", "collapsed": "1"} | failed] * 2
+    up = [{"fall": "", "collapsed": "0"} | solved] * 2
+    names = ("grpo", "sft_rl", "sft_rl-foreign", "ops", "hint", "restart")
+    stands = {"fall": "", "collapsed": "0"} | failed
+    arms = dict.fromkeys(names, down) | dict.fromkeys(("exact", "bursts", "untrained"), up)
+    found = replication.claims(arms | dict.fromkeys(("ets", "prs"), [stands] * 2))
+    assert [verdict for _, verdict, _ in found] == [
+        "not if trained as sampled; with the break it does",
+        "it does not",
+        "they do not",
+        "no run falls",
+        "RL takes away from what SFT gave",
+        "it does, in 2 of 2 cells",
+    ]

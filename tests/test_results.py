@@ -66,9 +66,11 @@ def test_tables(tmp_path):
     assert len(found) == 4
     lines = found[0].splitlines()
     assert lines[2].startswith("| untrained | 1 | 0 | 0 |  |") and lines[2].endswith(
-        "| 100, 100 |  |  | 3.5, 12.5 |"
+        "| 100, 100 |  |  |  |  | 3.5, 12.5 |"
     )
-    assert lines[3].startswith("| ets | 2 | 1 | 1 | 15 |") and lines[3].endswith("] | 4k | 20.0, 23.25 |")
+    assert lines[3].startswith("| ets | 2 | 1 | 1 | 15 |") and lines[3].endswith(
+        "] |  |  | 4k | 20.0, 23.25 |"
+    )
     assert "| 16.7 [" in lines[3] and "] | 0, 33 | -83.3 [" in lines[3]
     assert len(lines) == 4, "what is not finished is not there"
     lines = found[1].splitlines()

@@ -46,6 +46,7 @@ def test_the_notebook_runs(monkeypatch, tmp_path):
     import nbformat  # comes with nbclient
 
     monkeypatch.setenv("TOUR_STEPS", "1")
+    monkeypatch.setenv("TOUR_COUNT", "4")
     notebook = nbformat.read(DOCS / "tour.ipynb", as_version=4)
     nbclient.NotebookClient(notebook, timeout=600, resources={"metadata": {"path": DOCS}}).execute()
     figures = [

@@ -51,7 +51,7 @@ class Checkup:
 
 def verdict(model: Checkup, reference: Checkup | None) -> str:
     """One sentence: whether success collapsed, whether structure is broken, whether the skill is intact, each
-    judged by itself, with the numbers it rests on.
+    judged by itself, with the numbers it rests on. What looks collapsed on too few tasks is not judged.
 
     Without a reference only structure can be judged. "Below" means beyond both 95 % intervals; collapsed is
     below a quarter of the reference's success. Broken is 20 % of unhealthy messages or more, or less than
@@ -72,6 +72,8 @@ def verdict(model: Checkup, reference: Checkup | None) -> str:
     solved = f"{_shown(now)} solved, {_shown(before)} before"
     if now[2] >= before[1]:
         word = "success holds" if broken else "no collapse"
+        if now[0] < COLLAPSED * before[0]:
+            word = "too few tasks to tell"
         return f"{word} in {model.format}: {solved}; {structure}"
     word = "collapsed" if now[0] < COLLAPSED * before[0] else "worse"
     head = f"{word} in {model.format}: {solved}; {structure}"

@@ -56,7 +56,7 @@ def chat_of(run: RunFiles) -> Chat:
     """How the run's tokens read: of the model it began from, or where that is not on this machine, of the one
     it ended with."""
     try:
-        return load_chat(run.config["model"])
+        return load_chat(run.config["model"], run.config.get("chat_template", "auto"))
     except ModelError as error:
         if not (run.path / "model").is_dir():
             raise

@@ -13,7 +13,7 @@ from pathlib import Path
 
 from nanotoolrl.cli import command
 from nanotoolrl.env import CATEGORIES
-from nanotoolrl.look.arms import Row, heading, line_of, numbers, percent, read_arms, spread_of
+from nanotoolrl.look.arms import Row, heading, line_of, numbers, percent, read_arms, shown, spread_of
 from nanotoolrl.look.evaluate import index_of
 from nanotoolrl.look.intervals import Share, difference_over_seeds, over_seeds
 from nanotoolrl.look.rows import in_order
@@ -53,6 +53,8 @@ def main_table(arms: Mapping[str, Sequence[Row]]) -> str:
         "all",
         "seeds from, to",
         "change",
+        "sampled, at the end",
+        "untrained so",
         "SFT tokens",
     ]
     lines = heading([*heads, "paper: Qwen2.5, Qwen3"])
@@ -65,6 +67,7 @@ def main_table(arms: Mapping[str, Sequence[Row]]) -> str:
             cells.append(f"{percent(sum(shares) / len(shares)):.1f}" if shares else "")
         cells += [written(pooled(rows, "closing")), f"{min(ends):.0f}, {max(ends):.0f}" if ends else ""]
         cells.append("" if arm == START else written(changed(arms, arm, "closing"), "+"))
+        cells += [shown(numbers(rows, f"{name}_end"), 100, 0) for name in ("sampled", "null")]
         tokens = numbers(rows, "sft_tokens")
         cells.append(f"{sum(tokens) / len(tokens) / 1000:.0f}k" if sum(tokens) else "")
         cells.append(", ".join(PAPER.get(arm, ("", ""))[:2]).strip(", "))

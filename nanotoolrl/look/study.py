@@ -136,7 +136,7 @@ def command_line() -> argparse.ArgumentParser:
         count = number(int, least=0, most=10_000)
         parser.add_argument(name, type=count, default=0, metavar="TASKS", help=f"{about} (default: 0)")
     parser.add_argument("--figure", type=Path, help="draw the arms of the study into this PNG")
-    parser.add_argument("--table", help="CSV (default: data/results/STUDY.csv; of the demo: beside its runs)")
+    parser.add_argument("--table", help="CSV to write (default: RUNS/STUDY/STUDY.csv, beside its runs)")
     return parser
 
 
@@ -145,8 +145,7 @@ def main(argv: list[str] | None = None) -> int:
     """The command: returns 1 if a run failed (its log says why), 2 if refused, 130 if ended, else 0."""
     args = command_line().parse_args(argv)
     home = Path(args.runs).resolve() / args.study
-    results = home if args.study == "demo" else ROOT / "data" / "results"
-    table = Path(args.table or results / f"{args.study.replace('-', '_')}.csv")
+    table = Path(args.table or home / f"{args.study}.csv")
     try:
         table.parent.mkdir(parents=True, exist_ok=True)
         check_writable(table)
