@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import re
 import shutil
 from dataclasses import replace
 
@@ -163,7 +164,9 @@ def test_command(tmp_path, capsys):
     out = tmp_path / "scores.json"
     flags = "--count 6 --max-messages 4 --format python --hint --temperature 1 --samples 2".split()
     assert main([*flags, "--json", str(out)]) == 0
-    assert "success %" in capsys.readouterr().out
+    printed = capsys.readouterr().out
+    assert "success %" in printed and "of 2 rollouts" in printed
+    assert re.findall(r"^pass\S+", printed, re.MULTILINE) == ["pass@1", "pass@2", "pass^2"]
     stored = json.loads(out.read_text())
     assert sum(len(rewards) for rewards in stored["scores"]["python"]["rewards"].values()) == 6
     assert stored["arguments"]["samples"] == 2

@@ -47,6 +47,7 @@ from nanotoolrl.look.doctor import (
     verdict,
 )
 from nanotoolrl.look.intervals import Share, difference, share_of
+from nanotoolrl.look.passes import passes
 from nanotoolrl.look.swap import swapped
 from nanotoolrl.model import Policy
 from nanotoolrl.probes import ProbeSet
@@ -145,6 +146,17 @@ def table(columns: dict[str, Scores]) -> str:
     lines = [f"{'success %':<14}" + "".join(f"{title:>24}" for title in columns)]
     for name in categories(columns.values()):
         lines.append(f"{name:<14}" + "".join(f" {scores.of(name)!s:>23}" for scores in columns.values()))
+    return "\n".join(lines)
+
+
+def passes_table(columns: dict[str, Scores], samples: int) -> str:
+    """pass@k and pass^k in %, a row for each k and a column per evaluation."""
+    shares = []
+    for scores in columns.values():
+        found = scores.by_task("all")
+        shares.append(passes(list(found.values()), [index_of(*key) for key in found], samples))
+    lines = [f"{f'of {samples} rollouts':<14}" + "".join(f"{title:>24}" for title in columns)]
+    lines += [f"{name:<14}" + "".join(f" {found[name]!s:>23}" for found in shares) for name in shares[0]]
     return "\n".join(lines)
 
 
@@ -407,6 +419,8 @@ def score(args: argparse.Namespace) -> tuple[str, dict]:
     columns = {format: play(policy, tasks, format, args) for format in formats}
     scores = {format: dataclasses.asdict(one) for format, one in columns.items()}
     shown = paper_table(columns) if is_bfcl(args.tasks) else table(columns)
+    if args.samples > 1:
+        shown += f"\n{passes_table(columns, args.samples)}"
     return f"{shown}\n{states_table(columns)}", {"scores": scores}
 
 
