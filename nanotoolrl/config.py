@@ -184,6 +184,9 @@ class Config:
     silence: float = setting(
         0.0, "tokens of good rollouts below this probability teach nothing", least=0, most=1
     )
+    mask_overlong: bool = setting(
+        False, "rollouts that a limit ended have no advantage; they count in their group's mean"
+    )
     filter: float = setting(
         1.0,
         "share of the groups that are trained on: those with the largest variance of rewards",

@@ -27,6 +27,11 @@ from nanotoolrl.world.observe import FAILED, TRUTH_SECONDS, carry_out, failure, 
 from nanotoolrl.world.taskfile import read_task
 
 MAX_MESSAGES = 30  # assistant messages per episode, as published
+CUT, CAPPED, FULL = (
+    "a message was cut at the token limit",
+    "the cap on messages was reached",
+    "the context is full",
+)
 MAX_CALLS = 16  # calls executed per message; the rest get one error
 TOOL_SECONDS = 10.0  # that one call of a model may take
 CATEGORIES = ("base", "miss_func", "miss_param", "long_context")
@@ -226,7 +231,7 @@ class Episode:
             return None
         self.messages += 1
         if overlong:
-            self.abort("a message was cut at the token limit")
+            self.abort(CUT)
             return None
         calls = parse_calls(text, self.format)
         if calls:
@@ -238,7 +243,7 @@ class Episode:
             if not stopped and self.messages < self.max_messages:
                 return answers
             if not stopped or self.turn + 1 < len(self.task.turns):
-                self.abort("the cap on messages was reached")
+                self.abort(CAPPED)
                 return None
         self.turn_verdicts.append(self._check_turn())
         self.turn += 1
@@ -248,7 +253,7 @@ class Episode:
             return None
         self.tools += self.task.turns[self.turn].offers
         if self.messages >= self.max_messages:
-            self.abort("the cap on messages was reached")
+            self.abort(CAPPED)
             return None
         return [self._user_message()]
 

@@ -36,7 +36,7 @@ from torch import Tensor
 
 from nanotoolrl.calls import FORMATS, Call, message_state, render_calls
 from nanotoolrl.decode import Decoder, Feed
-from nanotoolrl.env import OUR_LIMITS, Episode
+from nanotoolrl.env import FULL, OUR_LIMITS, Episode
 from nanotoolrl.gpu import distributed
 from nanotoolrl.logprob import HAS_TRITON
 from nanotoolrl.model import Policy, by_length
@@ -318,7 +318,7 @@ class Sampler:
             return
         ids = self.chat.extend_ids(answer, stop_id)
         if row.length + len(ids) + 1 >= self.context:
-            row.episode.abort("the context is full")
+            row.episode.abort(FULL)
             return
         self._give(row, ids)
         self._open_message(row, forced)

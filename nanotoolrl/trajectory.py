@@ -5,7 +5,7 @@ from dataclasses import dataclass, field, replace
 
 from nanotoolrl.calls import message_state
 from nanotoolrl.chat import Chat
-from nanotoolrl.env import Episode, Task, Verdict, oracle
+from nanotoolrl.env import CAPPED, CUT, FULL, Episode, Task, Verdict, oracle
 
 
 @dataclass
@@ -65,6 +65,11 @@ class Trajectory:
     def sampled_tokens(self) -> int:
         """How many tokens are in the mask: of a rollout, those that the policy wrote."""
         return sum(self.loss_mask)
+
+    @property
+    def cut(self) -> bool:
+        """Whether a limit ended the episode: of tokens, of messages or of the context."""
+        return bool(self.verdicts) and self.verdicts[-1].reason in (CUT, CAPPED, FULL)
 
     @property
     def scored(self) -> bool:

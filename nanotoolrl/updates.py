@@ -110,8 +110,8 @@ def policy_update(
 def recorded_and_kept(
     run: Run, trajectories: Sequence[Trajectory], advantages: Tensor
 ) -> tuple[list[Trajectory], Tensor, dict[str, float]]:
-    """(rows as `--record` has them, of the groups that `--filter` keeps; their advantages; the share of all
-    messages that were rewritten, where some may be)."""
+    """(rows as `--record` has them, of the groups that `--filter` keeps; their advantages, 0 where
+    `--mask-overlong` says so; the share of all messages that were rewritten, where some may be)."""
     config = run.config
     rows = [recorded(row, run.policy.chat, config.record) for row in trajectories]
     changed = {}
@@ -121,6 +121,9 @@ def recorded_and_kept(
     if config.filter < 1:
         kept = rows_kept(config, rows)
         rows, advantages = [rows[i] for i in kept], advantages[kept]
+    if config.mask_overlong:  # overlong filtering of DAPO, arXiv 2503.14476
+        cut = torch.tensor([row.cut for row in rows], device=advantages.device)
+        advantages = torch.where(cut, 0.0, advantages)
     return rows, advantages, changed
 
 

@@ -263,7 +263,7 @@ def test_message_of_exactly_the_limit(policy):
     longest = max(len(policy.chat.assistant_ids(text, "hermes")) for text in ("What?", CALL, "b."))
     assert Sampler(Script(policy, ids), longest).rollout([Episode(task)])[0].reward == 1.0
     cut = Sampler(Script(policy, ids), longest - 1).rollout([Episode(task)])[0]
-    assert cut.states == ["reply", "overlong"] and cut.reward == 0.0
+    assert cut.states == ["reply", "overlong"] and cut.reward == 0.0 and cut.cut
 
 
 def test_context_is_full_at_an_observation(policy):
@@ -274,7 +274,7 @@ def test_context_is_full_at_an_observation(policy):
     assert len(row.tokens) == prompt + 1 and row.tokens[-1] == silent.chat.end_id and row.loss_mask[-1]
     assert row.states == ["empty"] and row.reward == 0.0
     assert [verdict.passed for verdict in row.verdicts] == [True, False]
-    assert row.verdicts[-1].reason == "the context is full"
+    assert row.verdicts[-1].reason == "the context is full" and row.cut
 
 
 def test_context_is_full_in_a_message(policy):

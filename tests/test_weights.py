@@ -8,7 +8,7 @@ from helpers.models import tiny_policy
 from helpers.updates import TIMES, all_close, made_up, make_run, parameters_of
 
 from nanotoolrl.config import Config
-from nanotoolrl.env import Verdict
+from nanotoolrl.env import CAPPED, CUT, FULL, Verdict
 from nanotoolrl.objective import Tokens
 from nanotoolrl.trajectory import Trajectory
 from nanotoolrl.updates import policy_update
@@ -105,6 +105,25 @@ def test_groups_whose_rewards_vary_most_are_kept():
     assert kept(0.5) == [2, 3, 6, 7] and kept(0.25) == [2, 3]
     assert kept(0.25, updates=3) == [0, 1, 2, 3, 6, 7], "one for each update"
     assert kept(1.0) == list(range(8))
+
+
+@pytest.mark.parametrize("mask", [False, True])
+def test_rollouts_that_a_limit_ended_carry_no_gradient(policy, mask):
+    """The step is one in which their advantage is 0: their tokens still count in the mean of the loss."""
+    found = []
+    for zeroed in (False, True):
+        tiny = tiny_policy(policy.tokenizer)
+        run = make_run(tiny, torch.optim.SGD, lr=0.1, mask_overlong=mask and not zeroed)
+        rows, advantages = made_up(tiny)
+        for one, reason in zip(rows, (CUT, CAPPED, FULL, "", "wrong", CUT, "", ""), strict=True):
+            one.verdicts = [Verdict(not reason, reason)]
+        assert [one.cut for one in rows] == [True, True, True, False, False, True, False, False]
+        if zeroed and mask:
+            advantages = advantages * torch.tensor([0.0, 0, 0, 1, 1, 0, 1, 1])
+        metrics = policy_update(run, rows, advantages)
+        found.append((parameters_of(tiny), metrics["loss"]))
+    all_close(found[0][0], found[1][0], atol=1e-7)
+    assert found[0][1] == pytest.approx(found[1][1])
 
 
 def test_a_filtered_update_is_one_on_the_kept_rows(policy):

@@ -83,6 +83,7 @@ ABLATE = {
     "void": "--scheme void",
     "llds": "--scheme llds",
     "filter": "--scheme grpo --filter 0.5",
+    "mask-overlong": "--scheme grpo --mask-overlong",
     **{f"kl{kl}": f"--scheme grpo --kl {kl}" for kl in ("1e-4", "1e-3", "1e-2", "1e-1")},
     "updates3": "--scheme grpo --updates 3",
     "sequence-mean": "--scheme grpo --loss-agg sequence",
