@@ -20,12 +20,13 @@ def test_a_study_has_a_section_once_it_has_a_table(tmp_path, monkeypatch):
 def test_claims_are_counted():
     """Of two seeds of each method, one of which fell and collapsed."""
     rows = [{"fall": "", "collapsed": "0", "sampled_end": "0.3"}, {"fall": "9", "collapsed": "1"}]
-    names = ("exact", "grpo", "sft_rl", "sft_rl-foreign", "ops", "hint", "ets", "prs", "restart", "bursts")
+    names = ("exact", "grpo", "sft", "sft-foreign", "sft_rl", "sft_rl-foreign", "ops", "hint", "ets", "prs")
+    names += ("restart", "bursts")
     said = {claim: found for claim, *found in replication.claims(dict.fromkeys(names, rows))}
     assert "`exact` 1 of 2, `grpo` 1 of 2 seeds" in said["RL alone collapses"][1]
     assert said["RL alone collapses"][1].endswith("falls at step 9")
     assert "fell: `ets` 1, `prs` 1; " in said["SFT on failures or on reflections, interleaved, does"][1]
-    assert said["Interleaving costs accuracy out of distribution"] == ["open", "not measured yet"]
+    assert said["Interleaving costs accuracy out of distribution, too"] == ["open", "not measured yet"]
     assert said["RL gains from it"][0] == "open"
     assert sum(verdict == replication.MIXED for verdict, _ in said.values()) == 4
 
@@ -36,7 +37,7 @@ def test_claims_are_judged():
     failed = {"digits closing": "t" + "0" * 12, "digits python ood": "t" + "0" * 12}
     down = [{"fall": "9", "collapsed": "1"} | failed] * 2
     up = [{"fall": "", "collapsed": "0"} | solved] * 2
-    names = ("grpo", "sft_rl", "sft_rl-foreign", "ops", "hint", "restart")
+    names = ("grpo", "sft", "sft-foreign", "sft_rl", "sft_rl-foreign", "ops", "hint", "restart")
     stands = {"fall": "", "collapsed": "0"} | failed
     arms = dict.fromkeys(names, down) | dict.fromkeys(("exact", "bursts", "untrained"), up)
     found = replication.claims(arms | dict.fromkeys(("ets", "prs"), [stands] * 2))
@@ -46,5 +47,7 @@ def test_claims_are_judged():
         "they do not",
         "no run falls",
         "RL takes away from what SFT gave",
+        "less of it, in 1 of 1 cells",
+        "it does, in 2 of 2 cells",
         "it does, in 2 of 2 cells",
     ]
