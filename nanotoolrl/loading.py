@@ -115,8 +115,7 @@ def set_template(tokenizer: Any, choice: str) -> str:
     """
     if choice == "auto":
         chat_ml = {LAYOUTS[0].begin, LAYOUTS[0].end} <= tokenizer.get_added_vocab().keys()
-        lists_tools = "tools" in str(tokenizer.chat_template or "")
-        choice = BUILT_IN if chat_ml and not lists_tools else "own"
+        choice = BUILT_IN if chat_ml and _knows_no_tools(tokenizer) else "own"
     if choice != "own":
         path = TEMPLATES.get(choice, Path(choice))
         if not path.is_file():
@@ -125,6 +124,22 @@ def set_template(tokenizer: Any, choice: str) -> str:
             )
         tokenizer.chat_template = path.read_text(encoding="utf-8")
     return choice
+
+
+def _knows_no_tools(tokenizer: Any) -> bool:
+    """Whether a tokenizer has no chat template, or one that writes ChatML and lists no tools. One that is
+    broken or writes something else is not replaced, but refused (by `Chat`)."""
+    if not tokenizer.chat_template:
+        return True
+    said = [(role, f"{role} says") for role in ("system", "user", "assistant", "user")]
+    try:
+        written = tokenizer.apply_chat_template(
+            [{"role": role, "content": text} for role, text in said], tokenize=False
+        )
+    except Exception:  # a template is a program that somebody wrote
+        return False
+    plain = written == "".join(LAYOUTS[0].message(role, text) for role, text in said)
+    return plain and "tools" not in str(tokenizer.chat_template)
 
 
 def finite_weights(model: torch.nn.Module) -> bool:

@@ -122,7 +122,7 @@ def test_a_model_that_writes_what_the_terminal_lacks_is_trained_to_the_end(tmp_p
     assert "\ufffd" in json.loads(lines[-1])["text"] and b"?" in done.stdout
 
 
-NO_FILES = ("decoder.open", "os.open", "opener.open")  # of memory, of a descriptor, of a URL
+NO_FILES = ("decoder.open", "os.open", "opener.open", "webbrowser.open")  # of memory, a descriptor, a URL
 
 
 def test_every_file_is_opened_with_its_encoding():

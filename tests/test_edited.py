@@ -491,8 +491,8 @@ def null_tokens(path):
 
 
 BROKEN_MODELS = {
-    **{f"{name} is gone": gone(name) for name in ("config.json", "model.safetensors", "tokenizer.json", "chat_template.jinja")},
-    **{f"{name} is empty": written(name, "") for name in ("config.json", "model.safetensors", "tokenizer.json", "chat_template.jinja")},
+    **{f"{name} is gone": gone(name) for name in ("config.json", "model.safetensors", "tokenizer.json")},
+    **{f"{name} is empty": written(name, "") for name in ("config.json", "model.safetensors", "tokenizer.json")},
     **{f"{name} is binary": written(name, bytes(range(256))) for name in ("config.json", "model.safetensors", "tokenizer.json", "tokenizer_config.json")},
     **{f"{name} is a list": written(name, "[1]") for name in ("config.json", "tokenizer.json", "tokenizer_config.json")},
     "config is null": written("config.json", "null"),
@@ -554,6 +554,8 @@ FINE_MODELS = {
     "a key nobody knows": config("mine", 1),
     "a tokenizer with code of its own": remote_tokenizer,
     "no generation config": lambda path: (path / "generation_config.json").unlink(missing_ok=True),
+    "no chat template": gone("chat_template.jinja"),  # the built-in model's takes its place
+    "an empty chat template": written("chat_template.jinja", ""),
 }
 
 

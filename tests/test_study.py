@@ -22,7 +22,7 @@ def test_cells():
 @pytest.mark.slow
 def test_study_command(tmp_path, monkeypatch, capsys):
     """Two runs, one of which cannot be made; then more steps of the other."""
-    flags = f"{TINY.replace('--threads 1 --show-every 0', '')} --scheme grpo --eval-count 2"
+    flags = f"{TINY.replace('--threads 1 --show-every 0', '')} --scheme grpo --eval-count 2 --seed 0"
     study_of = {"good": f"{flags} --steps 1", "bad": f"{flags} --steps 1 --tasks nope"}
     study_of["later"] = f"{flags} --steps 1 --seed 1"  # left out by --seeds
     monkeypatch.setitem(study.STUDIES, "tiny", study_of)

@@ -43,8 +43,7 @@ def test_the_notebook_runs(monkeypatch, tmp_path):
     """With fewer steps, in a kernel of its own."""
     nbclient = pytest.importorskip("nbclient", reason="pip install nbclient ipykernel")
     pytest.importorskip("ipykernel", reason="pip install nbclient ipykernel")
-    import nbformat  # comes with nbclient
-
+    nbformat = pytest.importorskip("nbformat", reason="comes with nbclient")
     monkeypatch.setenv("TOUR_STEPS", "1")
     monkeypatch.setenv("TOUR_COUNT", "4")
     notebook = nbformat.read(DOCS / "tour.ipynb", as_version=4)

@@ -51,8 +51,8 @@ hours on 2 cores, and its grids half as long again.
 
 ## Claim by claim
 
-Out of distribution, changes are in points from the untrained model, on tasks of other domains (`ood`). A cell is
-a method in a format that it did not train; it counts if its interval lies below 0.
+Out of distribution, changes are in points from the untrained model, on tasks of other domains (`ood`). A cell
+is a method in a format that it did not train; it counts if its interval lies below 0.
 
 {claims}
 
