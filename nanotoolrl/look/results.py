@@ -9,6 +9,7 @@ import argparse
 import math
 import sys
 from collections.abc import Iterator, Mapping, Sequence
+from functools import cache
 from pathlib import Path
 
 from nanotoolrl.cli import command
@@ -110,6 +111,7 @@ def rewards_of(rows: Sequence[Row], way: str) -> list[list[float]]:
     return [list(map(float, str(row[f"digits {way}"])[1:])) for row in rows if row.get(f"digits {way}")]
 
 
+@cache
 def clusters_of(way: str, count: int) -> list[object]:
     """The index of each task, in the order of the digits."""
     tasks = load_tasks("ood" if " ood" in way else "test")
