@@ -37,6 +37,18 @@ def command(main: Main) -> Main:
     return wrapped
 
 
+def printer(module: str, about: str, page: Callable[[], str]) -> Main:
+    """The command of a module that prints a page, and takes nothing but --help."""
+
+    @command
+    def main(argv: list[str] | None = None) -> int:
+        argparse.ArgumentParser(prog=f"python -m {module}", description=about).parse_args(argv)
+        print(page(), end="")
+        return 0
+
+    return main
+
+
 class Output:
     """A text stream that cannot fail. What its encoding lacks is printed as "?". When nobody reads any more
     (a closed pipe, a terminal that is gone) the rest is thrown away."""

@@ -3,7 +3,6 @@
 What a scheme is comes from the registry and from its docstring, what became of it from the committed studies.
 """
 
-import argparse
 import inspect
 import re
 import sys
@@ -11,7 +10,7 @@ import textwrap
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
-from nanotoolrl.cli import command
+from nanotoolrl.cli import printer
 from nanotoolrl.config import SETTINGS, flag
 from nanotoolrl.look.arms import Row, numbers, percent, read_arms, spread_of
 from nanotoolrl.look.results import START, changed, finished, pooled, written
@@ -110,13 +109,7 @@ def outcome(name: str, arms: Mapping[str, Sequence[Row]]) -> str:
     return f"{collapsed}; {written(pooled(rows, 'closing'))}{since}{held}"
 
 
-@command
-def main(argv: list[str] | None = None) -> int:
-    """The command: prints the page."""
-    about = "Print docs/3-signals.md, a box for every scheme."
-    argparse.ArgumentParser(prog="python -m nanotoolrl.look.boxes", description=about).parse_args(argv)
-    print(page(), end="")
-    return 0
+main = printer("nanotoolrl.look.boxes", "Print docs/3-signals.md, a box for every scheme.", page)
 
 
 if __name__ == "__main__":

@@ -4,7 +4,6 @@ The table makes the header of metrics.csv, the end of `train.py --help` and docs
 `python -m nanotoolrl.look.metrics` prints. What a scheme measures beyond it stands in its decorator.
 """
 
-import argparse
 import math
 import sys
 import textwrap
@@ -13,7 +12,7 @@ from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 from nanotoolrl.calls import MESSAGE_STATES
-from nanotoolrl.cli import command
+from nanotoolrl.cli import printer
 from nanotoolrl.gpu import distributed
 from nanotoolrl.look.screen import SPURIOUS_JUMP, STATE_JUMP
 from nanotoolrl.places import PLACES
@@ -279,13 +278,9 @@ def probe_step(run: Run, step: Step, probes: ProbeSet) -> tuple[dict[str, Any], 
 
 
 # ------------------------------------------------------------------------------------------------ the command
-@command
-def main(argv: list[str] | None = None) -> int:
-    """The command: prints the page of the metrics."""
-    about = "Print docs/metrics.md, the page of what is measured."
-    argparse.ArgumentParser(prog="python -m nanotoolrl.look.metrics", description=about).parse_args(argv)
-    print(metrics_page(), end="")
-    return 0
+main = printer(
+    "nanotoolrl.look.metrics", "Print docs/metrics.md, the page of what is measured.", metrics_page
+)
 
 
 if __name__ == "__main__":

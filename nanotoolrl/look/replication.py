@@ -3,12 +3,11 @@
 Everything on the page that can change with a study is made from its table in data/results.
 """
 
-import argparse
 import sys
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
-from nanotoolrl.cli import command
+from nanotoolrl.cli import printer
 from nanotoolrl.look.arms import Row, heading, line_of, numbers, read_arms, shown, spread_of
 from nanotoolrl.look.intervals import Share
 from nanotoolrl.look.results import changed, finished, pooled, tables, written
@@ -271,13 +270,9 @@ def cost(arms: Arms, *names: str) -> str:
     )
 
 
-@command
-def main(argv: list[str] | None = None) -> int:
-    """The command: prints the page."""
-    about = "Print docs/results.md, what replicates and what does not."
-    argparse.ArgumentParser(prog="python -m nanotoolrl.look.replication", description=about).parse_args(argv)
-    print(page(), end="")
-    return 0
+main = printer(
+    "nanotoolrl.look.replication", "Print docs/results.md, what replicates and what does not.", page
+)
 
 
 if __name__ == "__main__":
