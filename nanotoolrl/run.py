@@ -100,7 +100,7 @@ class Run:
     @cached_property
     def reference(self) -> Policy:
         """The policy RL started from, for KL terms; loaded when one first needs it."""
-        policy = load(self.config.model, dtype=DTYPES[self.config.dtype], backend=self.config.logprob)
+        policy = first_model(self.config, self.config.dtype)
         if self.state.reference:
             policy.model.load_state_dict(self.state.reference)
         return policy

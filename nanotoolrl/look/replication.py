@@ -148,7 +148,10 @@ def studies_table() -> str:
 
 def section(name: str, title: str, about: str) -> str:
     """A study of its own: its tables, and a blank line behind."""
-    return "\n\n".join([f"## {title}", about, *tables(arms_of(name))]) + "\n\n"
+    arms = arms_of(name)
+    few = min(len(rows) for arm, rows in arms.items() if arm != "untrained")
+    parts = [f"## {title}", about + (LOOK if few == 1 else ""), *tables(arms)]
+    return "\n\n".join(parts) + "\n\n"
 
 
 def claims_table(arms: Arms) -> str:
@@ -210,6 +213,7 @@ def claims(arms: Arms) -> Iterator[tuple[str, str, str]]:
     )
 
 
+LOOK = " Of some methods there is one seed so far, whose intervals are for other tasks: a look, not a claim."
 MIXED = "it depends on the seed or the method"
 
 
