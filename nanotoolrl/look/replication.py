@@ -149,9 +149,8 @@ def studies_table() -> str:
 def section(name: str, title: str, about: str) -> str:
     """A study of its own: its tables, and a blank line behind."""
     arms = arms_of(name)
-    few = min(len(rows) for arm, rows in arms.items() if arm != "untrained")
-    parts = [f"## {title}", about + (LOOK if few == 1 else ""), *tables(arms)]
-    return "\n\n".join(parts) + "\n\n"
+    look = LOOK if any(len(rows) == 1 for arm, rows in arms.items() if arm != "untrained") else ""
+    return "\n\n".join([f"## {title}", about + look, *tables(arms)]) + "\n\n"
 
 
 def claims_table(arms: Arms) -> str:
