@@ -21,7 +21,7 @@ import torch
 
 from bench.kernel import kernel
 from bench.measure import OURS, Arm, Row, machine, table
-from bench.memory import memory_table
+from bench.memory import RANK, memory_table
 from bench.parity import check_parity
 from bench.parts import parts, parts_table
 from bench.runs import before, busy, whole
@@ -110,6 +110,10 @@ def main(argv: list[str] | None = None) -> int:
     args = parser.parse_args(argv)
     if args.what == "memory":
         print(memory_table())
+        try:
+            print(f"\nwith --lora {RANK}:\n\n{memory_table(RANK)}")
+        except ValueError as absent:
+            print(f"\n{absent}")
         return 0
     torch.set_num_threads(args.threads)
     try:

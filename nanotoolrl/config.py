@@ -140,6 +140,9 @@ class Config:
     strict_empty_turn: bool = setting(
         OUR_LIMITS.strict_empty_turn, "fail a task that calls a tool in a turn whose ground truth is empty"
     )
+    lora: int = setting(
+        0, "train adapters of this rank alone, best at ten times the learning rate; 0: all weights", least=0
+    )
     # the loss
     lr: float = setting(
         2e-4, "learning rate of AdamW (the paper's 1e-6 is for models a thousand times larger)", above=0

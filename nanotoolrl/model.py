@@ -6,12 +6,14 @@ The model itself is in transformer.py, and loading.py makes a policy of what is 
 import os
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 import torch
 import transformers
 from torch import Tensor
 
+from nanotoolrl import lora
 from nanotoolrl.chat import Chat
 from nanotoolrl.logprob import check_backend, token_logprob
 from nanotoolrl.transformer import Architecture, Transformer
@@ -96,15 +98,17 @@ class Policy:
         return token_logprob(hidden, self.head, ids, temperature, want_entropy, self.backend)
 
     def save(self, directory: str | os.PathLike) -> None:
-        """Write a standard checkpoint directory (config, safetensors weights, tokenizer, chat template)."""
+        """Write a standard checkpoint directory (config, safetensors weights, tokenizer, chat template). An
+        adapter is merged into its weights, and is there alone, too, in `adapter/`."""
         with quiet():
             with torch.device("meta"):
                 foreign = transformers.AutoModelForCausalLM.from_config(self.config, dtype=self.dtype)
-            foreign.load_state_dict(self.model.state_dict(), assign=True)
+            foreign.load_state_dict(lora.merged(self.model), assign=True)
             foreign.tie_weights()
             foreign.generation_config = self.generation_config
             foreign.save_pretrained(directory)
             self.tokenizer.save_pretrained(directory)
+            lora.save(self.model, Path(directory) / "adapter")
 
 
 @contextmanager

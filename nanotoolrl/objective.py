@@ -89,9 +89,7 @@ class Tokens:
     @cached_property
     def reference(self) -> Tensor:
         """Log-probs [N] under the reference."""
-        with torch.no_grad():
-            temperature = self.run.config.temperature
-            return self.run.reference.logprobs(self.ids, self.mask, temperature)[0]
+        return self.run.reference_logprobs(self.ids, self.mask)
 
     def of(self, source: str) -> Tensor:
         """[N], True on the tokens of rows from `source`."""

@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from nanotoolrl import lora
 from nanotoolrl.calls import BROKEN_TAG_STATES
 from nanotoolrl.config import Config
 from nanotoolrl.env import Episode, Task
@@ -53,9 +54,13 @@ class Step:
 
 
 def first_model(config: Config, dtype: str) -> Policy:
-    """The model that a run begins from, in a width of `DTYPES`. Raises ModelError."""
+    """The model that a run begins from, in a width of `DTYPES`, with the adapter of `--lora`. Raises
+    ModelError, and ValueError where adapters cannot be had."""
     how: dict[str, Any] = {"backend": config.logprob, "chat_template": config.chat_template}
-    return load(config.model, dtype=DTYPES[dtype], **how)
+    policy = load(config.model, dtype=DTYPES[dtype], **how)
+    if config.lora:
+        lora.add(policy.model, config.lora, config.seed, config.model)
+    return policy
 
 
 @dataclass
@@ -99,11 +104,22 @@ class Run:
 
     @cached_property
     def reference(self) -> Policy:
-        """The policy RL started from, for KL terms; loaded when one first needs it."""
+        """The policy that KL terms pull to: the one RL started from, or that of a later step
+        (`move_reference`). Loaded when one first needs it."""
         policy = first_model(self.config, self.config.dtype)
         if self.state.reference:
             policy.model.load_state_dict(self.state.reference)
         return policy
+
+    @torch.no_grad()
+    def reference_logprobs(self, ids: Tensor, mask: Tensor) -> Tensor:
+        """Log-probs [N] under the reference (see `Policy.logprobs`). The policy without its adapter is the
+        one RL started from: no second model is loaded for it."""
+        temperature = self.config.temperature
+        if self.config.lora and not self.state.reference:
+            with lora.off(self.policy.model):
+                return self.policy.logprobs(ids, mask, temperature)[0]
+        return self.reference.logprobs(ids, mask, temperature)[0]
 
     @cached_property
     def foreign_tasks(self) -> list[Task]:
@@ -190,7 +206,12 @@ def begin_anew(run: Run) -> None:
     config = run.config
     run.optimizer = new_optimizer(run.masters, config.lr, config.weight_decay)
     run.state.began = run.step - 1
-    if config.kl > 0 or config.guard_kl > 0:
+    move_reference(run)
+
+
+def move_reference(run: Run) -> None:
+    """From here on KL terms, if there are any, pull to the policy as it is."""
+    if run.config.kl > 0 or run.config.guard_kl > 0:
         run.state.reference = copied(run.policy.model.state_dict())
         vars(run).pop("reference", None)
 

@@ -28,10 +28,10 @@ from nanotoolrl.judge import AT_ONCE, MODEL, TIMEOUT, Judge, wrong_url
 from nanotoolrl.run import (
     Run,
     Step,
-    copied,
     demonstrations,
     failed_tasks,
     group_advantages,
+    move_reference,
     roll_back,
     rollout,
     snapshot,
@@ -307,8 +307,7 @@ def sft_rl(run: Run, tasks: list[Task]) -> Step:
     notes = {}
     if run.step == 1:
         notes = burst(run, demonstrations(run, source_tasks(run)))
-        if run.config.kl > 0:
-            run.state.reference = copied(run.policy.model.state_dict())
+        move_reference(run)
     step = grpo(run, tasks)
     return replace(step, metrics=step.metrics | notes)
 

@@ -19,7 +19,7 @@ import pytest
 import train
 from bench.command import goals
 from bench.measure import markdown
-from bench.memory import memory_table
+from bench.memory import RANK, memory_table
 from bench.parity import Parity
 from bench.parts import Parts, parts_table
 from bench.steps import slopes_table
@@ -610,6 +610,12 @@ def test_the_speed_tables_are_made_from_the_committed_results():
 
 def test_the_memory_table_is_made_by_its_command():
     assert memory_table() in PAGES["docs/real-models.md"]
+
+
+def test_the_memory_table_of_adapters_is_made_by_its_command():
+    pytest.importorskip("peft", reason="adapters are those of the package peft")
+    assert f"--lora {RANK}" in PAGES["docs/real-models.md"]
+    assert memory_table(RANK) in PAGES["docs/real-models.md"]
 
 
 def test_the_page_of_signals_is_what_its_command_prints():

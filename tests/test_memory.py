@@ -11,6 +11,7 @@ from bench import memory as bench
 from nanotoolrl.commandline import parse
 from nanotoolrl.gpu.memory import available, describe, plan
 from nanotoolrl.model import Policy
+from nanotoolrl.run import first_model
 from nanotoolrl.signals import SCHEMES
 from nanotoolrl.transformer import Architecture, Transformer
 
@@ -104,6 +105,16 @@ def test_activations_are_what_autograd_keeps(name, dtype):
     assert less == pytest.approx(inputs + whole / layers, rel=0.05)  # one layer at a time is computed again
 
 
+def test_activations_beside_adapters():
+    """What is frozen keeps its inputs still, as they are those of the adapters; but no norm its output."""
+    pytest.importorskip("peft", reason="adapters are those of the package peft")
+    adapted = first_model(config_of("--model", "nano", "--lora", "2"), "fp32")
+    ids = torch.randint(100, (8, 64))
+    config = config_of("--lora", "2").but(tokens_at_once=ids.numel(), context=64, checkpointing=False)
+    kept = kept_bytes(adapted, lambda: adapted.model(ids))
+    assert plan(adapted.model, config)["activations"] == pytest.approx(kept, rel=0.05)
+
+
 def test_describe():
     parts = {"weights": 1.0 * GIB, "KV cache": 3.0 * GIB, "reference": 0.5 * GIB}
     assert describe(parts, 8 * GIB) == (
@@ -124,8 +135,17 @@ def test_available():
 
 def test_every_fitting_line_fits():
     """Each cell of the table in docs/real-models.md is the first rung of the ladder that fits."""
-    rows = [row.strip("| ").split(" | ") for row in bench.memory_table().splitlines()]
+    check_table(bench.memory_table(), bench.GPUS)
+
+
+def test_every_fitting_line_with_adapters_fits():
+    pytest.importorskip("peft", reason="adapters are those of the package peft")
+    check_table(bench.memory_table(bench.RANK), bench.SMALL_GPUS)
+
+
+def check_table(table, gpus):
+    rows = [row.strip("| ").split(" | ") for row in table.splitlines()]
     assert len(rows) == 2 + 2 * len(bench.REAL_MODELS)
     for row in rows[2:]:
-        for cell, size in zip(row[2:], bench.GPUS, strict=True):
+        for cell, size in zip(row[2:], gpus, strict=True):
             assert cell == "does not fit" or float(cell.split(", ")[1].split()[0]) <= bench.TAKEN * size + 0.5

@@ -9,6 +9,7 @@ CALM = 100  # updates without one, after which it may rise again
 
 class Masters:
     """What an optimiser steps: the weights themselves where they are fp32, else fp32 copies (`tensors`).
+    Frozen ones (`--lora`) it does not see.
 
     Gradients of half-precision weights move to their copies as soon as each is complete, micro-batch by
     micro-batch, so that they add up in fp32. Multiply a loss by `scale` before its backward pass; `publish`
@@ -16,7 +17,7 @@ class Masters:
     """
 
     def __init__(self, model: torch.nn.Module) -> None:
-        self.weights = list(model.parameters())
+        self.weights = [weight for weight in model.parameters() if weight.requires_grad]
         self.half = any(weight.dtype != torch.float32 for weight in self.weights)
         self.scaled = any(weight.dtype == torch.float16 for weight in self.weights)
         self.scale = FP16_SCALE if self.scaled else 1.0

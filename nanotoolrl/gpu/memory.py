@@ -29,6 +29,7 @@ def plan(model: Transformer, config: Config, needed: Collection[str] = ()) -> di
     """
     shape, head = model.shape, model.lm_head.weight
     parameters = sum(p.numel() for p in model.parameters())
+    trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
     size = head.element_size()  # of a weight
     V, D = head.shape
     attended = shape.heads * shape.head_width
@@ -38,9 +39,9 @@ def plan(model: Transformer, config: Config, needed: Collection[str] = ()) -> di
     evaluated = max(config.eval_count, config.eval_trained) * max(1, config.eval_samples)
     slots = min(config.slots, -(-max(rows, evaluated) // distributed.world()))
     T = min(max(config.tokens_at_once, context), rows * context)  # tokens of a micro-batch, at least a row
-    # Kept for the backward pass, by token: a norm's input in fp32, its output before and after the scale; of
-    # a layer also query, key, value and what attention gives, and four tensors of the MLP.
-    norm = 4 / size + 2
+    # Kept for the backward pass, by token: a norm's input in fp32, its output after the scale and, where that
+    # is trained, before it; of a layer also query, key, value and what attention gives, and four of the MLP.
+    norm = 4 / size + (1 if config.lora else 2)
     layer = 2 * norm * D + 2 * attended + cached + 4 * shape.mlp_width
     if shape.qk_norm:
         layer += (norm - 1) * (attended + cached / 2)
@@ -48,14 +49,15 @@ def plan(model: Transformer, config: Config, needed: Collection[str] = ()) -> di
     if config.checkpointing:
         kept = shape.layers * D + layer
     kept += norm * D
-    reference = config.kl > 0 or config.guard_kl > 0 or "reference" in needed
+    pulled = (config.kl > 0 or config.guard_kl > 0) and not config.lora  # then it is the policy's own base
+    reference = pulled or "reference" in needed
     bursts = config.schedule == "interleaved" or "burst optimiser" in needed
     parts = {
         "weights": parameters * size,
-        "masters": parameters * 4 if size < 4 else 0,
-        "gradients": parameters * 4,
-        "optimiser": parameters * 8,
-        "burst optimiser": parameters * 8 * bursts,
+        "masters": trained * 4 if size < 4 else 0,
+        "gradients": trained * 4,
+        "optimiser": trained * 8,
+        "burst optimiser": trained * 8 * bursts,
         "reference": parameters * size * reference,
         "KV cache": slots * context * shape.layers * cached * size,
         "activations": T * kept * size,
