@@ -42,6 +42,7 @@ from nanotoolrl.judge import Judge
 from nanotoolrl.loading import ModelError, finite_logits, finite_weights
 from nanotoolrl.look.evaluate import Scores, closing_table, evaluate, named, obstacle, rules, say_unsolvable
 from nanotoolrl.look.falls import worth_keeping
+from nanotoolrl.look.loggers import absent
 from nanotoolrl.look.metrics import measures, probe_step
 from nanotoolrl.look.rundir import RunDirectory
 from nanotoolrl.look.screen import SPOILED, STUCK, tell, why_ended
@@ -150,6 +151,8 @@ def spoiled(run: Run, step: Step) -> str:
 # ------------------------------------------------------------------------------------------- before the steps
 def setup(config: Config) -> tuple[Run, list[Task], int]:
     """(run, evaluation tasks, number of training tasks that nobody can solve within the limits)."""
+    if missing := absent(config.log):
+        raise Refused(missing)
     torch.set_num_threads(config.threads or cpu_threads(distributed.neighbours()))
     torch.manual_seed(config.seed)
     try:
@@ -200,6 +203,7 @@ def begin(
     else:
         directory.restore(run, saved)
         distributed.from_first(lambda: directory.rewind(config, run.step))
+    directory.open_logger(config, run.step)
     print(
         f"{config.scheme}{', ' + config.schedule if config.schedule else ''}: {config.prompts} prompts x "
         f"{config.group} rollouts = {config.prompts * config.group} trajectories, {config.updates} "

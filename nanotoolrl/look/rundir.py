@@ -21,12 +21,14 @@ import torch
 import transformers
 from safetensors import SafetensorError
 
+from nanotoolrl.chat import readable
 from nanotoolrl.commandline import stored_config
 from nanotoolrl.config import SETTINGS, Config, Refused
 from nanotoolrl.files import finite, replacing, sync, write_atomically
 from nanotoolrl.gpu import distributed
 from nanotoolrl.loading import finite_weights
 from nanotoolrl.look.evaluate import Scores
+from nanotoolrl.look.loggers import Logger, logger, numbers_of
 from nanotoolrl.look.metrics import NOT_COLUMNS, columns_of, metrics
 from nanotoolrl.model import Policy
 from nanotoolrl.run import Run, State, Step
@@ -59,6 +61,7 @@ class RunDirectory:
         self.result, self.model = self.path / "result.json", self.path / "model"
         self.owner = self.path / "run.lock"
         self.lock: TextIO | None = None
+        self.logger: Logger | None = None  # of `--log`
         self.columns = list(metrics())  # of metrics.csv
         self.names = list(SETTINGS)  # of the settings in config.json
 
@@ -88,7 +91,10 @@ class RunDirectory:
         self.lock.flush()
 
     def release(self) -> None:
-        """Let others own the directory."""
+        """Let others own the directory; close the logger."""
+        if self.logger:
+            self.logger.close()
+            self.logger = None
         if self.lock:
             self.lock.close()
             self.lock = None
@@ -274,6 +280,12 @@ class RunDirectory:
             os.replace(half, target)
             sync(target.parent)
 
+    def open_logger(self, config: Config, step: int) -> None:
+        """Tell the logger of `--log` of a run that has made so many steps."""
+        if distributed.first():
+            settings = {name: getattr(config, name) for name in self.names}
+            self.logger = logger(config.log, self.path, settings, step)
+
     def log_probes(self, details: dict) -> None:
         """One line of probes.jsonl."""
         if not distributed.first():
@@ -282,7 +294,8 @@ class RunDirectory:
             file.write(json.dumps(finite(details, DIGITS), allow_nan=False) + "\n")
 
     def log(self, run: Run, row: dict, details: dict, step: Step) -> None:
-        """One metrics row, one line of details, and the first `rollout_groups` groups of the step.
+        """One metrics row, one line of details, and the first `rollout_groups` groups of the step. Numbers
+        and groups go to the logger, too.
 
         Raises Refused if the scheme measured what its decorator does not declare.
         """
@@ -297,18 +310,24 @@ class RunDirectory:
         with self.metrics.open("a", newline="", encoding="utf-8") as file:
             csv.writer(file, lineterminator="\n").writerow([text(row.get(name)) for name in self.columns])
         self.log_probes(details)
+        shown = step.trajectories[: config.rollout_groups * config.group]
+        table = []  # of the logger
         with self.rollouts.open("a", encoding="utf-8") as file:
-            shown = min(config.rollout_groups * config.group, len(step.trajectories))
-            for i, one in enumerate(step.trajectories[:shown]):
-                entry = {"step": run.step, "group": i // config.group, "rollout": i % config.group}
-                entry |= {
-                    "advantage": round(step.advantages[i].item(), 4),
-                    "text": run.policy.chat.decode(one.tokens),
-                }
-                entry |= dataclasses.asdict(one)
+            for i, one in enumerate(shown):
+                group, rollout = divmod(i, config.group)
+                text_of_one, advantage = (
+                    run.policy.chat.decode(one.tokens),
+                    round(step.advantages[i].item(), 4),
+                )
+                entry = {"step": run.step, "group": group, "rollout": rollout}
+                entry |= {"advantage": advantage, "text": text_of_one} | dataclasses.asdict(one)
                 entry["logprobs"] = [round(x, 4) for x in one.logprobs]
                 entry["loss_mask"] = [int(x) for x in one.loss_mask]
                 file.write(json.dumps(finite(entry), allow_nan=False) + "\n")
+                states = " ".join(one.states)
+                table.append((one.task_id, rollout, one.reward, advantage, states, readable(text_of_one)))
+        if self.logger:
+            self.logger.write(run.step, numbers_of(row), table)
 
 
 def digest(config: Config, names: Iterable[str]) -> str:
