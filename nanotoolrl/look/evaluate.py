@@ -10,7 +10,7 @@ import itertools
 import json
 import sys
 import time
-from collections.abc import Iterable, Sequence
+from collections.abc import Collection, Iterable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -49,6 +49,7 @@ from nanotoolrl.look.doctor import (
 from nanotoolrl.look.intervals import Share, difference, share_of
 from nanotoolrl.look.passes import passes
 from nanotoolrl.look.swap import swapped
+from nanotoolrl.look.wording import unshown
 from nanotoolrl.model import Policy
 from nanotoolrl.probes import ProbeSet
 from nanotoolrl.sampler import Sampler
@@ -82,6 +83,14 @@ class Scores:
         """Share solved more than before, on the same tasks. Raises KeyError where they are others."""
         now, then = self.by_task("all"), before.by_task("all")
         return difference(list(now.values()), [then[key] for key in now], [index_of(*key) for key in now])
+
+    def without(self, names: Collection[str]) -> "Scores":
+        """Those of the other tasks."""
+        left = {
+            category: {task: reward for task, reward in found.items() if task not in names}
+            for category, found in self.rewards.items()
+        }
+        return dataclasses.replace(self, rewards=left)
 
     def by_task(self, category: str) -> dict[tuple[str, str], float]:
         """Rewards by (category, task) of a category, or of all."""
@@ -187,6 +196,17 @@ def paper_table(columns: dict[str, Scores]) -> str:
         cells = "".join(f"{100 * share:>14.1f}" for share in shares)
         lines.append(f"{title:<14}{cells}{scores.of('all')!s:>26}")
     return "\n".join(lines)
+
+
+def unshown_table(columns: dict[str, Scores], tasks: Sequence[Task]) -> tuple[str, list[str]]:
+    """(success in % without the tasks that ask for a sentence that nothing shows, a row per evaluation; their
+    names). Nothing where there are none, or no others."""
+    names = [task.id for task in tasks if unshown(task)]
+    if len(names) in (0, len(tasks)):
+        return "", names
+    title = f"without the {len(names)} that ask for what nothing shows"
+    lines = [f"{name:<14}{scores.without(names).of('all')!s:>26}" for name, scores in columns.items()]
+    return "\n".join([title, *lines, ""]), names
 
 
 def states_table(columns: dict[str, Scores]) -> str:
@@ -418,10 +438,14 @@ def score(args: argparse.Namespace) -> tuple[str, dict]:
     formats = [args.format] if args.format else FORMATS
     columns = {format: play(policy, tasks, format, args) for format in formats}
     scores = {format: dataclasses.asdict(one) for format, one in columns.items()}
-    shown = paper_table(columns) if is_bfcl(args.tasks) else table(columns)
+    numbers: dict[str, Any] = {"scores": scores}
+    shown = f"{table(columns)}\n"
+    if is_bfcl(args.tasks):
+        others, numbers["unshown"] = unshown_table(columns, tasks)
+        shown = f"{paper_table(columns)}\n{others}"
     if args.samples > 1:
-        shown += f"\n{passes_table(columns, args.samples)}"
-    return f"{shown}\n{states_table(columns)}", {"scores": scores}
+        shown += f"{passes_table(columns, args.samples)}\n"
+    return shown + states_table(columns), numbers
 
 
 def score_grid(args: argparse.Namespace) -> tuple[str, dict]:
