@@ -13,8 +13,17 @@ from nanotoolrl.calls import FORMATS
 from nanotoolrl.chat import readable, signature
 from nanotoolrl.cli import command, cpu_threads, number, refuse_unheard
 from nanotoolrl.env import Episode, Task, Turn, oracle
-from nanotoolrl.loading import BUILT_IN, ModelError, load
-from nanotoolrl.look.evaluate import LIMITS, Limits, add_limits, chosen_limits, rules, sampler_of
+from nanotoolrl.loading import BUILT_IN, ModelError
+from nanotoolrl.look.evaluate import (
+    LIMITS,
+    Limits,
+    add_limits,
+    add_thinking,
+    chosen_limits,
+    chosen_policy,
+    rules,
+    sampler_of,
+)
 from nanotoolrl.sampler import Sampler
 from nanotoolrl.trajectory import Trajectory
 from nanotoolrl.world.tasks import TASK_NAMES, load_tasks
@@ -22,7 +31,7 @@ from nanotoolrl.world.tasks import TASK_NAMES, load_tasks
 CHAT_TURNS = 50
 # Flags that say nothing beside --oracle and --chat.
 UNHEARD = {
-    "oracle": f"chat model temperature seed force_prefix force_skeleton {LIMITS}",
+    "oracle": f"chat thinking model temperature seed force_prefix force_skeleton {LIMITS}",
     "chat": "force_prefix force_skeleton max_messages strict_empty_turn",
 }
 
@@ -118,6 +127,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--temperature", type=heat, default=0.0, help="0 is greedy (default: 0)")
     parser.add_argument("--seed", type=seed, default=0, help="of the noise (default: 0)")
     add_limits(parser)
+    add_thinking(parser)
     parser.add_argument(
         "--force-prefix", action="store_true", help="start every message that should call with the tag"
     )
@@ -144,7 +154,7 @@ def main(argv: list[str] | None = None) -> int:
                 show(message["role"], "\n".join(lines), color)
             return 0
         limits = chosen_limits(args)
-        sampler = sampler_of(load(args.model), limits, args.seed)
+        sampler = sampler_of(chosen_policy(args, args.model), limits, args.seed)
         talk(sampler, task, args, limits) if args.chat else play(sampler, task, args, limits, color)
     except (ModelError, OSError, ValueError) as error:
         print(f"sample.py: {error}", file=sys.stderr)

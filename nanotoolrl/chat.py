@@ -94,14 +94,17 @@ class Chat:
     ValueError with the first that differs), with one exception: Qwen3's template opens a message that shall
     not think with an empty `<think>` block and takes it away once the message is history. Here it stays, so
     that what a model saw is always a prefix of what it sees next.
+
+    thinking: no such block is written; what the model thinks is part of its message, is trained, and stays.
+    Raises ValueError for a template that knows no thinking then, and for one that opens every message within
+    a thought.
     """
 
     MARK = "\ufdd0"  # a Unicode noncharacter: a place where `encode` must not join
-    # Templates know of these: no thinking, and no date of today in the prompt.
-    SETTINGS = {"enable_thinking": False, "date_string": "26 Jul 2024"}
+    DATE = "26 Jul 2024"  # templates write today's into the prompt, unless they are told one
 
-    def __init__(self, tokenizer) -> None:
-        self.tokenizer = tokenizer
+    def __init__(self, tokenizer, thinking: bool = False) -> None:
+        self.tokenizer, self.thinking = tokenizer, thinking
         self.special_ids = dict(sorted(tokenizer.get_added_vocab().items()))
         layouts = [layout for layout in LAYOUTS if {layout.begin, layout.end} <= self.special_ids.keys()]
         if not layouts:
@@ -119,16 +122,27 @@ class Chat:
         self.after_ids = self.encode(self.layout.after)
         if not tokenizer.chat_template:
             raise ValueError("the tokenizer has no chat template: --chat-template gives it one")
-        hello = [{"role": "system", "content": "a"}, {"role": "user", "content": "b"}]
-        self.opening = self._template(hello, add_generation_prompt=True).removeprefix(self._template(hello))
+        self.opening = self._opening(thinking)
+        if thinking and self.opening == self._opening(False):
+            raise ValueError("its chat template knows no thinking: leave --thinking out")
+        if self.opening.count("<think>") > self.opening.count("</think>"):
+            raise ValueError("its chat template opens every message within a thought")
         self._check()
 
     def _template(self, messages: list[dict], **settings: object) -> str:
         """What the checkpoint's own chat template writes. Raises ValueError if it refuses."""
+        how = {"enable_thinking": self.thinking, "date_string": self.DATE} | settings
         try:
-            return self.tokenizer.apply_chat_template(messages, tokenize=False, **self.SETTINGS | settings)
+            return self.tokenizer.apply_chat_template(messages, tokenize=False, **how)
         except TemplateError as error:
             raise ValueError(f"the chat template refuses a conversation: {error}") from None
+
+    def _opening(self, thinking: bool) -> str:
+        """What opens an assistant's message."""
+        hello = [{"role": "system", "content": "a"}, {"role": "user", "content": "b"}]
+        how = {"enable_thinking": thinking}
+        whole, before = (self._template(hello, add_generation_prompt=end, **how) for end in (True, False))
+        return whole.removeprefix(before)
 
     def _check(self) -> None:
         """Compare a conversation of every kind of message with the checkpoint's own template."""

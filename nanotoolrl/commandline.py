@@ -136,6 +136,7 @@ def resolve(given: Mapping[str, Any], stored: Mapping[str, Any] | None = None) -
     chosen = dict(stored or {}) | dict(given)
     scheme = known("scheme", chosen.get("scheme", SETTINGS["scheme"].default), SCHEMES)
     preset = known("preset", given.get("preset", SETTINGS["preset"].default), PRESETS)
+    refuse_others(scheme, given)
     first = {"schedule": scheme.schedules[0]} if scheme.schedules else {}
     settings = preset | first | dict(scheme.defaults) | chosen
     if is_bfcl(settings.get("tasks", "")):
@@ -166,6 +167,13 @@ def check(config: Config) -> None:
     if config.schedule not in allowed:
         those = f"one of {', '.join(allowed)}" if scheme.schedules else "no --schedule"
         raise Refused(f"{config.scheme} takes {those}, not {config.schedule or 'none at all'}")
+
+
+def refuse_others(scheme: Scheme, given: Mapping[str, Any]) -> None:
+    """Raise Refused for a flag that only other schemes have: it would do nothing."""
+    for name in [name for name in given if name in SETTINGS and name not in settings_of(scheme)]:
+        owners = ", ".join(one.name for one in SCHEMES.values() if name in one.settings)
+        raise Refused(f"{scheme.name} has no {flag(name)}, which is of {owners}")
 
 
 def settings_of(scheme: Scheme) -> list[str]:

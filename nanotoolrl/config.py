@@ -91,6 +91,9 @@ class Config:
         "auto",
         "own: the model's; nano: the built-in model's; a file; auto: own, but nano where own lists no tools",
     )
+    thinking: bool = setting(
+        False, "let a model think before it speaks; what it thinks is trained and stays (Qwen3)"
+    )
     tasks: str = setting("train", f"training tasks: {TASK_NAMES}; of bfcl the train half unless named")
     bfcl_official: bool = setting(
         False, "bfcl: hidden tools can be called, no cap on messages but the benchmark's"

@@ -46,13 +46,14 @@ def load(
     dtype: torch.dtype | None = None,
     backend: str = "auto",
     chat_template: str = "auto",
+    thinking: bool = False,
 ) -> Policy:
     """Load a checkpoint directory, a run directory (its model/), a hub name, or "nano", the built-in model,
     or "collapsed", what became of it.
 
     device: "cuda" where there is one, else "cpu". dtype: fp32 on the CPU, bf16 on a GPU that has it, else
-    fp16. backend: of its log-probs; ValueError if it cannot run. chat_template: see `set_template`. Raises
-    ModelError, with the path or name and what was expected.
+    fp16. backend: of its log-probs; ValueError if it cannot run. chat_template: see `set_template`. thinking:
+    see `Chat`. Raises ModelError, with the path or name and what was expected.
     """
     check_backend(backend)
     device = device or ("cuda" if torch.cuda.is_available() else "cpu")
@@ -70,7 +71,7 @@ def load(
             raise ValueError(f"weights are missing: {', '.join(sorted(info['missing_keys'])[:3])}")
         if left_over := sorted(key for key in info["unexpected_keys"] if ".layers." in key):
             raise ValueError(f"there are weights of layers that its config does not have: {left_over[0]}")
-        policy = Policy(foreign.to(device).eval(), tokenizer, backend)
+        policy = Policy(foreign.to(device).eval(), tokenizer, backend, thinking)
         policy.template = used
         _refuse_what_is_different(policy, foreign)
         return policy

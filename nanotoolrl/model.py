@@ -28,7 +28,11 @@ class Policy:
     """
 
     def __init__(
-        self, foreign: "transformers.PreTrainedModel", tokenizer: Any, backend: str = "auto"
+        self,
+        foreign: "transformers.PreTrainedModel",
+        tokenizer: Any,
+        backend: str = "auto",
+        thinking: bool = False,
     ) -> None:
         check_backend(backend)
         self.backend = backend
@@ -37,7 +41,7 @@ class Policy:
             self.model = Transformer(Architecture.of(foreign.config))
         self.model.load_state_dict(foreign.state_dict(), assign=True)
         self.model.tie()
-        self.tokenizer, self.chat = tokenizer, Chat(tokenizer)
+        self.tokenizer, self.chat = tokenizer, Chat(tokenizer, thinking)
         self.template = "own"
         self.known_ids = 1 + max(tokenizer.get_vocab().values())
 

@@ -7,6 +7,8 @@ A class says what a token is for, a place what stood before it. Every assistant 
     opener      the first token of a reply
     text        the rest of a reply; its stop token is structure
 
+A thought (`<think>` ... `</think>`, before anything is said) is text but for special tokens, and in_reply.
+
 Inside a call the line between skeleton and value is drawn by word characters: punctuation within a string
 counts as skeleton. A place is found by looking back only, so it is known before the token is sampled.
 
@@ -31,7 +33,7 @@ import re
 from collections.abc import Sequence
 from functools import cache
 
-from nanotoolrl.calls import FORMATS, Call, render_calls
+from nanotoolrl.calls import FORMATS, Call, render_calls, spoken
 from nanotoolrl.chat import Chat, call_ends, control_tokens
 
 WORD = re.compile("[\\w\ufffd]")  # a token may hold a part of a letter, which decodes to U+FFFD
@@ -125,7 +127,10 @@ class Structure:
         """(start, end) of every block of calls, to the end of the text where none closes it."""
         spans: list[tuple[int, int]] = []
         opened = -1
+        thought = len(text) - len(spoken(text))
         for start, end, step in FORMATS[self.format].find_tags(text):
+            if start < thought:
+                continue
             if step > 0 and opened < 0:
                 opened = start
             elif step < 0 and opened >= 0:
@@ -140,7 +145,13 @@ class Structure:
         found = [START_CALL if due else START_REPLY][: len(ids)]
         state = IN_REPLY
         since, tail = 0, ""  # tokens since the tag, the end of the text so far
+        text = "".join(map(self.text_of, ids))
+        thought = len(text) - len(spoken(text))  # characters of it that are left
         for token in ids[:-1]:
+            thought -= len(self.text_of(token))
+            if thought >= 0:
+                found.append(IN_REPLY)
+                continue
             tail = tail[1 - len(closing) :] + self.text_of(token)
             since += 1
             if token == self.prefix[0] and state in (IN_REPLY, BEHIND_CALL):

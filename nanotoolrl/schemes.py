@@ -22,7 +22,7 @@ from nanotoolrl.config import Setting, declare, setting
 from nanotoolrl.env import Task
 from nanotoolrl.losses import likelihood_drop
 from nanotoolrl.objective import Tokens, clipped_objective
-from nanotoolrl.run import Run, Step, begin_anew, group_advantages, rollout
+from nanotoolrl.run import Run, Step, begin_anew, group_advantages, refilled, rollout
 from nanotoolrl.updates import policy_update
 
 
@@ -66,9 +66,15 @@ def scheme(*, name: str = "", **declared: Any) -> Callable:
 
 
 # ---------------------------------------------------------------------------------------------- reward alone
+REFILL = {"refill": setting(0, "times that groups without contrast are replaced by other tasks'", least=0)}
+REFILLED = {"refilled_groups": ("groups", "replaced for lack of contrast (`--refill`)")}
+
+
 @scheme(
     about="groups of rollouts, reward above the group's mean is good",
     source="Hao et al. 2026, §4; arXiv 2402.03300",
+    settings=REFILL,
+    metrics=REFILLED,
 )
 def grpo(run: Run, tasks: list[Task]) -> Step:
     """GRPO: G rollouts of every task; the tokens of one share A = (R - mean) / std over its group.
@@ -78,15 +84,16 @@ def grpo(run: Run, tasks: list[Task]) -> Step:
     Published: kl 1e-4; our small preset has 0, which lets the rows without contrast be left out of the
     update.
     """
-    trajectories = rollout(run, tasks)
+    trajectories, notes = refilled(run, rollout(run, tasks))
     advantages = group_advantages(run, trajectories)  # [B]
-    return Step(trajectories, advantages, policy_update(run, trajectories, advantages))
+    return Step(trajectories, advantages, policy_update(run, trajectories, advantages) | notes)
 
 
 @scheme(
     about="like grpo, but bad rollouts weigh --negative-weight (0: only the good ones teach)",
     source="arXiv 2506.01347",
-    settings={"negative_weight": setting(0.0, "factor of negative advantages", least=0)},
+    settings=REFILL | {"negative_weight": setting(0.0, "factor of negative advantages", least=0)},
+    metrics=REFILLED,
     neutral={"negative_weight": 1.0},
 )
 def psr(run: Run, tasks: list[Task]) -> Step:
@@ -94,16 +101,17 @@ def psr(run: Run, tasks: list[Task]) -> Step:
 
     Deviation: the source has rewards +-1 and no groups; here a group that always succeeds still has A = 0.
     """
-    trajectories = rollout(run, tasks)
+    trajectories, notes = refilled(run, rollout(run, tasks))
     advantages = group_advantages(run, trajectories)
     weighed = torch.where(advantages < 0, advantages * run.config.negative_weight, advantages)
-    return Step(trajectories, advantages, policy_update(run, trajectories, weighed))
+    return Step(trajectories, advantages, policy_update(run, trajectories, weighed) | notes)
 
 
 @scheme(
     about="like grpo, but good rollouts weigh --positive-weight (0: only the bad ones teach)",
     source="arXiv 2506.01347",
-    settings={"positive_weight": setting(0.0, "factor of positive advantages", least=0)},
+    settings=REFILL | {"positive_weight": setting(0.0, "factor of positive advantages", least=0)},
+    metrics=REFILLED,
     neutral={"positive_weight": 1.0},
 )
 def nsr(run: Run, tasks: list[Task]) -> Step:
@@ -112,20 +120,19 @@ def nsr(run: Run, tasks: list[Task]) -> Step:
     Deviation: the source has rewards +-1 and no groups; here a group that fails as a whole has A = 0 and is
     not pushed down.
     """
-    trajectories = rollout(run, tasks)
+    trajectories, notes = refilled(run, rollout(run, tasks))
     advantages = group_advantages(run, trajectories)
     weighed = torch.where(advantages > 0, advantages * run.config.positive_weight, advantages)
-    return Step(trajectories, advantages, policy_update(run, trajectories, weighed))
+    return Step(trajectories, advantages, policy_update(run, trajectories, weighed) | notes)
 
 
 @scheme(
     about="like grpo, but rollouts with an empty, bare or malformed message weigh --void-weight",
     source="SimpleTIR, arXiv 2509.02479",
-    settings={
-        "void_weight": setting(0.0, "factor of the advantages of rollouts with a broken message", least=0)
-    },
+    settings=REFILL
+    | {"void_weight": setting(0.0, "factor of the advantages of rollouts with a broken message", least=0)},
     neutral={"void_weight": 1.0},
-    metrics={"dropped_rows": ("share", "rollouts with a broken message")},
+    metrics=REFILLED | {"dropped_rows": ("share", "rollouts with a broken message")},
 )
 def void(run: Run, tasks: list[Task]) -> Step:
     """Like grpo, but A is multiplied by `void_weight` in rollouts that hold a broken message (0: dropped).
@@ -133,11 +140,11 @@ def void(run: Run, tasks: list[Task]) -> Step:
     Deviation: the source drops rollouts with a turn that holds neither a call nor an answer; ours are the
     message states empty, bare and malformed. They still count in their group's mean and in the loss's mean.
     """
-    trajectories = rollout(run, tasks)
+    trajectories, notes = refilled(run, rollout(run, tasks))
     advantages = group_advantages(run, trajectories)
     broken = torch.tensor([bool(set(row.states) & set(VOID_STATES)) for row in trajectories])  # [B]
     weighed = torch.where(broken, advantages * run.config.void_weight, advantages)
-    metrics = policy_update(run, trajectories, weighed)
+    metrics = policy_update(run, trajectories, weighed) | notes
     return Step(trajectories, advantages, metrics | {"dropped_rows": broken.float().mean().item()})
 
 
@@ -145,6 +152,8 @@ def void(run: Run, tasks: list[Task]) -> Step:
 @scheme(
     about="like grpo, but no control token is pushed down",
     source="after GTPO, arXiv 2508.03772",
+    settings=REFILL,
+    metrics=REFILLED,
     uses=["guard"],
     neutral={"guard": 0.0},
     defaults={"guard": 1.0},
@@ -165,6 +174,8 @@ def guard(run: Run, tasks: list[Task]) -> Step:
     name="guard-kl",
     about="like grpo, but control tokens are held by a KL term to the start",
     source="ours; the test beside guard",
+    settings=REFILL,
+    metrics=REFILLED,
     uses=["guard_kl"],
     neutral={"guard_kl": 0.0},
     defaults={"guard_kl": 1.0},
@@ -182,7 +193,8 @@ def guard_kl(run: Run, tasks: list[Task]) -> Step:
 @scheme(
     about="like grpo, but good rollouts whose likelihood fell are pulled back up",
     source="LLDS, arXiv 2512.04220",
-    settings={"llds_weight": setting(0.1, "weight of the penalty on fallen likelihoods", least=0)},
+    settings=REFILL | {"llds_weight": setting(0.1, "weight of the penalty on fallen likelihoods", least=0)},
+    metrics=REFILLED,
     uses=["updates"],
     neutral={"llds_weight": 0.0},
     defaults={"updates": 4},
@@ -200,17 +212,19 @@ def llds(run: Run, tasks: list[Task]) -> Step:
         fallen = likelihood_drop(tokens.logprobs, tokens.old, tokens.own_advantages >= 0, tokens.message)
         return loss + run.config.llds_weight * fallen, clipped
 
-    trajectories = rollout(run, tasks)
+    trajectories, notes = refilled(run, rollout(run, tasks))
     advantages = group_advantages(run, trajectories)
     every_row = run.config.llds_weight > 0
     metrics = policy_update(run, trajectories, advantages, objective, every_row)
-    return Step(trajectories, advantages, metrics)
+    return Step(trajectories, advantages, metrics | notes)
 
 
 @scheme(
     about="control: grpo that begins anew every --restart-steps steps, as published rounds do",
     source="ours; the published rounds are runs of their own",
-    settings={"restart_steps": setting(5, "steps after which the optimiser begins anew; 0: never", least=0)},
+    settings=REFILL
+    | {"restart_steps": setting(5, "steps after which the optimiser begins anew; 0: never", least=0)},
+    metrics=REFILLED,
     uses=["warmup"],
     neutral={"restart_steps": 0},
 )

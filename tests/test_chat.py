@@ -338,6 +338,28 @@ def test_a_whole_conversation_equals_the_models_own_template(name):
         assert ours.replace(thought, "") == theirs.replace(thought, "")
 
 
+def test_a_thinking_model_opens_its_messages_itself():
+    """No empty block is written for it; what it thinks is part of its message, and no call."""
+    tokenizer = tokenizer_like("qwen3")
+    chat, quiet = Chat(tokenizer, thinking=True), Chat(tokenizer)
+    assert quiet.opening == chat.opening + "<think>\n\n</think>\n\n"
+    assert chat.opening == "<|im_start|>assistant\n"
+    task = SOME_TASKS[0]
+    tools = Episode(task).prompt()[1]
+    conversation = oracle(task, "hermes")
+    ours = chat.decode(piecewise_ids(chat, conversation, tools, "hermes") + chat.after_ids)
+    assert "<think>" not in ours
+    for name in ("qwen2.5", "llama3"):
+        with pytest.raises(ValueError, match="knows no thinking"):
+            Chat(tokenizer_like(name), thinking=True)
+    tokenizer.chat_template = tokenizer.chat_template.replace(
+        "{{ '<|im_start|>assistant\\n' ~ ('<think>\\n\\n</think>",
+        "{{ '<|im_start|>assistant\\n<think>\\n' ~ ('<think>\\n\\n</think>",
+    )
+    with pytest.raises(ValueError, match="within a thought"):
+        Chat(tokenizer, thinking=True)
+
+
 def test_an_unlike_template_is_refused_with_the_first_difference():
     tokenizer = tokenizer_like("qwen2.5")
     for old, new in [
@@ -408,7 +430,8 @@ def test_the_stand_ins_write_what_the_published_templates_write(name):
         tools = [{"type": "function", "function": tool} for tool in Episode(task).prompt()[1]]
         messages = [{key: one[key] for key in ("role", "content")} for one in oracle(task)]
         for end in range(2, len(messages) + 1):
-            how = Chat.SETTINGS | {"add_generation_prompt": end % 2 == 0, "tokenize": False}
+            how = {"enable_thinking": False, "date_string": Chat.DATE}
+            how |= {"add_generation_prompt": end % 2 == 0, "tokenize": False}
             for how["tools"] in (None, tools) if name != "llama3" else (None,):
                 expected = published.apply_chat_template(messages[:end], **how)
                 assert ours.apply_chat_template(messages[:end], **how) == expected

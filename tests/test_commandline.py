@@ -27,7 +27,9 @@ from nanotoolrl.signals import SCHEMES
             ["--scheme", "ops", "--oracle-count", "9"],
             "--oracle-count must be below 2, as --group says; it is 9",
         ),
-        (["--chord-mu", "1.5"], "--chord-mu must be from 0 to 1"),
+        (["--scheme", "chord", "--chord-mu", "1.5"], "--chord-mu must be from 0 to 1"),
+        (["--scheme", "ets", "--void-weight", "0.5"], "ets has no --void-weight, which is of void"),
+        (["--scheme", "ops", "--hint-count", "1"], "ops has no --hint-count, which is of hint, ghpo"),
         (["--scheme", "guard", "--guard", "3"], "--guard must be from 0 to 1"),
         (["--group", "1"], "--group must be at least 2"),
         (["--seed", str(2**63)], "--seed must be at most 9223372036854775807"),
@@ -80,8 +82,8 @@ def test_presets_of_real_models_are_the_papers(name):
 
 
 def test_another_setting_bounds_only_what_the_scheme_has():
-    assert parse(["--scheme", "grpo", "--group", "4", "--hint-count", "5"])[0].hint_count == 5
-    assert parse(["--scheme", "hint", "--group", "4", "--oracle-count", "4"])[0].oracle_count == 4
+    assert resolve({"group": 4}, {"scheme": "grpo", "hint_count": 5}).hint_count == 5
+    assert resolve({"group": 4}, {"scheme": "hint", "oracle_count": 4}).oracle_count == 4
     with pytest.raises(SystemExit):
         parse(["--scheme", "ops", "--group", "4", "--oracle-count", "4"])
 

@@ -82,6 +82,23 @@ def test_places_look_back_only(chat, format):
     assert all(structure.places(ids[:n], False) == whole[:n] for n in range(len(ids)))
 
 
+@pytest.mark.parametrize("format", FORMATS)
+def test_thoughts_are_text_whatever_they_rehearse(chat, format):
+    call = render_calls(ONE, format)
+    thought = f"<think>\nI could say {call} or not.\n</think>\n\n"
+    found = classified(chat, thought + call, format)
+    assert "".join(found["value"]) == "assign_ticket" + "ticket_id" + "49" + "name" + "FridaLo", "once"
+    ids, structure = chat.assistant_ids(thought + call, format), Structure(chat, format)
+    alone, both = (
+        structure.places(chat.assistant_ids(text, format), True) for text in (call, thought + call)
+    )
+    first = len(both) - len(alone)
+    assert set(both[1:first]) == {PLACES.index("in_reply")} and both[first + 1 :] == alone[1:]
+    assert all(structure.places(ids[:n], True) == both[:n] for n in range(first, len(ids)))
+    endless = structure.places(chat.assistant_ids(f"<think>{call}", format), True)
+    assert set(endless[1:]) == {PLACES.index("in_reply")}
+
+
 def test_a_stop_behind_the_tag(chat):
     assert placed(chat, "<tool_call>", due=False) == [
         ("<tool_call>", "start_reply"),

@@ -12,13 +12,13 @@ from helpers.runs import FEW, OTHERS, TINY, rows, run, run_and_copy, same_run, s
 import sample
 import train
 from nanotoolrl import schemes
-from nanotoolrl.config import Config
+from nanotoolrl.config import Config, flag
 from nanotoolrl.env import Episode
 from nanotoolrl.judge import Judge
 from nanotoolrl.loading import NANO, load
 from nanotoolrl.look import report
 from nanotoolrl.look.evaluate import MOST_NAMED, Scores
-from nanotoolrl.run import Step
+from nanotoolrl.run import Step, rollout
 from nanotoolrl.signals import SCHEMES
 
 ALL = [(name, schedule) for name, one in SCHEMES.items() for schedule in one.schedules or ("",)]
@@ -153,8 +153,10 @@ STATEFUL = ["ets", "prs", "ctrl_sft", "selfrepair", "bursts", "chord", "sentinel
 @pytest.mark.parametrize("scheme", STATEFUL)
 def test_resume_of_what_is_kept_across_steps(scheme, tmp_path):
     """The pool of examples, healthy weights, a decaying share: all of it goes on after a stop."""
-    flags = ["--scheme", scheme, "--round-steps", 2, "--sft-window", 2, "--probe-every", 1]
-    flags += ["--sentinel-limit", 1.001, "--chord-steps", 4, "--lr", 3e-3, "--seed", 0]
+    flags = ["--scheme", scheme, "--probe-every", 1, "--lr", 3e-3, "--seed", 0]
+    own = {"round_steps": 2, "sft_window": 2, "sentinel_limit": 1.001, "chord_steps": 4}
+    for name in own.keys() & SCHEMES[scheme].settings:
+        flags += [flag(name), own[name]]
     flags += ["--max-messages", 4, "--max-new-tokens", 64]
     run_and_copy(2, *flags, "--steps", 4, out=tmp_path / "whole", copy=tmp_path / "parts")
     assert train.main(["--resume", "--out", str(tmp_path / "parts")]) == 0
@@ -215,7 +217,7 @@ def test_three_bad_updates_in_a_row_stop_with_the_last_good_state(tmp_path, monk
     scheme = SCHEMES["grpo"]
 
     def poisoning(run, tasks):
-        trajectories = schemes.rollout(run, tasks)
+        trajectories = rollout(run, tasks)
         scores = torch.full((len(trajectories),), float("nan"))
         return Step(
             trajectories, torch.zeros(len(trajectories)), schemes.policy_update(run, trajectories, scores)

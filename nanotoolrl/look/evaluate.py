@@ -295,9 +295,9 @@ def checkup(
 LIMITS = " ".join(one.name for one in dataclasses.fields(Limits))
 PLAYED = "model format count temperature samples hint force_prefix force_skeleton seed"
 FLAGS = {
-    "score": f"tasks bfcl_official {PLAYED} {LIMITS}",
-    "grid": f"{PLAYED} {LIMITS}",
-    "doctor": f"model tasks format count compare {LIMITS}",
+    "score": f"thinking tasks bfcl_official {PLAYED} {LIMITS}",
+    "grid": f"thinking {PLAYED} {LIMITS}",
+    "doctor": f"thinking model tasks format count compare {LIMITS}",
     "transcripts": "format",
 }
 
@@ -322,6 +322,18 @@ def add_limits(parser: argparse.ArgumentParser) -> None:
         action=argparse.BooleanOptionalAction,
         help="fail a task that calls a tool in a turn whose ground truth is empty (default: as its run did)",
     )
+
+
+def add_thinking(parser: argparse.ArgumentParser) -> None:
+    """A flag; `chosen_policy` says what holds where it is not given."""
+    about = "let the model think before it speaks (default: as its run did)"
+    parser.add_argument("--thinking", action=argparse.BooleanOptionalAction, help=about)
+
+
+def chosen_policy(args: argparse.Namespace, model: str) -> Policy:
+    """A model, which thinks if the flag, or else the run that made `--model`, says so."""
+    run = run_settings(args.model)
+    return load(model, thinking=run.get("thinking", False) if args.thinking is None else args.thinking)
 
 
 def chosen_limits(args: argparse.Namespace) -> Limits:
@@ -378,6 +390,7 @@ def command_line() -> argparse.ArgumentParser:
     seed = number(int, least=0, most=2**63 - 1)
     add("--seed", type=seed, default=0, help="of the sampling noise (default: 0)")
     add_limits(parser)
+    add_thinking(parser)
     add("--json", metavar="FILE", type=Path, help="write the numbers there, too")
     kind = parser.add_mutually_exclusive_group()
     kind.add_argument("--grid", action="store_true", help="trained and foreign formats x test and ood tasks")
@@ -434,7 +447,7 @@ def chosen_tasks(name: str, count: int, official: bool = False) -> list[Task]:
 def score(args: argparse.Namespace) -> tuple[str, dict]:
     """Success by category in each format, and message states."""
     tasks = chosen_tasks(args.tasks, args.count, args.bfcl_official)
-    policy = load(args.model)
+    policy = chosen_policy(args, args.model)
     formats = [args.format] if args.format else FORMATS
     columns = {format: play(policy, tasks, format, args) for format in formats}
     scores = {format: dataclasses.asdict(one) for format, one in columns.items()}
@@ -451,7 +464,7 @@ def score(args: argparse.Namespace) -> tuple[str, dict]:
 def score_grid(args: argparse.Namespace) -> tuple[str, dict]:
     """Success in the trained and the foreign formats, and with the prefix forced, on tasks of the trained and
     of other domains."""
-    policy = load(args.model)
+    policy = chosen_policy(args, args.model)
     trained = args.format or run_settings(args.model).get("format") or "hermes"
     formats = [trained, *(format for format in FORMATS if format != trained)]
     columns = {}
@@ -505,10 +518,10 @@ def doctor(args: argparse.Namespace) -> tuple[str, dict]:
     known = None
     if before.endswith(".json"):
         before, known = judged_before(Path(before), args, trained)
-    policy, start = load(args.model), None
+    policy, start = chosen_policy(args, args.model), None
     if before:
         try:
-            start = load(before)
+            start = chosen_policy(args, before)
         except ModelError as error:
             if args.compare:
                 raise
@@ -548,7 +561,7 @@ def run_settings(model: str) -> dict:
     """Model, format, tasks and limits of the run that made a model; nothing if `model` is neither a run nor
     in one (RUN/model, RUN/models/step-N). Settings that the run did not have yet are left out. Raises
     ValueError for one that no run can have."""
-    names = ("model", "format", "tasks", *(one.name for one in dataclasses.fields(Limits)))
+    names = ("model", "format", "tasks", "thinking", *(one.name for one in dataclasses.fields(Limits)))
     path = Path(model)
     folders = (path, path.parent, path.parent.parent) if model not in BY_NAME and path.exists() else ()
     for folder in folders:
