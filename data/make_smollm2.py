@@ -24,6 +24,11 @@ def main() -> int:
     if None in packages:
         print(f"make_smollm2.py: it needs packages: {HOW}", file=sys.stderr)
         return 2
+    try:
+        args.out.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        print(f"make_smollm2.py: {error}", file=sys.stderr)
+        return 2
     source = str(Path(packages[0].origin).parent)
     tokenizer = transformers.AutoTokenizer.from_pretrained(source, gguf_file=FILE)
     whole = transformers.GgufConfig(dequantize=True)

@@ -31,6 +31,14 @@ def checkpoint(tmp_path_factory):
     return out
 
 
+def test_a_directory_that_cannot_be_made_is_named(tmp_path):
+    (tmp_path / "file").touch()
+    command = [sys.executable, str(NANO.parent / "make_smollm2.py"), "--out", str(tmp_path / "file" / "out")]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 2 and done.stderr.startswith("make_smollm2.py: ")
+    assert str(tmp_path) in done.stderr and "Traceback" not in done.stderr
+
+
 def test_real_weights_play_train_and_come_back(checkpoint, tmp_path):
     policy = load(checkpoint, device="cpu", dtype=torch.float32)
     assert policy.template == "nano", "its own lists no tools"
