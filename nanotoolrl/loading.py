@@ -21,6 +21,7 @@ NANO = Path(__file__).resolve().parent.parent / "data" / "nano"
 COLLAPSED = NANO.with_name("collapsed")  # nano at the fall of a run (docs/2-one-collapse.md)
 BUILT_IN = "nano"
 BY_NAME = {BUILT_IN: NANO, "collapsed": COLLAPSED}  # what `load` knows by name
+BEGAN_FROM = {"collapsed": BUILT_IN}  # of these, what they were trained from
 
 TEMPLATES = {BUILT_IN: NANO / "chat_template.jinja"}  # what a chat template may be by name
 

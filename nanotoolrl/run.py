@@ -4,7 +4,6 @@ Shapes: P prompts, G rollouts per prompt, B = P G rows in group order.
 """
 
 import copy
-import random
 import time
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
@@ -168,31 +167,6 @@ def rollout(
     run.sample_seconds += time.perf_counter() - started
     run.sampled_tokens += sum(row.sampled_tokens for row in rows)
     return rows
-
-
-def refilled(run: Run, trajectories: list[Trajectory]) -> tuple[list[Trajectory], dict[str, float]]:
-    """Trajectories in group order, but up to `--refill` times those groups whose rollouts all have one reward
-    are replaced by groups of other tasks, drawn by the seed. The second value are metrics: the success of the
-    first rollouts, which were not chosen, and how many groups were replaced; {} without `--refill`.
-
-    Dynamic sampling of DAPO (arXiv 2503.14476), which goes on until every group has contrast.
-    """
-    config, size, rows = run.config, run.config.group, list(trajectories)
-    if not config.refill:
-        return rows, {}
-    success = sum(row.reward for row in rows) / len(rows)
-    replaced = 0
-    for attempt in range(1, config.refill + 1):
-        rewards = torch.tensor([trained_reward(config, row) for row in rows]).view(-1, size)
-        flat = (rewards == rewards[:, :1]).all(1).nonzero()[:, 0].tolist()
-        if not flat:
-            break
-        drawn = random.Random(f"{config.seed}/{run.step}/refill/{attempt}").choices(run.tasks, k=len(flat))
-        new = rollout(run, drawn, noise_key=attempt)
-        for n, i in enumerate(flat):
-            rows[i * size : (i + 1) * size] = new[n * size : (n + 1) * size]
-        replaced += len(flat)
-    return rows, {"success": success, "refilled_groups": replaced}
 
 
 def trained_reward(config: Config, row: Trajectory) -> float:

@@ -22,8 +22,9 @@ from nanotoolrl.config import Setting, declare, setting
 from nanotoolrl.env import Task
 from nanotoolrl.losses import likelihood_drop
 from nanotoolrl.objective import Tokens, clipped_objective
-from nanotoolrl.run import Run, Step, begin_anew, group_advantages, refilled, rollout
+from nanotoolrl.run import Run, Step, begin_anew, group_advantages, rollout
 from nanotoolrl.updates import policy_update
+from nanotoolrl.weights import refilled
 
 
 # ---------------------------------------------------------------------------------------------- the registry

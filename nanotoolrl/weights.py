@@ -5,6 +5,7 @@ Who supervises is a scheme; how a token is weighed is a setting, so that `ets --
 Shapes: P prompts, G rollouts per prompt, B = P G rows in group order, N trained tokens.
 """
 
+import random
 from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import replace
@@ -16,7 +17,7 @@ from torch import Tensor
 
 from nanotoolrl.config import Config
 from nanotoolrl.objective import Tokens
-from nanotoolrl.run import trained_reward
+from nanotoolrl.run import Run, rollout, trained_reward
 from nanotoolrl.trajectory import Trajectory
 
 
@@ -102,3 +103,28 @@ def rows_kept(config: Config, trajectories: Sequence[Trajectory]) -> list[int]:
     count = max(config.updates, round(config.filter * len(rewards)))
     order = rewards.var(1, correction=0).sort(descending=True, stable=True).indices[:count]
     return [i * size + k for i in sorted(order.tolist()) for k in range(size)]
+
+
+def refilled(run: Run, trajectories: list[Trajectory]) -> tuple[list[Trajectory], dict[str, float]]:
+    """Trajectories in group order, but up to `--refill` times those groups whose rollouts all have one reward
+    are replaced by groups of other tasks, drawn by the seed. The second value are metrics: the success of the
+    first rollouts, which were not chosen, and how many groups were replaced; {} without `--refill`.
+
+    Dynamic sampling of DAPO (arXiv 2503.14476), which goes on until every group has contrast.
+    """
+    config, size, rows = run.config, run.config.group, list(trajectories)
+    if not config.refill:
+        return rows, {}
+    success = sum(row.reward for row in rows) / len(rows)
+    replaced = 0
+    for attempt in range(1, config.refill + 1):
+        rewards = torch.tensor([trained_reward(config, row) for row in rows]).view(-1, size)
+        flat = (rewards == rewards[:, :1]).all(1).nonzero()[:, 0].tolist()
+        if not flat:
+            break
+        drawn = random.Random(f"{config.seed}/{run.step}/refill/{attempt}").choices(run.tasks, k=len(flat))
+        new = rollout(run, drawn, noise_key=attempt)
+        for n, i in enumerate(flat):
+            rows[i * size : (i + 1) * size] = new[n * size : (n + 1) * size]
+        replaced += len(flat)
+    return rows, {"success": success, "refilled_groups": replaced}

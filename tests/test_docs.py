@@ -46,7 +46,7 @@ PAGES = {
     path.relative_to(ROOT).as_posix(): path.read_text(encoding="utf-8")
     for path in (ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md")))
 }
-README, COLLAPSE, SPEED = (PAGES[name] for name in ("README.md", "docs/collapse.md", "docs/speed.md"))
+README, COLLAPSE, SPEED = (PAGES[name] for name in ("README.md", "docs/noise-collapse.md", "docs/speed.md"))
 START = PAGES["docs/start.md"]
 WHY = PAGES["docs/why.md"]
 ADDED = "docs/6-add-your-own.md"  # its commands run in a copy that has what the page adds

@@ -14,7 +14,6 @@ from nanotoolrl.run import (
     failed_tasks,
     first_model,
     group_advantages,
-    refilled,
     roll_back,
     rollout,
     snapshot,
@@ -72,43 +71,6 @@ def test_advantages_use_the_trained_reward(tiny):
     assert group_advantages(run, rows).tolist() == [0.0] * 4, "none of them passed"
     run.config.graded_reward = True
     assert group_advantages(run, rows).tolist() == pytest.approx([-0.5, -1 / 6, 1 / 6, 0.5])
-
-
-def test_groups_without_contrast_are_refilled(tiny, monkeypatch):
-    """By hand: groups that all fail (0, 2), then one that still does (2), then none; what was chosen does not
-    count as success."""
-    run = make_run(tiny, group=2, refill=5)
-    run.tasks = tasks(7)
-    rewards = iter([[0, 0, 1, 0, 0, 0], [1, 0, 1, 1], [0, 1]])
-    asked = []
-
-    def played(run, chosen, noise_key=0):
-        asked.append((noise_key, len(chosen)))
-        assert all(task in run.tasks for task in chosen)
-        return [
-            Trajectory(task.id, "base", "hermes", [], [], [], 0, reward=float(reward))
-            for task, reward in zip([t for t in chosen for _ in range(2)], next(rewards), strict=True)
-        ]
-
-    monkeypatch.setattr("nanotoolrl.run.rollout", played)
-    rows, notes = refilled(run, played(run, run.tasks[:3]))
-    assert [row.reward for row in rows] == [1, 0, 1, 0, 0, 1]
-    assert asked == [(0, 3), (1, 2), (2, 1)], "it ends when all have contrast"
-    assert notes == {"success": 1 / 6, "refilled_groups": 3}
-
-
-def test_refilling_gives_up_and_is_off_by_default(tiny):
-    run = make_run(tiny, group=2, refill=2)
-    run.tasks = tasks(3)
-    plain = rollout(run, tasks(3))
-    rows, notes = refilled(run, rollout(run, tasks(3)))
-    assert len(rows) == 6 and notes["success"] == sum(row.reward for row in plain) / 6
-    assert notes["refilled_groups"] <= 6
-    again, _ = refilled(run, rollout(run, tasks(3)))
-    assert [row.tokens for row in again] == [row.tokens for row in rows], "drawn by the seed"
-    run.config.refill = 0
-    rows, notes = refilled(run, rollout(run, tasks(3)))
-    assert [row.tokens for row in rows] == [row.tokens for row in plain] and notes == {}
 
 
 def test_failed_tasks_by_both_rules(tiny):

@@ -5,14 +5,15 @@ from types import SimpleNamespace
 import pytest
 import torch
 from helpers.models import tiny_policy
-from helpers.updates import TIMES, all_close, made_up, make_run, parameters_of
+from helpers.updates import TIMES, all_close, made_up, make_run, parameters_of, tasks
 
 from nanotoolrl.config import Config
 from nanotoolrl.env import CAPPED, CUT, FULL, Verdict
 from nanotoolrl.objective import Tokens
+from nanotoolrl.run import rollout
 from nanotoolrl.trajectory import Trajectory
 from nanotoolrl.updates import policy_update
-from nanotoolrl.weights import conflicts, rows_kept, token_weights, weighed
+from nanotoolrl.weights import conflicts, refilled, rows_kept, token_weights, weighed
 
 
 def row(*messages, verdicts=(), turn_of=(), turns=1, reward=0.0):
@@ -139,3 +140,40 @@ def test_a_filtered_update_is_one_on_the_kept_rows(policy):
         found.append((parameters_of(tiny), {k: v for k, v in metrics.items() if k not in TIMES}))
     all_close(found[0][0], found[1][0], atol=1e-7)
     assert found[0][1]["loss"] == pytest.approx(found[1][1]["loss"])
+
+
+def test_groups_without_contrast_are_refilled(tiny, monkeypatch):
+    """By hand: groups that all fail (0, 2), then one that still does (2), then none; what was chosen does not
+    count as success."""
+    run = make_run(tiny, group=2, refill=5)
+    run.tasks = tasks(7)
+    rewards = iter([[0, 0, 1, 0, 0, 0], [1, 0, 1, 1], [0, 1]])
+    asked = []
+
+    def played(run, chosen, noise_key=0):
+        asked.append((noise_key, len(chosen)))
+        assert all(task in run.tasks for task in chosen)
+        return [
+            Trajectory(task.id, "base", "hermes", [], [], [], 0, reward=float(reward))
+            for task, reward in zip([t for t in chosen for _ in range(2)], next(rewards), strict=True)
+        ]
+
+    monkeypatch.setattr("nanotoolrl.weights.rollout", played)
+    rows, notes = refilled(run, played(run, run.tasks[:3]))
+    assert [row.reward for row in rows] == [1, 0, 1, 0, 0, 1]
+    assert asked == [(0, 3), (1, 2), (2, 1)], "it ends when all have contrast"
+    assert notes == {"success": 1 / 6, "refilled_groups": 3}
+
+
+def test_refilling_gives_up_and_is_off_by_default(tiny):
+    run = make_run(tiny, group=2, refill=2)
+    run.tasks = tasks(3)
+    plain = rollout(run, tasks(3))
+    rows, notes = refilled(run, rollout(run, tasks(3)))
+    assert len(rows) == 6 and notes["success"] == sum(row.reward for row in plain) / 6
+    assert notes["refilled_groups"] <= 6
+    again, _ = refilled(run, rollout(run, tasks(3)))
+    assert [row.tokens for row in again] == [row.tokens for row in rows], "drawn by the seed"
+    run.config.refill = 0
+    rows, notes = refilled(run, rollout(run, tasks(3)))
+    assert [row.tokens for row in rows] == [row.tokens for row in plain] and notes == {}

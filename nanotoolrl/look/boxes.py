@@ -27,8 +27,9 @@ what it logs, and what became of it where GRPO collapses. The text of a box is t
 function, so the page is what `python -m nanotoolrl.look.boxes` prints. Results are those of
 `--preset rescue`, in which bad rollouts spare control tokens, `grpo` included: greedy success in % of 200
 `test` tasks, with an interval for other tasks and other seeds, and the change from the untrained model,
-paired by task; [what replicates](results.md) says what they mean. Collapsed: below a quarter of success
-before. A box without a result waits for its study.
+paired by task; [what replicates](results.md) says what they mean. Collapsed: at the end below a quarter of
+success before. Fell: sampled success was below a quarter of its best on the way. A run can do one without the
+other. A box without a result waits for its study.
 
 A = (R - mean R) / (std R + 1e-6) is the advantage of a rollout, r the ratio of the probability of one of its
 tokens to that at sampling. [Schedules, judges and settings that go with any of them](schemes.md) are on their

@@ -67,7 +67,8 @@ def verdict(model: Checkup, reference: Checkup | None) -> str:
         structure += f"; {model.replies:.1%} are replies, {reference.replies:.1%} before"
     structure = f"structure is {'broken' if broken else 'healthy'} in {model.format}: {structure}"
     if reference is None:
-        return f"{structure}; {_shown(now)} solved" + (f"; {_others(model)}" if broken else "")
+        alone = f"{structure}; {_shown(now)} solved, and no model to compare that with (--compare)"
+        return alone + (f"; {_others(model)}" if broken else "")
     before = reference.success[reference.format]
     solved = f"{_shown(now)} solved, {_shown(before)} before"
     if now[2] >= before[1]:

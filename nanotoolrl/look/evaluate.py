@@ -34,7 +34,7 @@ from nanotoolrl.env import (
     messages_needed,
 )
 from nanotoolrl.files import check_writable, finite, write_atomically
-from nanotoolrl.loading import BUILT_IN, BY_NAME, ModelError, load
+from nanotoolrl.loading import BEGAN_FROM, BUILT_IN, BY_NAME, ModelError, load
 from nanotoolrl.look.doctor import (
     FORCED,
     OWN_STRUCTURE,
@@ -514,7 +514,7 @@ def doctor(args: argparse.Namespace) -> tuple[str, dict]:
     probe_tasks = subset(load_tasks("train"), PROBE_TASKS)
     run = run_settings(args.model)
     trained = args.format or run.get("format") or "hermes"
-    before = args.compare or run.get("model") or ""
+    before = args.compare or run.get("model") or BEGAN_FROM.get(args.model, "")
     known = None
     if before.endswith(".json"):
         before, known = judged_before(Path(before), args, trained)
