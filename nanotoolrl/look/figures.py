@@ -112,7 +112,7 @@ def divergence(axes: Axes, runs: Sequence[RunFiles]) -> None:
 
 def token_classes(axes: Axes, runs: Sequence[RunFiles]) -> None:
     """Change since the start of the negative log-likelihood of each class of ground-truth tokens; a mark
-    where it has its onset (falls.py)."""
+    where it has its onset."""
     for i, run in enumerate(runs):
         for k, name in enumerate(CLASSES):
             steps, values = run.series(f"nll_{name}")
@@ -132,7 +132,7 @@ def token_classes(axes: Axes, runs: Sequence[RunFiles]) -> None:
 def net_push(axes: Axes, runs: Sequence[RunFiles]) -> None:
     """Net push on the logit of each control token by place in the message, for one run: the mean over the
     steps up to the fall, with two standard errors. For several runs the sum over places of the three tokens
-    that are pushed most."""
+    that are pushed most. It is that of RL: SFT, which may push back, is not counted."""
     names: list[str] = []
     for i, run in enumerate(runs):
         series = pushes_before_fall(run)
@@ -259,6 +259,11 @@ FIGURES: dict[str, Callable[[Axes, Sequence[RunFiles]], None]] = {
 
 # Of figures that are not over steps.
 XLABELS = {"net push": "net push, thousandths a step, up to the fall", "bias force": ""}
+
+
+def about(title: str) -> str:
+    """What a figure shows, in words: the docstring of its function."""
+    return " ".join((FIGURES[title].__doc__ or "").split())
 
 
 def draw(runs: Sequence[RunFiles], directory: Path) -> list[Path]:

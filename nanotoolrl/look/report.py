@@ -100,7 +100,7 @@ def messages_of(tokens: list[int], mask: list[int], states: list[str], chat: Cha
 def build(runs: Sequence[RunFiles], directory: Path, megabytes: float = MEGABYTES) -> Path:
     """Write figures and report.html into a directory; returns the page's path. megabytes: of rollouts, of all
     runs together."""
-    from nanotoolrl.look.figures import draw  # matplotlib, for this alone
+    from nanotoolrl.look.figures import about, draw  # matplotlib, for this alone
 
     figures = draw(runs, directory)
     share = int(1e6 * megabytes) // len(runs)
@@ -123,8 +123,9 @@ def build(runs: Sequence[RunFiles], directory: Path, megabytes: float = MEGABYTE
         ],
         "sampled": f"Shown are {sampled}: the log is longer than a page should be." if sampled else "",
         "figures": [
-            {"title": path.stem.replace("_", " "), "png": base64.b64encode(path.read_bytes()).decode()}
+            {"title": title, "about": about(title), "png": base64.b64encode(path.read_bytes()).decode()}
             for path in figures
+            for title in [path.stem.replace("_", " ")]
         ],
         "runs": shown,
     }
