@@ -21,6 +21,7 @@ from nanotoolrl.look.evaluate import (
     add_thinking,
     chosen_limits,
     chosen_policy,
+    chosen_thinking,
     rules,
     sampler_of,
 )
@@ -153,7 +154,7 @@ def main(argv: list[str] | None = None) -> int:
                 lines = [message["content"], *map(signature, message.get("tools", ()))]
                 show(message["role"], "\n".join(lines), color)
             return 0
-        limits = chosen_limits(args)
+        limits, args.thinking = chosen_limits(args), chosen_thinking(args)
         sampler = sampler_of(chosen_policy(args, args.model), limits, args.seed)
         talk(sampler, task, args, limits) if args.chat else play(sampler, task, args, limits, color)
     except (ModelError, OSError, ValueError) as error:

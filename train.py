@@ -151,7 +151,7 @@ def spoiled(run: Run, step: Step) -> str:
 # ------------------------------------------------------------------------------------------- before the steps
 def setup(config: Config) -> tuple[Run, list[Task], int]:
     """(run, evaluation tasks, number of training tasks that nobody can solve within the limits)."""
-    if missing := absent(config.log):
+    if missing := absent(config.track):
         raise Refused(missing)
     torch.set_num_threads(config.threads or cpu_threads(distributed.neighbours()))
     torch.manual_seed(config.seed)
@@ -199,11 +199,12 @@ def begin(
     config = run.config
     if saved is None:
         distributed.from_first(lambda: (directory.start if resume else directory.create)(config))
+        directory.open_logger(config, run.step)  # it may be refused: without a checkpoint a run begins anew
         directory.save(run, {})
     else:
         directory.restore(run, saved)
         distributed.from_first(lambda: directory.rewind(config, run.step))
-    directory.open_logger(config, run.step)
+        directory.open_logger(config, run.step)
     print(
         f"{config.scheme}{', ' + config.schedule if config.schedule else ''}: {config.prompts} prompts x "
         f"{config.group} rollouts = {config.prompts * config.group} trajectories, {config.updates} "

@@ -253,7 +253,7 @@ class Config:
     probe_tasks: int = setting(16, "ground-truth conversations in the probe set", above=0)
     show_every: int = setting(8, "steps between printed trajectories; 0: none", least=0)
     rollout_groups: int = setting(2, "groups per step written to rollouts.jsonl", least=0)
-    log: str = setting(
+    track: str = setting(
         "none",
         "where numbers and rollouts go besides OUT",
         ("none", "tensorboard", "trackio", "wandb"),

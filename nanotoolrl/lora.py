@@ -4,9 +4,9 @@ of attention and MLP, and nothing else.
     y = W x + ALPHA / rank * B (A x)        W [out, in] frozen, A [rank, in], B [out, rank], zero at the start
 
 Less memory, as masters, gradients and moments are of A and B alone, and no reference model, as the policy
-without its adapter is the one that RL started from. Few directions to move in, too: a way to ask whether a
-collapse needs all of them. The adapters are those of the package peft, which is imported here and nowhere
-else.
+without its adapter is the one that RL started from (two schemes pull to a later one, `move_reference`). Few
+directions to move in, too: a way to ask whether a collapse needs all of them. The adapters are those of the
+package peft, which is imported here and nowhere else.
 """
 
 from collections.abc import Iterator

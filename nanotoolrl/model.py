@@ -103,7 +103,7 @@ class Policy:
 
     def save(self, directory: str | os.PathLike) -> None:
         """Write a standard checkpoint directory (config, safetensors weights, tokenizer, chat template). An
-        adapter is merged into its weights, and is there alone, too, in `adapter/`."""
+        adapter is merged into its weights, rounded to their dtype, and is exact, alone, in `adapter/`."""
         with quiet():
             with torch.device("meta"):
                 foreign = transformers.AutoModelForCausalLM.from_config(self.config, dtype=self.dtype)

@@ -17,6 +17,7 @@ from nanotoolrl.calls import (
     message_state,
     parse_calls,
     render_calls,
+    spoken,
 )
 from nanotoolrl.chat import Chat
 from nanotoolrl.env import Episode, Task
@@ -180,7 +181,7 @@ def play_again(task: Task, messages: list[tuple[str, bool]], format: str) -> lis
     played = [Played([("user", " ".join([turn.user, *turn.offers]))]) for turn in task.turns]
     for text, ended in messages:
         now = played[episode.turn]
-        now.log.append(("assistant", text))
+        now.log.append(("assistant", spoken(text)))
         calls = parse_calls(text, format) if ended else []
         answers = [message["content"] for message in episode.step(text, overlong=not ended) or ()]
         for call, answer in zip(calls, answers):

@@ -107,7 +107,8 @@ def rows_kept(config: Config, trajectories: Sequence[Trajectory]) -> list[int]:
 
 def refilled(run: Run, trajectories: list[Trajectory]) -> tuple[list[Trajectory], dict[str, float]]:
     """Trajectories in group order, but up to `--refill` times those groups whose rollouts all have one reward
-    are replaced by groups of other tasks, drawn by the seed. The second value are metrics: the success of the
+    are replaced by groups of other tasks, drawn by the seed: of those that were not in the batch, where there
+    are enough. The second value are metrics: the success of the
     first rollouts, which were not chosen, and how many groups were replaced; {} without `--refill`.
 
     Dynamic sampling of DAPO (arXiv 2503.14476), which goes on until every group has contrast.
@@ -116,13 +117,19 @@ def refilled(run: Run, trajectories: list[Trajectory]) -> tuple[list[Trajectory]
     if not config.refill:
         return rows, {}
     success = sum(row.reward for row in rows) / len(rows)
-    replaced = 0
+    replaced, seen = 0, {row.task_id for row in rows}
     for attempt in range(1, config.refill + 1):
         rewards = torch.tensor([trained_reward(config, row) for row in rows]).view(-1, size)
         flat = (rewards == rewards[:, :1]).all(1).nonzero()[:, 0].tolist()
         if not flat:
             break
-        drawn = random.Random(f"{config.seed}/{run.step}/refill/{attempt}").choices(run.tasks, k=len(flat))
+        others = [task for task in run.tasks if task.id not in seen]
+        draw = random.Random(f"{config.seed}/{run.step}/refill/{attempt}")
+        if len(others) >= len(flat):
+            drawn = draw.sample(others, len(flat))
+        else:
+            drawn = draw.choices(run.tasks, k=len(flat))
+        seen |= {task.id for task in drawn}
         new = rollout(run, drawn, noise_key=attempt)
         for n, i in enumerate(flat):
             rows[i * size : (i + 1) * size] = new[n * size : (n + 1) * size]

@@ -9,11 +9,14 @@ from helpers.updates import TIMES, all_close, made_up, make_run, parameters_of, 
 
 from nanotoolrl.config import Config
 from nanotoolrl.env import CAPPED, CUT, FULL, Verdict
+from nanotoolrl.loading import load
 from nanotoolrl.objective import Tokens
-from nanotoolrl.run import rollout
+from nanotoolrl.run import Run, rollout
+from nanotoolrl.signals import SCHEMES
 from nanotoolrl.trajectory import Trajectory
 from nanotoolrl.updates import policy_update
 from nanotoolrl.weights import conflicts, refilled, rows_kept, token_weights, weighed
+from nanotoolrl.world.tasks import load_tasks
 
 
 def row(*messages, verdicts=(), turn_of=(), turns=1, reward=0.0):
@@ -152,7 +155,7 @@ def test_groups_without_contrast_are_refilled(tiny, monkeypatch):
 
     def played(run, chosen, noise_key=0):
         asked.append((noise_key, len(chosen)))
-        assert all(task in run.tasks for task in chosen)
+        assert all(task in run.tasks for task in chosen) and len({task.id for task in chosen}) == len(chosen)
         return [
             Trajectory(task.id, "base", "hermes", [], [], [], 0, reward=float(reward))
             for task, reward in zip([t for t in chosen for _ in range(2)], next(rewards), strict=True)
@@ -160,6 +163,7 @@ def test_groups_without_contrast_are_refilled(tiny, monkeypatch):
 
     monkeypatch.setattr("nanotoolrl.weights.rollout", played)
     rows, notes = refilled(run, played(run, run.tasks[:3]))
+    assert len({row.task_id for row in rows}) == 3 and {"t0", "t2"}.isdisjoint(row.task_id for row in rows)
     assert [row.reward for row in rows] == [1, 0, 1, 0, 0, 1]
     assert asked == [(0, 3), (1, 2), (2, 1)], "it ends when all have contrast"
     assert notes == {"success": 1 / 6, "refilled_groups": 3}
@@ -171,9 +175,28 @@ def test_refilling_gives_up_and_is_off_by_default(tiny):
     plain = rollout(run, tasks(3))
     rows, notes = refilled(run, rollout(run, tasks(3)))
     assert len(rows) == 6 and notes["success"] == sum(row.reward for row in plain) / 6
-    assert notes["refilled_groups"] <= 6
+    fresh = [row.task_id for row in rows]
+    assert len(fresh) == 6 and set(fresh) <= {"t0", "t1", "t2"}, "no others are there"
     again, _ = refilled(run, rollout(run, tasks(3)))
     assert [row.tokens for row in again] == [row.tokens for row in rows], "drawn by the seed"
     run.config.refill = 0
     rows, notes = refilled(run, rollout(run, tasks(3)))
     assert [row.tokens for row in rows] == [row.tokens for row in plain] and notes == {}
+
+
+@pytest.mark.slow
+def test_a_scheme_trains_on_the_refilled_groups_and_counts_the_first(policy):
+    """More groups have contrast; `success` is that of the rollouts that were not chosen."""
+    found = []
+    for refill in (0, 3):
+        config = Config(scheme="grpo", prompts=4, group=4, updates=1, refill=refill, max_messages=6, seed=2)
+        run = Run.begin(config, load("nano"), load_tasks("train")[:40])
+        run.next_step()
+        step = SCHEMES["grpo"].step(run, run.tasks[:4])
+        contrast = sum(len({row.reward for row in step.trajectories[i : i + 4]}) > 1 for i in range(0, 16, 4))
+        found.append((step, contrast))
+    (plain, before), (more, after) = found
+    assert "refilled_groups" not in plain.metrics and more.metrics["refilled_groups"] > 0
+    assert after > before
+    assert more.metrics["success"] == sum(row.reward for row in plain.trajectories) / 16
+    assert more.metrics.keys() - plain.metrics.keys() == {"refilled_groups", "success"}

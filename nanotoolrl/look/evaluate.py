@@ -325,15 +325,19 @@ def add_limits(parser: argparse.ArgumentParser) -> None:
 
 
 def add_thinking(parser: argparse.ArgumentParser) -> None:
-    """A flag; `chosen_policy` says what holds where it is not given."""
+    """A flag; `chosen_thinking` says what holds where it is not given."""
     about = "let the model think before it speaks (default: as its run did)"
     parser.add_argument("--thinking", action=argparse.BooleanOptionalAction, help=about)
 
 
+def chosen_thinking(args: argparse.Namespace) -> bool:
+    """The flag, before what the run that made the model did."""
+    return run_settings(args.model).get("thinking", False) if args.thinking is None else args.thinking
+
+
 def chosen_policy(args: argparse.Namespace, model: str) -> Policy:
-    """A model, which thinks if the flag, or else the run that made `--model`, says so."""
-    run = run_settings(args.model)
-    return load(model, thinking=run.get("thinking", False) if args.thinking is None else args.thinking)
+    """A model, which thinks if the flag says so."""
+    return load(model, thinking=bool(args.thinking))
 
 
 def chosen_limits(args: argparse.Namespace) -> Limits:
@@ -422,7 +426,7 @@ def main(argv: list[str] | None = None) -> int:
         if args.json:
             check_writable(args.json)
         torch.set_num_threads(cpu_threads())
-        args.limits = chosen_limits(args)
+        args.limits, args.thinking = chosen_limits(args), chosen_thinking(args)
         vars(args).update(dataclasses.asdict(args.limits))
         text, numbers = COMMANDS[kind](args)
         print(text)
@@ -546,6 +550,7 @@ def judged_before(path: Path, args: argparse.Namespace, trained: str) -> tuple[s
         wanted = {name: getattr(args, name) for name in ("tasks", "count", *dataclasses.asdict(args.limits))}
         told = found["arguments"]
         others = [name for name, value in wanted.items() if told[name] != value]
+        others += ["thinking"] if bool(told.get("thinking")) != args.thinking else []
         model = Checkup(**found["model"])
         others += ["format"] if model.format != trained else []
         shares = {way: Share(*share) for way, share in model.success.items()}

@@ -1,4 +1,4 @@
-"""`--log`: a run's numbers and rollouts in tensorboard, trackio or wandb, beside its own files.
+"""`--track`: a run's numbers and rollouts in tensorboard, trackio or wandb, beside its own files.
 
 The packages are imported only where one is asked for. A logger has a name of its own for a run, which is kept
 in the run directory, so that a run that goes on (`--resume`) goes on there, too.
@@ -11,6 +11,8 @@ import uuid
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Protocol
+
+from nanotoolrl.config import Refused
 
 PROJECT = "nanotoolrl"
 COLUMNS = ("task", "rollout", "reward", "advantage", "states", "conversation")  # of the table of rollouts
@@ -27,19 +29,23 @@ class Logger(Protocol):
 
 def absent(name: str) -> str:
     """Why a logger cannot be had, or ""."""
-    there = name == "none" or importlib.util.find_spec(name) is not None
-    return "" if there else f"--log {name} needs the package {name}: pip install {name}"
+    spec = None if name == "none" else importlib.util.find_spec(name)
+    there = name == "none" or (spec is not None and spec.origin is not None)  # a mere folder has none
+    return "" if there else f"--track {name} needs the package {name}: pip install {name}"
 
 
 def logger(name: str, directory: Path, settings: Mapping[str, Any], step: int) -> Logger | None:
     """The logger of a run that has made so many steps; None for "none". It shares the settings, but for the
-    address of a judge."""
+    address of a judge. Raises Refused if it cannot begin."""
     shared = {key: value for key, value in settings.items() if key != "judge"}
     if name == "none":
         return None
-    if name == "tensorboard":
-        return TensorBoard(directory, shared, step)
-    return Tracked(importlib.import_module(name), directory, shared)
+    try:
+        if name == "tensorboard":
+            return TensorBoard(directory, shared, step)
+        return Tracked(importlib.import_module(name), directory, shared)
+    except Exception as error:  # no login, no network, a full disk: whatever such a package raises
+        raise Refused(f"--track {name} cannot begin: {type(error).__name__}: {error}") from None
 
 
 class TensorBoard:
@@ -64,9 +70,9 @@ class TensorBoard:
 
 
 class Tracked:
-    """trackio or wandb, whose interface is the same: a run in the project nanotoolrl. Both write to the disk
-    of this machine unless told otherwise (`WANDB_MODE=offline`). Steps that are made anew after a run was
-    killed are in trackio twice; wandb keeps the first."""
+    """trackio or wandb, whose interface is the same: a run in the project nanotoolrl. trackio writes to the
+    disk, wandb sends all of it to its server unless `WANDB_MODE=offline`. Steps that are made anew after a
+    run was killed are in trackio twice; wandb keeps the first."""
 
     def __init__(self, module: Any, directory: Path, settings: Mapping[str, Any]) -> None:
         self.module = module
@@ -97,7 +103,7 @@ def table(columns: Sequence[str], rows: Sequence[Sequence[Any]]) -> str:
 
     def cell(value: Any) -> str:
         text = f"{value}".replace("&", "&amp;").replace("<", "&lt;").replace("|", "&#124;")
-        return text.replace("\n", "<br>")
+        return "<br>".join(text.splitlines())
 
     lines = [columns, ["---"] * len(columns), *rows]
     return "\n".join(f"| {' | '.join(map(cell, line))} |" for line in lines)

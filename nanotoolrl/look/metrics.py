@@ -36,8 +36,8 @@ FIRST = {
     ),
     "success": Metric(
         "share",
-        "solved tasks over the policy's own rollouts: without hinted and oracle ones (`ghpo`: before any is "
-        "replaced)",
+        "solved tasks over the policy's own rollouts: without hinted and oracle ones (`ghpo`, `--refill`: "
+        "before any is replaced; all else is of those that are trained on)",
     ),
     "contrast_groups": Metric(
         "count", "groups whose rewards differ: without a KL term, only these carry a gradient"

@@ -33,7 +33,7 @@ from nanotoolrl.look.metrics import NOT_COLUMNS, columns_of, metrics
 from nanotoolrl.model import Policy
 from nanotoolrl.run import Run, State, Step
 
-CHANGEABLE = ("steps", "out")  # settings that may differ when a run goes on
+CHANGEABLE = ("steps", "out", "track")  # settings that may differ when a run goes on
 DIGITS = 6  # of numbers in the logs
 # What reading a file raises that is no checkpoint.
 UNREADABLE = (
@@ -61,7 +61,7 @@ class RunDirectory:
         self.result, self.model = self.path / "result.json", self.path / "model"
         self.owner = self.path / "run.lock"
         self.lock: TextIO | None = None
-        self.logger: Logger | None = None  # of `--log`
+        self.logger: Logger | None = None  # of `--track`
         self.columns = list(metrics())  # of metrics.csv
         self.names = list(SETTINGS)  # of the settings in config.json
 
@@ -91,13 +91,15 @@ class RunDirectory:
         self.lock.flush()
 
     def release(self) -> None:
-        """Let others own the directory; close the logger."""
-        if self.logger:
-            self.logger.close()
-            self.logger = None
-        if self.lock:
-            self.lock.close()
-            self.lock = None
+        """Close the logger, and let others own the directory, whatever becomes of that."""
+        logger, self.logger = self.logger, None
+        try:
+            if logger:
+                logger.close()
+        finally:
+            if self.lock:
+                self.lock.close()
+                self.lock = None
 
     def create(self, config: Config) -> None:
         """Make a new one and own it. Refuses, and leaves as it is, a directory that holds anything."""
@@ -154,7 +156,8 @@ class RunDirectory:
         if "steps" in given and config.steps < old.steps:
             raise Refused(f"--steps may only grow on --resume: the run has {old.steps}")
         steps = config.steps if "steps" in given else old.steps
-        resumed = old.but(steps=steps, out=str(self.path))
+        track = config.track if "track" in given else old.track
+        resumed = old.but(steps=steps, out=str(self.path), track=track)
         if not self.checkpoint.exists():
             if logged_steps(self.metrics):
                 raise Refused(
@@ -281,10 +284,10 @@ class RunDirectory:
             sync(target.parent)
 
     def open_logger(self, config: Config, step: int) -> None:
-        """Tell the logger of `--log` of a run that has made so many steps."""
+        """Tell the logger of `--track` of a run that has made so many steps."""
         if distributed.first():
             settings = {name: getattr(config, name) for name in self.names}
-            self.logger = logger(config.log, self.path, settings, step)
+            self.logger = logger(config.track, self.path, settings, step)
 
     def log_probes(self, details: dict) -> None:
         """One line of probes.jsonl."""

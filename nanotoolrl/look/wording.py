@@ -8,6 +8,7 @@ by then. One that is not there counts if another wording fails the task. Single 
 has a known code.
 """
 
+import contextlib
 import json
 import re
 from collections.abc import Iterator
@@ -24,28 +25,39 @@ def unshown(task: Task) -> list[str]:
     """The sentences of a task's ground truth that are not shown before they are needed, and are needed word
     for word."""
     truth = [turn.calls for turn in task.turns]
-    shown = [words(json.dumps([task.schema(tool) for tool in task.tools]))]
+    shown = [told([task.schema(tool) for tool in task.tools])]
     found = []
     for i, turn in enumerate(task.turns):
-        shown += [words(turn.user), words(json.dumps([task.schema(tool) for tool in turn.offers]))]
+        shown += [words(turn.user), told([task.schema(tool) for tool in turn.offers])]
         for j, (call, result) in enumerate(zip(turn.calls, task.expected[i][1], strict=True)):
             for name, value in call.arguments.items():
                 new = [text for text in strings(value) if is_new(text, shown)]
                 others = [*turn.calls[:j], alter(task, call, name), *turn.calls[j + 1 :]]
                 if new and not replay(task, [*truth[:i], others, *truth[i + 1 :]]):
                     found += new
+            with contextlib.suppress(ValueError, RecursionError):  # a result may be no JSON
+                shown.append(told(json.loads(result)))
             shown.append(words(result))
     return found
 
 
+def told(value: Any) -> str:
+    """`words` of a nested value, without the escapes of JSON."""
+    return words(json.dumps(value, ensure_ascii=False))
+
+
 def is_new(text: str, shown: list[str]) -> bool:
     """Whether a text is a sentence, and a part of it stands in none of these: a number, or three words in a
-    row without one. So a form that a user gives, filled in with numbers that a tool gave, is not new."""
+    row without one. So a form that a user gives, filled in with numbers that a tool gave, is not new. Nor
+    is a text that differs in blanks and signs only."""
     wanted = words(text).split()
+    if any("".join(wanted) in one.replace(" ", "") for one in shown):
+        return False
     runs = [f" {' '.join(wanted[i : i + RUN])} " for i in range(len(wanted) - RUN + 1)]
     parts = [run for run in runs if not re.search(r"\d", run)]
     parts += [f" {word} " for word in wanted if word.isdecimal()]
-    return len(wanted) >= SENTENCE and not all(any(part in one for one in shown) for part in parts)
+    known = parts and all(any(part in one for one in shown) for part in parts)
+    return len(wanted) >= SENTENCE and not known
 
 
 def words(text: str) -> str:
