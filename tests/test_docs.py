@@ -877,3 +877,25 @@ def test_a_call_format_takes_nothing_but_its_lines(tmp_path):
         if "--oracle" in command:
             assert "<call>{" in said
     assert rows_of(tmp_path / "run")
+
+
+def test_the_run_with_real_weights_is_told_as_it_was():
+    page = " ".join(PAGES["docs/real-models.md"].split())
+    folder = RESULTS / "real" / "sft"
+    with (folder / "metrics.csv").open(encoding="utf-8") as file:
+        rows = list(csv.DictReader(file))
+    config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    greedy = {
+        int(row["step"]): f"{100 * float(row['eval_success']):.0f}" for row in rows if row["eval_success"]
+    }
+    *steps, last = map(str, greedy)
+    *shares, final = greedy.values()
+    told = f"{', '.join(shares)} and {final} % at steps {', '.join(steps)} and {last}"
+    assert f"greedy success on the same {config['eval_part']} tasks of `test` was {told}" in page
+    tokens = sum(int(row["sft_tokens"]) for row in rows)
+    minutes = sum(float(row["seconds"]) for row in rows) / 60
+    count = f"{len(rows)} steps of {config['sft_batch']} conversations"
+    assert f"{count} (`data/results/real/sft`, {tokens:,} trained tokens, {minutes:.0f} minutes" in page
+    losses = [float(rows[i]["sft_loss"]) for i in (0, -1)]
+    assert f"the SFT loss {losses[0]:.2f} in the first step and {losses[1]:.3f} in the last" in page
+    assert (config["sft_lr"], config["dtype"], config["model"]) == (1e-4, "bf16", "runs/smollm2")
