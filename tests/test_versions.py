@@ -11,6 +11,7 @@ import pytest
 ROOT = Path(__file__).resolve().parent.parent
 OURS = {"nanotoolrl", "bench", "train", "sample"} | {path.stem for path in (ROOT / "tests").iterdir()}
 PEERS = {"bfcl_eval", "mpmath", "trl", "liger_kernel", "cut_cross_entropy"}  # only if they are there
+OPTIONAL = {"peft", "tensorboard"}  # a flag needs them, and says so where they are not
 PEERS |= {"datasets"}  # comes with trl
 
 
@@ -30,7 +31,7 @@ def required():
 
 def test_what_is_imported_is_required_and_the_other_way_round():
     files = [*ROOT.glob("*.py"), *(ROOT / "nanotoolrl").rglob("*.py"), *(ROOT / "data").glob("*.py")]
-    known = OURS | PEERS | sys.stdlib_module_names
+    known = OURS | PEERS | OPTIONAL | sys.stdlib_module_names
     product = {name for path in files for name in imported(path)} - known
     tests = {name for path in (ROOT / "tests").rglob("*.py") for name in imported(path)} - known
     assert product <= required()
