@@ -13,14 +13,13 @@ from nanotoolrl.calls import FORMATS
 from nanotoolrl.chat import readable, signature
 from nanotoolrl.cli import command, cpu_threads, number, refuse_unheard
 from nanotoolrl.env import Episode, Task, Turn, oracle
-from nanotoolrl.loading import BUILT_IN, ModelError
+from nanotoolrl.loading import BUILT_IN, ModelError, load
 from nanotoolrl.look.evaluate import (
     LIMITS,
     Limits,
     add_limits,
     add_thinking,
     chosen_limits,
-    chosen_policy,
     chosen_thinking,
     rules,
     sampler_of,
@@ -155,7 +154,7 @@ def main(argv: list[str] | None = None) -> int:
                 show(message["role"], "\n".join(lines), color)
             return 0
         limits, args.thinking = chosen_limits(args), chosen_thinking(args)
-        sampler = sampler_of(chosen_policy(args, args.model), limits, args.seed)
+        sampler = sampler_of(load(args.model, thinking=args.thinking), limits, args.seed)
         talk(sampler, task, args, limits) if args.chat else play(sampler, task, args, limits, color)
     except (ModelError, OSError, ValueError) as error:
         print(f"sample.py: {error}", file=sys.stderr)

@@ -199,12 +199,13 @@ def begin(
     config = run.config
     if saved is None:
         distributed.from_first(lambda: (directory.start if resume else directory.create)(config))
-        directory.open_logger(config, run.step)  # it may be refused: without a checkpoint a run begins anew
+        # It may be refused: without a checkpoint a run begins anew.
+        distributed.from_first(lambda: directory.open_logger(config, run.step))
         directory.save(run, {})
     else:
         directory.restore(run, saved)
         distributed.from_first(lambda: directory.rewind(config, run.step))
-        directory.open_logger(config, run.step)
+        distributed.from_first(lambda: directory.open_logger(config, run.step))
     print(
         f"{config.scheme}{', ' + config.schedule if config.schedule else ''}: {config.prompts} prompts x "
         f"{config.group} rollouts = {config.prompts * config.group} trajectories, {config.updates} "

@@ -248,7 +248,9 @@ def command_line() -> argparse.ArgumentParser:
     )
     parser.add_argument("--list", action="store_true", help="list the schemes and exit")
     parser.add_argument(
-        "--resume", action="store_true", help="go on with the run in --out; only --steps may grow"
+        "--resume",
+        action="store_true",
+        help="go on with the run in --out; only --steps (and --track) may change",
     )
     schedules = dict.fromkeys(schedule for one in SCHEMES.values() for schedule in one.schedules)
     choices = {"scheme": tuple(SCHEMES), "preset": tuple(PRESETS), "schedule": ("", *schedules)}

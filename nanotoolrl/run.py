@@ -179,11 +179,14 @@ def trained_reward(config: Config, row: Trajectory) -> float:
     return (passed if config.graded_reward else row.reward) - config.tag_penalty * broken
 
 
+def grouped_rewards(config: Config, trajectories: Sequence[Trajectory]) -> Tensor:
+    """Rewards [P, G], as advantages are made of them, of trajectories in group order."""
+    return torch.tensor([trained_reward(config, row) for row in trajectories]).view(-1, config.group)
+
+
 def group_advantages(run: Run, trajectories: list[Trajectory]) -> Tensor:
     """Group-relative advantages [B] of trajectories in group order."""
-    rewards = [trained_reward(run.config, row) for row in trajectories]
-    grouped = torch.tensor(rewards).view(-1, run.config.group)  # [P, G]
-    return relative_advantages(grouped, run.config.adv_std).flatten()
+    return relative_advantages(grouped_rewards(run.config, trajectories), run.config.adv_std).flatten()
 
 
 def failed_tasks(

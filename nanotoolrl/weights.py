@@ -17,7 +17,7 @@ from torch import Tensor
 
 from nanotoolrl.config import Config
 from nanotoolrl.objective import Tokens
-from nanotoolrl.run import Run, rollout, trained_reward
+from nanotoolrl.run import Run, grouped_rewards, rollout
 from nanotoolrl.trajectory import Trajectory
 
 
@@ -99,7 +99,7 @@ def rows_kept(config: Config, trajectories: Sequence[Trajectory]) -> list[int]:
     """Rows of the groups that `--filter` keeps, in order: the share of them with the largest variance of
     rewards, at least one for each update; the first of those that are alike (RAGEN, arXiv 2504.20073)."""
     size = config.group
-    rewards = torch.tensor([trained_reward(config, row) for row in trajectories]).view(-1, size)
+    rewards = grouped_rewards(config, trajectories)
     count = max(config.updates, round(config.filter * len(rewards)))
     order = rewards.var(1, correction=0).sort(descending=True, stable=True).indices[:count]
     return [i * size + k for i in sorted(order.tolist()) for k in range(size)]
@@ -108,8 +108,8 @@ def rows_kept(config: Config, trajectories: Sequence[Trajectory]) -> list[int]:
 def refilled(run: Run, trajectories: list[Trajectory]) -> tuple[list[Trajectory], dict[str, float]]:
     """Trajectories in group order, but up to `--refill` times those groups whose rollouts all have one reward
     are replaced by groups of other tasks, drawn by the seed: of those that were not in the batch, where there
-    are enough. The second value are metrics: the success of the
-    first rollouts, which were not chosen, and how many groups were replaced; {} without `--refill`.
+    are enough. The second value are metrics: the success of the first rollouts, which were not chosen, and
+    how many groups were replaced; {} without `--refill`.
 
     Dynamic sampling of DAPO (arXiv 2503.14476), which goes on until every group has contrast.
     """
@@ -119,7 +119,7 @@ def refilled(run: Run, trajectories: list[Trajectory]) -> tuple[list[Trajectory]
     success = sum(row.reward for row in rows) / len(rows)
     replaced, seen = 0, {row.task_id for row in rows}
     for attempt in range(1, config.refill + 1):
-        rewards = torch.tensor([trained_reward(config, row) for row in rows]).view(-1, size)
+        rewards = grouped_rewards(config, rows)
         flat = (rewards == rewards[:, :1]).all(1).nonzero()[:, 0].tolist()
         if not flat:
             break

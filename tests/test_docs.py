@@ -885,13 +885,13 @@ def test_the_run_with_real_weights_is_told_as_it_was():
     with (folder / "metrics.csv").open(encoding="utf-8") as file:
         rows = list(csv.DictReader(file))
     config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
-    greedy = {
-        int(row["step"]): f"{100 * float(row['eval_success']):.0f}" for row in rows if row["eval_success"]
-    }
-    *steps, last = map(str, greedy)
-    *shares, final = greedy.values()
-    told = f"{', '.join(shares)} and {final} % at steps {', '.join(steps)} and {last}"
-    assert f"greedy success on the same {config['eval_part']} tasks of `test` was {told}" in page
+    count = config["eval_part"]
+    played = [row for row in rows if row["eval_success"]]
+    (*steps, last), (*solved, final) = zip(
+        *((row["step"], f"{count * float(row['eval_success']):.0f}") for row in played)
+    )
+    told = f"{', '.join(solved)} and {final} greedily after steps {', '.join(steps)} and {last}"
+    assert f"of the same {count} tasks of `test` it solved {told}" in page
     tokens = sum(int(row["sft_tokens"]) for row in rows)
     minutes = sum(float(row["seconds"]) for row in rows) / 60
     count = f"{len(rows)} steps of {config['sft_batch']} conversations"

@@ -101,7 +101,7 @@ def test_numbers_of_a_row():
 
 def test_what_a_model_wrote_stays_in_its_cell():
     lines = loggers.table(("a", "b"), [("x | y\nz", "<script>&")]).split("\n")
-    assert lines == ["| a | b |", "| --- | --- |", "| x &#124; y<br>z | &lt;script>&amp; |"]
+    assert lines == ["| a | b |", "|---|---|", "| x &#124; y<br>z | &lt;script>&amp; |"]
 
 
 def test_a_logger_that_cannot_begin_is_refused_and_the_run_begins_anew(monkeypatch, tmp_path, capsys):

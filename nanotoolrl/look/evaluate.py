@@ -335,11 +335,6 @@ def chosen_thinking(args: argparse.Namespace) -> bool:
     return run_settings(args.model).get("thinking", False) if args.thinking is None else args.thinking
 
 
-def chosen_policy(args: argparse.Namespace, model: str) -> Policy:
-    """A model, which thinks if the flag says so."""
-    return load(model, thinking=bool(args.thinking))
-
-
 def chosen_limits(args: argparse.Namespace) -> Limits:
     """Flags, before the limits of the run that made the model, before those of our own tasks or of the
     benchmark's. Where the run's tasks were of the other kind, the larger of these two."""
@@ -451,7 +446,7 @@ def chosen_tasks(name: str, count: int, official: bool = False) -> list[Task]:
 def score(args: argparse.Namespace) -> tuple[str, dict]:
     """Success by category in each format, and message states."""
     tasks = chosen_tasks(args.tasks, args.count, args.bfcl_official)
-    policy = chosen_policy(args, args.model)
+    policy = load(args.model, thinking=args.thinking)
     formats = [args.format] if args.format else FORMATS
     columns = {format: play(policy, tasks, format, args) for format in formats}
     scores = {format: dataclasses.asdict(one) for format, one in columns.items()}
@@ -468,7 +463,7 @@ def score(args: argparse.Namespace) -> tuple[str, dict]:
 def score_grid(args: argparse.Namespace) -> tuple[str, dict]:
     """Success in the trained and the foreign formats, and with the prefix forced, on tasks of the trained and
     of other domains."""
-    policy = chosen_policy(args, args.model)
+    policy = load(args.model, thinking=args.thinking)
     trained = args.format or run_settings(args.model).get("format") or "hermes"
     formats = [trained, *(format for format in FORMATS if format != trained)]
     columns = {}
@@ -522,10 +517,10 @@ def doctor(args: argparse.Namespace) -> tuple[str, dict]:
     known = None
     if before.endswith(".json"):
         before, known = judged_before(Path(before), args, trained)
-    policy, start = chosen_policy(args, args.model), None
+    policy, start = load(args.model, thinking=args.thinking), None
     if before:
         try:
-            start = chosen_policy(args, before)
+            start = load(before, thinking=args.thinking)
         except ModelError as error:
             if args.compare:
                 raise

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from nanotoolrl.config import Refused
+from nanotoolrl.look.arms import heading, line_of
 
 PROJECT = "nanotoolrl"
 COLUMNS = ("task", "rollout", "reward", "advantage", "states", "conversation")  # of the table of rollouts
@@ -105,5 +106,4 @@ def table(columns: Sequence[str], rows: Sequence[Sequence[Any]]) -> str:
         text = f"{value}".replace("&", "&amp;").replace("<", "&lt;").replace("|", "&#124;")
         return "<br>".join(text.splitlines())
 
-    lines = [columns, ["---"] * len(columns), *rows]
-    return "\n".join(f"| {' | '.join(map(cell, line))} |" for line in lines)
+    return "\n".join([*heading(columns), *(line_of([*map(cell, row)]) for row in rows)])

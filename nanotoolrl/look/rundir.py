@@ -284,10 +284,9 @@ class RunDirectory:
             sync(target.parent)
 
     def open_logger(self, config: Config, step: int) -> None:
-        """Tell the logger of `--track` of a run that has made so many steps."""
-        if distributed.first():
-            settings = {name: getattr(config, name) for name in self.names}
-            self.logger = logger(config.track, self.path, settings, step)
+        """Open that of `--track`, of a run that has made so many steps. Raises Refused if it cannot begin."""
+        settings = {name: getattr(config, name) for name in self.names}
+        self.logger = logger(config.track, self.path, settings, step)
 
     def log_probes(self, details: dict) -> None:
         """One line of probes.jsonl."""
