@@ -64,10 +64,10 @@ def test_equals_fp64(n, d, v, dtype, want_entropy):
     compare(hidden, weight, ids, 0.7, want_entropy)
 
 
-@pytest.mark.slow
 def test_vocabulary_of_a_real_model():
-    """151,936 is no multiple of 1,024: columns between it and the next one must not count."""
-    hidden, weight, ids = on_device(*case(3, 151_936, 2))
+    """151,936 is no multiple of 1,024: columns between it and the next one must not count. Triton's
+    interpreter, which needs a minute for so many, gets a vocabulary that ends in the same place of a tile."""
+    hidden, weight, ids = on_device(*case(3, 151_936 if DEVICE == "cuda" else 151_936 % 8_192, 2))
     compare(hidden, weight, ids)
 
 
