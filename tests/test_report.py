@@ -5,6 +5,7 @@ import re
 import shutil
 import subprocess
 from html.parser import HTMLParser
+from pathlib import Path
 
 import pytest
 from helpers.runs import OTHERS, run
@@ -17,10 +18,12 @@ from nanotoolrl.look import report
 from nanotoolrl.look.figures import FIGURES, smooth
 from nanotoolrl.look.report import main, messages_of, rollouts_of, screen, spark
 from nanotoolrl.look.runfiles import Unreadable, read_run, tell_apart
+from nanotoolrl.look.viewer import TEMPLATE
 from nanotoolrl.trajectory import demonstration
 from nanotoolrl.world.tasks import load_tasks
 
 EVIL = '</script><script>document.title = "run"</script><img src=x onerror="document.title = \'run\'">'
+DOCS = Path(__file__).resolve().parent.parent / "docs"
 BROWSER = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
 
 
@@ -257,9 +260,8 @@ def test_screen_fits_a_terminal(finished):
     assert any("spikes at the end" in line for line in lines)
 
 
-@pytest.mark.skipif(BROWSER is None, reason="no chromium: apt-get install chromium")
-def test_the_page_in_a_browser(page, tmp_path):
-    """The page goes through every step, task and shading by itself, and writes down what it saw."""
+def seen_in_a_browser(page, tmp_path):
+    """(what the page wrote down as it went through every step, task and shading by itself; its DOM)"""
     flags = (
         "--headless --no-sandbox --disable-gpu --enable-logging=stderr --virtual-time-budget=60000 --dump-dom"
     )
@@ -268,9 +270,29 @@ def test_the_page_in_a_browser(page, tmp_path):
     found = re.search(r'<pre id="selftest">(.*?)</pre>', done.stdout)
     assert found, done.stderr[-2000:]
     seen = json.loads(found[1])
-    logged = (page.parent.parent / "first" / "rollouts.jsonl").read_text().splitlines()
     assert seen["errors"] == [] and "CONSOLE" not in done.stderr
+    return seen, done.stdout
+
+
+@pytest.mark.skipif(BROWSER is None, reason="no chromium: apt-get install chromium")
+def test_the_page_in_a_browser(page, tmp_path):
+    seen, dom = seen_in_a_browser(page, tmp_path)
+    logged = (page.parent.parent / "first" / "rollouts.jsonl").read_text().splitlines()
     assert (seen["steps"], seen["tasks"], seen["rollouts"]) == (3, 3 * 2, len(logged))
     assert seen["shadings"] == 3 and seen["images"] == len(FIGURES) and seen["scripts"] == 0
     assert seen["states"] == sum(len(json.loads(line)["states"]) for line in logged)
-    assert "<title>nanotoolrl report</title>" in done.stdout, "hostile text was run"
+    assert "<title>nanotoolrl report</title>" in dom, "hostile text was run"
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(BROWSER is None, reason="no chromium: apt-get install chromium")
+@pytest.mark.parametrize("name, steps", [("collapse", 20), ("demo", 2 * 16)])
+def test_the_committed_pages_in_a_browser(name, steps, tmp_path):
+    """They are of the present template, hold every step of their runs, and open without an error."""
+    page = DOCS / f"{name}.html"
+    seen, _ = seen_in_a_browser(page, tmp_path)
+    assert seen["steps"] == steps and seen["shadings"] == 3 and seen["images"] == len(FIGURES)
+    text = page.read_text(encoding="utf-8")
+    template = TEMPLATE.read_text(encoding="utf-8")
+    assert all(template.split(f"<{tag}>")[1].split(f"</{tag}>")[0] in text for tag in ("style", "script"))
+    assert page.stat().st_size < 5e6
