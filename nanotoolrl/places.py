@@ -7,7 +7,8 @@ A class says what a token is for, a place what stood before it. Every assistant 
     opener      the first token of a reply
     text        the rest of a reply; its stop token is structure
 
-A thought (`<think>` ... `</think>`, before anything is said) is text but for special tokens, and in_reply.
+A thought (`<think>` ... `</think>`, before anything is said) is text but for special tokens, and in_reply. Behind
+it a message begins as it would without one.
 
 Inside a call the line between skeleton and value is drawn by word characters: punctuation within a string
 counts as skeleton. A place is found by looking back only, so it is known before the token is sampled.
@@ -71,7 +72,7 @@ class Structure:
         """The class of every token of a message, an index into CLASSES."""
         pieces = [self.text_of(token) for token in ids]
         text = "".join(pieces)
-        inside = self._calls(text)
+        inside, first = self._calls(text), thought_length(text)
         skeleton = [
             span
             for match in FORMATS[self.format].skeleton.finditer(text)
@@ -91,7 +92,7 @@ class Structure:
             elif not piece.strip() and any(last <= start for _, last in inside):
                 found.append(STRUCTURE)  # between two calls
             else:
-                found.append(TEXT if i else OPENER)
+                found.append(OPENER if start <= first < at else TEXT)
         return found
 
     def is_word(self, token: int) -> bool:
@@ -127,7 +128,7 @@ class Structure:
         """(start, end) of every block of calls, to the end of the text where none closes it."""
         spans: list[tuple[int, int]] = []
         opened = -1
-        thought = len(text) - len(spoken(text))
+        thought = thought_length(text)
         for start, end, step in FORMATS[self.format].find_tags(text):
             if start < thought:
                 continue
@@ -142,15 +143,15 @@ class Structure:
         """The place of every token of a message, an index into PLACES. due: whether the turn's ground truth
         still has a call when the message begins."""
         closing, tagged = FORMATS[self.format].closing, bool(FORMATS[self.format].tags)
-        found = [START_CALL if due else START_REPLY][: len(ids)]
+        start = START_CALL if due else START_REPLY
+        found = [start][: len(ids)]
         state = IN_REPLY
         since, tail = 0, ""  # tokens since the tag, the end of the text so far
-        text = "".join(map(self.text_of, ids))
-        thought = len(text) - len(spoken(text))  # characters of it that are left
+        thought, said = thought_length("".join(map(self.text_of, ids))), ""
         for token in ids[:-1]:
-            thought -= len(self.text_of(token))
-            if thought >= 0:
-                found.append(IN_REPLY)
+            said += self.text_of(token)
+            if len(said) <= thought:
+                found.append(start if said.rstrip().endswith("</think>") else IN_REPLY)
                 continue
             tail = tail[1 - len(closing) :] + self.text_of(token)
             since += 1
@@ -164,6 +165,12 @@ class Structure:
                 state = BEHIND_BODY
             found.append(state)
         return found
+
+
+def thought_length(text: str) -> int:
+    """Characters of the thoughts that a message begins with, and of the blanks behind them."""
+    reply = spoken(text)
+    return len(text) - len(reply.lstrip()) if len(reply) < len(text) else 0
 
 
 def body_ends(chat: Chat, format: str) -> set[int]:

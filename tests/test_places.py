@@ -93,10 +93,19 @@ def test_thoughts_are_text_whatever_they_rehearse(chat, format):
         structure.places(chat.assistant_ids(text, format), True) for text in (call, thought + call)
     )
     first = len(both) - len(alone)
-    assert set(both[1:first]) == {PLACES.index("in_reply")} and both[first + 1 :] == alone[1:]
-    assert all(structure.places(ids[:n], True) == both[:n] for n in range(first, len(ids)))
+    assert both[first:] == alone, "a message begins behind its thought"
+    blanks = len(chat.encode("\n\n"))
+    assert set(both[1 : first - blanks]) == {PLACES.index("in_reply")}
+    assert all(structure.places(ids[:n], True) == both[:n] for n in range(first - blanks, len(ids)))
     endless = structure.places(chat.assistant_ids(f"<think>{call}", format), True)
     assert set(endless[1:]) == {PLACES.index("in_reply")}
+
+
+def test_a_reply_opens_behind_the_thought(chat):
+    found = classified(chat, "<think>It is done.</think>\n\nAssigned. Well")
+    assert found["opener"] == ["Assigned"]
+    places = placed(chat, "<think>It is done.</think>\n\nAssigned. Well", due=False)
+    assert ("Assigned", "start_reply") in places and places[-1] == ("<|im_end|>", "in_reply")
 
 
 def test_a_stop_behind_the_tag(chat):
