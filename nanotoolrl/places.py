@@ -7,8 +7,8 @@ A class says what a token is for, a place what stood before it. Every assistant 
     opener      the first token of a reply
     text        the rest of a reply; its stop token is structure
 
-A thought (`<think>` ... `</think>`, before anything is said) is text but for special tokens, and in_reply. Behind
-it a message begins as it would without one.
+A thought (`<think>` ... `</think>`, before anything is said) is text but for special tokens, and in_reply.
+Behind it a message begins as it would without one.
 
 Inside a call the line between skeleton and value is drawn by word characters: punctuation within a string
 counts as skeleton. A place is found by looking back only, so it is known before the token is sampled.
@@ -81,7 +81,7 @@ class Structure:
         ]
         found = []
         at = 0
-        for i, (token, piece) in enumerate(zip(ids, pieces)):
+        for token, piece in zip(ids, pieces):
             start, at = at, at + len(piece)
             if token in self.special_ids:
                 found.append(STRUCTURE)

@@ -9,6 +9,7 @@ from dataclasses import replace
 import pytest
 import torch
 from helpers import runs
+from helpers.models import policy_like
 
 import sample
 import train
@@ -216,6 +217,31 @@ def test_the_format_of_training_is_that_of_the_run(tmp_path, capsys):
     load(NANO).save(tmp_path / "model")
     assert main(["--doctor", "--model", str(tmp_path / "model"), *FEW]) == 0
     assert "no collapse in python" in capsys.readouterr().out
+
+
+@pytest.mark.slow
+def test_a_run_that_thinks_is_looked_at_so(tmp_path, capsys, monkeypatch):
+    """`--thinking` trains what a model thinks, and whoever plays the model afterwards lets it think, unless
+    told otherwise. A model whose template knows no thinking is refused."""
+    start, out, page = tmp_path / "start", tmp_path / "run", tmp_path / "page.json"
+    policy = policy_like("qwen3")
+    policy.save(start)
+    assert runs.run("--scheme", "grpo", "--thinking", "--steps", 1, "--model", start, out=out) == 0
+    rollouts = [json.loads(line) for line in (out / "rollouts.jsonl").read_text().splitlines()]
+    opening = policy.chat.encode("<|im_start|>assistant\n")
+    for row in rollouts:
+        first = row["loss_mask"].index(1)
+        assert row["tokens"][first - len(opening) : first] == opening, "no empty thought was written for it"
+    few = ["--count", "2", "--format", "hermes", "--model", str(out), "--json", str(page)]
+    played = []
+    monkeypatch.setattr(sample, "play", lambda sampler, *_: played.append(sampler.policy.chat.thinking))
+    for flags, thinks in (([], True), (["--no-thinking"], False)):
+        assert main([*few, *flags]) == 0
+        assert json.loads(page.read_text())["arguments"]["thinking"] is thinks
+        assert sample.main(["--model", str(out), *flags]) == 0 and played.pop() is thinks
+    capsys.readouterr()
+    assert main(["--count", "2", "--model", "nano", "--thinking"]) == 2
+    assert "knows no thinking" in capsys.readouterr().err
 
 
 def test_transcripts_command(tmp_path, capsys):
