@@ -899,3 +899,14 @@ def test_the_run_with_real_weights_is_told_as_it_was():
     losses = [float(rows[i]["sft_loss"]) for i in (0, -1)]
     assert f"the SFT loss {losses[0]:.2f} in the first step and {losses[1]:.3f} in the last" in page
     assert (config["sft_lr"], config["dtype"], config["model"]) == (1e-4, "bf16", "runs/smollm2")
+    result = json.loads((folder / "result.json").read_text(encoding="utf-8"))
+    before, after = (Scores(**result[when]["held out, greedy"]) for when in ("before", "after"))
+    assert before.success == 0 and before.of("all").n == 400 and before.states.keys() == {"overlong", "reply"}
+    share = str(after.of("all")).split(" n=")[0].replace(" [", " % [")
+    assert f"Of all 400 tasks of `test` it solves {share}, and none before" in page
+    assert ", ".join(f"{100 * after.of(name).share:.0f} % of {name}" for name in after.rewards) in page
+    broken = sum(after.states.get(state, 0) for state in calls.UNHEALTHY_STATES)
+    said, cut = sum(after.states.values()), before.states["overlong"]
+    assert f"Of {said:,} messages {broken} are broken" in page
+    told = f"before training {cut} of {sum(before.states.values())} were cut at the limit and none was a call"
+    assert told in page
