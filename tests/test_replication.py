@@ -3,6 +3,7 @@
 import shutil
 
 from nanotoolrl.look import replication
+from nanotoolrl.look.intervals import Share
 
 
 def test_a_study_has_a_section_once_it_has_a_table(tmp_path, monkeypatch):
@@ -51,3 +52,13 @@ def test_claims_are_judged():
         "it does, in 2 of 2 cells",
         "it does, in 2 of 2 cells",
     ]
+
+
+def test_what_a_method_keeps():
+    """Of three seeds no loss is seen where none falls and no interval lies below 0; two say nothing."""
+    level, lower = Share(0.0, -0.1, 0.1, 12), Share(-0.2, -0.3, -0.1, 12)
+    stands = [{"fall": ""}] * 3
+    assert replication.kept(stands, [level, level]) == "no loss is seen"
+    assert replication.kept(stands, [level, lower]) == "it loses"
+    assert replication.kept([*stands, {"fall": "9"}], [level, level]) == "it falls"
+    assert replication.kept(stands, [level, None]) == replication.kept(stands[:2], [level]) == "open"
