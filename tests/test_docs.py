@@ -33,7 +33,7 @@ from nanotoolrl.look.evaluate import Scores, states_table, table
 from nanotoolrl.look.falls import fall_of
 from nanotoolrl.look.figures import FIGURES
 from nanotoolrl.look.metrics import metrics, metrics_page
-from nanotoolrl.look.replication import cost, fell
+from nanotoolrl.look.replication import cells, cost, fell
 from nanotoolrl.look.results import changed, finished, pooled, written
 from nanotoolrl.look.rows import null_of
 from nanotoolrl.schemes import Scheme
@@ -294,7 +294,7 @@ def span(values, digits=1) -> str:
 
 def claims() -> list[str]:
     """README's first table: what broke from the study of the dose, what helped from that of the methods."""
-    arms, methods = dose_arms(), rescue_arms()
+    arms, methods, half = dose_arms(), rescue_arms(), finished(read_arms(RESULTS / "both.csv"))
     exact, spike = arms["guard0"], arms["guard1"]
     falls = numbers(spike, "fall")
     gain = [100 * x for x in numbers(spike, "above_null")]
@@ -310,19 +310,19 @@ def claims() -> list[str]:
     def before(way):
         return f"{100 * numbers(spike, f'before {way}')[0]:.1f}"
 
-    seeds, structure = WORDS[len(spike)], WORDS[sum(map(bool, first))]
     rows = {
         "RL alone collapses: success falls abruptly, the call structure breaks": (
-            f"trained exactly as sampled: in {WORDS[len(numbers(exact, 'fall'))]} of {seeds} seeds within 20 "
-            "steps. Once bad rollouts spare control tokens (`--preset spike`): in "
-            f"{WORDS[len(falls)]} of {seeds}, at step {spread_of(falls)}"
+            f"plain GRPO: {len(numbers(exact, 'fall'))} of {len(exact)} seeds in 20 steps. If bad rollouts "
+            f"cannot lower control tokens (`--preset spike`): {len(falls)} of {len(spike)}, at step "
+            f"{spread_of(falls)}"
         ),
         "it gains or holds first": (
-            f"it holds: {span(gain)} points from an untrained model in the first ten steps"
+            f"no gain: {span(gain)} points from an untrained model in the first ten steps; where nothing is "
+            f"spared, {span([100 * x for x in numbers(exact, 'above_null')])}"
         ),
         'a few control tokens break first (`<tool_call>`, `{"`, `<\\|im_end\\|>`)': (
-            f"in calls, structure breaks before values in {structure} of {seeds} seeds; values never break "
-            f"in {WORDS[never]} of them"
+            "openers of replies first, spared or not; in calls, structure before values in "
+            f"{sum(map(bool, first))} of {len(spike)} seeds, and values never in {never} of them"
         ),
         "the skill stays intact behind the broken format": (
             f"at the fall the trained format solves {of('hermes')} % ({before('hermes')} before), with the "
@@ -330,14 +330,31 @@ def claims() -> list[str]:
             f"{of('python')} ({before('python')}), in xml {of('xml')} ({before('xml')})"
         ),
         "SFT on failures or on reflections, interleaved with RL, rescues a run": (
-            f"of {WORDS[len(methods['ets'])]} seeds each, fell: {fell(methods, 'grpo', 'ets', 'prs')}. But "
-            "RL between the bursts of SFT takes away: `ets` less `bursts` "
-            f"{written(changed(methods, 'ets', 'closing', 'bursts'), '+')} points"
+            f"fell: {fell(methods, 'grpo', 'ets', 'prs')}; with half the rollouts "
+            f"{fell(half, 'grpo', 'ets', 'prs')}. RL (which spares) between the bursts of SFT costs: `ets` "
+            f"less `bursts` {written(changed(methods, 'ets', 'closing', 'bursts'), '+')} points"
         ),
         "hints and off-policy rollouts do not": f"fell: {fell(methods, 'hint', 'ops')}",
-        "interleaving costs accuracy out of distribution": cost(methods, "ets"),
+        "interleaving costs accuracy out of distribution": (
+            f"{cells(methods, 'ets', 'prs')} of other formats: `prs` in python "
+            f"{written(changed(methods, 'prs', 'python ood'), '+')} points. In its own format `ets` "
+            f"{written(changed(methods, 'ets', 'hermes ood'), '+')}, but without RL (`bursts`) "
+            f"{written(changed(methods, 'bursts', 'hermes ood'), '+')}"
+        ),
+        "(not the paper's) a rescue without these costs": held(half),
     }
     return [f"| {claim} | {found} |" for claim, found in rows.items()]
+
+
+def held(arms) -> str:
+    """What became of `guard-kl`, with half the rollouts."""
+    rows, since = arms["guard-kl"], written(changed(arms, "guard-kl", "closing", "ets"), "+")
+    ends = [f"{shown(numbers(rows, name), 100, 0)} %" for name in ("sampled_end", "null_end")]
+    return (
+        "`guard-kl`, a KL term that holds control tokens alone to the start: fell "
+        f"{len(numbers(rows, 'fall'))} of {len(rows)}; sampled success {ends[0]}, untrained {ends[1]}; "
+        f"greedy, from `ets`, {since}; {cost(arms, 'guard-kl')}"
+    )
 
 
 def kept(rows, ways) -> str:
@@ -388,8 +405,8 @@ def predictions() -> list[str]:
     broke = sum(row["lost"] == "structure" for row in spike)
     rows = {
         "Trained exactly as sampled, structure has no coherent push, and nothing collapses": (
-            f"held: no fall in {len(arms['guard0'])} seeds; the push on the stop token is {stop[0]}. "
-            f"`<tool_call>` is pushed by {tag}, as reward would have it: calling pays"
+            f"held but for `<tool_call>`: no fall in {len(arms['guard0'])} seeds; the push on the stop token "
+            f"is {stop[0]}, on `<tool_call>` {tag}: calling pays"
         ),
         "The push grows with the dose": f"held: on the stop token {'; '.join(stop)}",
         "Runs fall where the push is coherent, and in its measure": (
@@ -466,6 +483,12 @@ def test_the_table_of_collapse_and_rescue_is_made_from_the_committed_study():
     null = shown(numbers(arms["grpo"], "null_end"), 100, 0)
     start = f"Untrained: sampled {null}, greedy {written(pooled(arms['untrained'], 'closing'))}."
     assert start in " ".join(README.split()), start
+
+
+def test_hpt_made_the_run_that_ets_sync_is():
+    hpt, sync = (read_arms(RESULTS / f"{name}.csv") for name in ("ablate", "schedule"))
+    for one, other in zip(hpt["hpt"], sync["ets-sync"]):
+        assert one["course"] == other["course"] and "run that `ets-sync` is" in PAGES["docs/results.md"]
 
 
 def test_the_page_of_what_replicates_is_what_its_command_prints():
@@ -578,6 +601,9 @@ def test_what_the_page_says_of_the_default_run():
     drops = [one.since(Scores(**end["before"]["held out, greedy"])) for one, end in zip(greedy, ends)]
     low, high = (100 * bound(drop.share for drop in drops) for bound in (min, max))
     assert f"by {low:+.1f} to {high:+.1f}" in START
+    sampled = f"{min(changes):+.0f} to {max(changes):+.0f}"
+    told = f"in five seeds: sampled success {sampled} points, greedy {low:.0f} to {high:.0f}."
+    assert f"Unseen tasks, {told}" in README
     assert all(drop.low <= 0 <= drop.high for drop in drops) and "no greedy change excludes 0" in START
     gains = [
         Scores(**end["after"]["held out, sampled"]).since(Scores(**end["before"]["held out, sampled"]))

@@ -23,11 +23,14 @@ def test_claims_are_counted():
     rows = [{"fall": "", "collapsed": "0", "sampled_end": "0.3"}, {"fall": "9", "collapsed": "1"}]
     names = ("exact", "grpo", "sft", "sft-foreign", "sft_rl", "sft_rl-foreign", "ops", "hint", "ets", "prs")
     names += ("restart", "bursts")
-    said = {claim: found for claim, *found in replication.claims(dict.fromkeys(names, rows))}
+    arms = dict.fromkeys(names, rows)
+    said = {claim: found for claim, *found in replication.claims(arms, {"ets": rows})}
     assert "`exact` 1 of 2, `grpo` 1 of 2 seeds" in said["RL alone collapses"][1]
     assert said["RL alone collapses"][1].endswith("falls at step 9")
-    assert "fell: `ets` 1, `prs` 1; " in said["SFT on failures or on reflections, interleaved, does"][1]
-    assert said["Interleaving costs accuracy out of distribution, too"] == ["open", "not measured yet"]
+    fell = "fell: `ets` 1 of 2, `prs` 1 of 2; with half the rollouts `ets` 1 of 2. Collapsed: "
+    assert fell in said["SFT on failures or on reflections, interleaved, does"][1]
+    unknown = "not measured yet; without RL, not measured yet"
+    assert said["Interleaving costs accuracy out of distribution, too"] == ["open", unknown]
     assert said["RL gains from it"][0] == "open"
     assert sum(verdict == replication.MIXED for verdict, _ in said.values()) == 4
 
@@ -41,14 +44,15 @@ def test_claims_are_judged():
     names = ("grpo", "sft", "sft-foreign", "sft_rl", "sft_rl-foreign", "ops", "hint", "restart")
     stands = {"fall": "", "collapsed": "0"} | failed
     arms = dict.fromkeys(names, down) | dict.fromkeys(("exact", "bursts", "untrained"), up)
-    found = replication.claims(arms | dict.fromkeys(("ets", "prs"), [stands] * 2))
+    arms |= dict.fromkeys(("ets", "prs"), [stands] * 2)
+    found = list(replication.claims(arms, arms))
     assert [verdict for _, verdict, _ in found] == [
         "not if trained as sampled; with the break it does",
         "it does not",
         "they do not",
         "no run falls",
-        "RL takes away from what SFT gave",
-        "less of it, in 1 of 1 cells",
+        "no: with the break it costs",
+        "less of it at the end, in 1 of 1 cells",
         "it does, in 2 of 2 cells",
         "it does, in 2 of 2 cells",
     ]

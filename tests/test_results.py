@@ -73,6 +73,9 @@ def test_tables(tmp_path):
     )
     assert "| 16.7 [" in lines[3] and "] | 0, 33 | -83.3 [" in lines[3]
     assert len(lines) == 4, "what is not finished is not there"
+    captions = [table.partition("\n\n")[0] for table in found[1:]]
+    assert captions[1] == "The same, as changes from the untrained model:" and len(set(captions)) == 3
+    found = [table.rpartition("\n\n")[2] for table in found]
     lines = found[1].splitlines()
     assert lines[3].count("50.0 [") == 4 and lines[3].endswith("| 8.75, 21.6 |") and len(lines) == 4
     assert found[2].splitlines()[2].count(" +0.0 [-24.3, +24.3] |  |") == 4

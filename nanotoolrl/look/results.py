@@ -141,8 +141,15 @@ def finished(arms: Mapping[str, Sequence[Row]]) -> dict[str, list[Row]]:
 def tables(arms: Mapping[str, Sequence[Row]]) -> Iterator[str]:
     """All of them, those that have a line, of the runs that are finished."""
     arms = finished(arms)
-    found = [main_table(arms), ood_table(arms), changes_table(arms), ood_table(arms, " at the fall")]
-    yield from (table for table in found if table.count("\n") > 1)
+    found = {
+        "": main_table(arms),
+        "In other formats, and on tasks of other domains:": ood_table(arms),
+        "The same, as changes from the untrained model:": changes_table(arms),
+        "At the fall, of the methods that fell:": ood_table(arms, " at the fall"),
+    }
+    for caption, table in found.items():
+        if table.count("\n") > 1:
+            yield f"{caption}\n\n{table}".lstrip()
 
 
 def courses(rows: Sequence[Row]) -> list[list[float]]:
