@@ -353,7 +353,7 @@ def held(arms) -> str:
     return (
         "`guard-kl`, a KL term that holds control tokens alone to the start: fell "
         f"{len(numbers(rows, 'fall'))} of {len(rows)}; sampled success {ends[0]}, untrained {ends[1]}; "
-        f"greedy, from `ets`, {since}; {cost(arms, 'guard-kl')}"
+        f"greedy, from `ets`, {since}. Out of distribution, {cost(arms, 'guard-kl')}"
     )
 
 
