@@ -936,3 +936,39 @@ def test_the_run_with_real_weights_is_told_as_it_was():
     assert f"Of {said:,} messages {broken} are broken" in page
     told = f"before training {cut} of {sum(before.states.values())} were cut at the limit and none was a call"
     assert told in page
+
+
+def test_rl_with_real_weights_is_told_as_it_was():
+    page = " ".join(PAGES["docs/real-models.md"].split())
+    folder = RESULTS / "real" / "grpo"
+    with (folder / "metrics.csv").open(encoding="utf-8") as file:
+        rows = list(csv.DictReader(file))
+    config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    size = f"{len(rows)} steps of GRPO of {config['prompts']} tasks and {config['group']} rollouts each"
+    assert f"RL from there: {size}" in page and config["guard"] == 0
+    half = len(rows) // 2
+    assert half == 12
+
+    def halves(columns):
+        sums = [100 * sum(float(row[name]) for name in columns) for row in rows]
+        return sum(sums[:half]) / half, sum(sums[half:]) / half
+
+    success, unhealthy = halves(["success"]), halves([f"state_{name}" for name in calls.UNHEALTHY_STATES])
+    first, last = (f"{x:.0f} % in the {which} twelve" for x, which in zip(success, ("first", "last")))
+    assert f"Sampled success is {first} steps and {last}, on other tasks" in page
+    told = f"{unhealthy[0]:.1f} % are unhealthy in the first half, {unhealthy[1]:.1f} % in the second"
+    assert f"Of the messages {told}" in page
+    after, before = (
+        Scores(**json.loads((RESULTS / "real" / name / "scores.json").read_text())["scores"]["hermes"])
+        for name in ("grpo", "sft")
+    )
+    assert after.of("all").share == before.of("all").share
+    told = (
+        f"{100 * after.success:.1f} % before and after, a difference of {written(after.since(before), '+')}"
+    )
+    assert f"on {after.of('all').n} tasks of `test` {told} points" in page
+    lines = (folder / "probes.jsonl").read_text(encoding="utf-8").splitlines()
+    tokens = [found["tokens"] for found in map(json.loads, lines) if found.get("tokens")]
+    stop, opener = ([at[name]["required"] for at in (tokens[0], tokens[-1])] for name in ("<|im_end|>", "<"))
+    assert f"is {stop[0]:.3f} at both ends" in page and f"{stop[0]:.3f}" == f"{stop[1]:.3f}"
+    assert f"where one is due, {opener[0]:.2f} and {opener[1]:.2f}" in page
