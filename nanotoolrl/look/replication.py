@@ -105,8 +105,8 @@ OTHERS = (
         "In distribution and out of it",
         "Is there a setting that keeps success, here and in other formats on other tasks? No loss is seen "
         "of a method if none of its seeds falls and no interval in its line lies below 0; how large a loss "
-        "that leaves open is in the intervals. It is said of three seeds or more. Those whose first two were "
-        "promising got more of them, on the same tasks, and the first two count.",
+        "that leaves open is in the intervals. It is said of three seeds or more that were played everywhere. "
+        "Those whose first two were promising got more, on the same tasks, and the first two count.",
     ),
 )
 
@@ -183,10 +183,10 @@ def kept_table(arms: Arms) -> str:
 
 def kept(rows: Sequence[Row], found: Sequence[Share | None]) -> str:
     """What can be said of a method: whether it falls, and whether one of these changes lies below 0."""
-    if len(rows) < ENOUGH or None in found:
-        return "open"
-    if numbers(rows, "fall"):
+    if len(rows) >= ENOUGH and numbers(rows, "fall"):
         return "it falls"
+    if sum(bool(row.get("digits python ood")) for row in rows) < ENOUGH or None in found:
+        return "open"
     return "it loses" if any(one.high < 0 for one in found if one) else "no loss is seen"
 
 
