@@ -906,12 +906,17 @@ def test_a_call_format_takes_nothing_but_its_lines(tmp_path):
     assert rows_of(tmp_path / "run")
 
 
-def test_the_run_with_real_weights_is_told_as_it_was():
-    page = " ".join(PAGES["docs/real-models.md"].split())
-    folder = RESULTS / "real" / "sft"
+def real_run(name: str) -> tuple[Path, list[dict[str, str]], dict]:
+    """(directory, lines of metrics.csv, config) of a committed run with real weights."""
+    folder = RESULTS / "real" / name
     with (folder / "metrics.csv").open(encoding="utf-8") as file:
         rows = list(csv.DictReader(file))
-    config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    return folder, rows, json.loads((folder / "config.json").read_text(encoding="utf-8"))
+
+
+def test_the_run_with_real_weights_is_told_as_it_was():
+    page = " ".join(PAGES["docs/real-models.md"].split())
+    folder, rows, config = real_run("sft")
     count = config["eval_part"]
     played = [row for row in rows if row["eval_success"]]
     (*steps, last), (*solved, final) = zip(
@@ -941,10 +946,7 @@ def test_the_run_with_real_weights_is_told_as_it_was():
 
 def test_rl_with_real_weights_is_told_as_it_was():
     page = " ".join(PAGES["docs/real-models.md"].split())
-    folder = RESULTS / "real" / "grpo"
-    with (folder / "metrics.csv").open(encoding="utf-8") as file:
-        rows = list(csv.DictReader(file))
-    config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    folder, rows, config = real_run("grpo")
     size = f"{len(rows)} steps of GRPO of {config['prompts']} tasks and {config['group']} rollouts each"
     assert f"RL from there: {size}" in page and config["guard"] == 0
     half = len(rows) // 2
