@@ -72,7 +72,8 @@ class Structure:
         """The class of every token of a message, an index into CLASSES."""
         pieces = [self.text_of(token) for token in ids]
         text = "".join(pieces)
-        inside, first = self._calls(text), thought_length(text)
+        first = thought_length(text)
+        inside = self._calls(text, first)
         skeleton = [
             span
             for match in FORMATS[self.format].skeleton.finditer(text)
@@ -124,11 +125,11 @@ class Structure:
                 pieces.append([])
         return pieces
 
-    def _calls(self, text: str) -> list[tuple[int, int]]:
-        """(start, end) of every block of calls, to the end of the text where none closes it."""
+    def _calls(self, text: str, thought: int) -> list[tuple[int, int]]:
+        """(start, end) of every block of calls behind a thought of so many characters, to the end of the text
+        where none closes it."""
         spans: list[tuple[int, int]] = []
         opened = -1
-        thought = thought_length(text)
         for start, end, step in FORMATS[self.format].find_tags(text):
             if start < thought:
                 continue

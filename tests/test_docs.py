@@ -351,7 +351,8 @@ def held(arms) -> str:
     rows, since = arms["guard-kl"], written(changed(arms, "guard-kl", "closing", "ets"), "+")
     ends = [f"{shown(numbers(rows, name), 100, 0)} %" for name in ("sampled_end", "null_end")]
     return (
-        "`guard-kl`, a KL term that holds control tokens alone to the start: fell "
+        "`guard-kl`, a KL term that holds control tokens alone to the start, with half the rollouts, chosen "
+        "after two of its seeds: fell "
         f"{len(numbers(rows, 'fall'))} of {len(rows)}; sampled success {ends[0]}, untrained {ends[1]}, plain "
         f"GRPO {shown(numbers(arms['exact'], 'sampled_end'), 100, 0)} %; "
         f"greedy, from `ets`, {since}. Out of distribution, {cost(arms, 'guard-kl')}"
