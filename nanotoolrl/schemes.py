@@ -42,7 +42,7 @@ class Scheme:
     defaults: Mapping[str, Any] = field(default_factory=dict)  # of shared settings, where they differ
     metrics: Mapping[str, tuple[str, str]] = field(default_factory=dict)  # column -> (unit, one line)
     schedules: Sequence[str] = ()  # what `--schedule` may be, the default first
-    memory: Sequence[str] = ()  # parts of the memory plan that it needs whatever the settings
+    memory: Sequence[str] = ()  # what the memory plan (`plan`) has to know of it
 
 
 SCHEMES: dict[str, Scheme] = {}
@@ -228,6 +228,7 @@ def llds(run: Run, tasks: list[Task]) -> Step:
     metrics=REFILLED,
     uses=["warmup"],
     neutral={"restart_steps": 0},
+    memory=["moved reference"],
 )
 def restart(run: Run, tasks: list[Task]) -> Step:
     """Like grpo, but every `restart_steps` steps AdamW begins anew, with its warm-up, and KL terms pull to

@@ -297,7 +297,7 @@ def selfrepair(run: Run, tasks: list[Task], trajectories: list[Trajectory]) -> t
     uses=["sft_epochs", "sft_lr", "sft_batch"],
     neutral={"sft_epochs": 0},
     defaults={"sft_epochs": 3},
-    memory=["burst optimiser"],
+    memory=["burst optimiser", "moved reference"],
 )
 def sft_rl(run: Run, tasks: list[Task]) -> Step:
     """Like grpo, but from an SFT checkpoint: before the first step, `sft_epochs` passes over the source.

@@ -15,6 +15,7 @@ from nanotoolrl.config import Config
 from nanotoolrl.gpu.memory import plan
 from nanotoolrl.loading import NANO, load
 from nanotoolrl.run import Run, begin_anew, first_model, roll_back, rollout, snapshot
+from nanotoolrl.signals import SCHEMES
 from nanotoolrl.updates import policy_update, rescore
 from train import main as train
 
@@ -159,6 +160,9 @@ def test_the_memory_plan_counts_what_is_trained(policy):
     assert with_adapter["optimiser"] == 8 * size and with_adapter["gradients"] == 4 * size
     assert with_adapter["weights"] == without["weights"] + 4 * size
     assert "reference" not in with_adapter and without["reference"] == without["weights"]
+    adapted, needed = adapter_run().policy.model, SCHEMES["restart"].memory
+    assert plan(adapted, config, needed)["reference"] == with_adapter["weights"], "a later model"
+    assert "reference" not in plan(adapted, config.but(kl=0.0, guard_kl=0.0), needed)
 
 
 @pytest.mark.slow

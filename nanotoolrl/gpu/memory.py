@@ -20,7 +20,8 @@ ADVICE = {
 
 
 def plan(model: Transformer, config: Config, needed: Collection[str] = ()) -> dict[str, float]:
-    """Bytes by part, of a run of a model with train.py's config; `needed`: parts that its scheme always has.
+    """Bytes by part, of a run of a model with train.py's config; `needed`: parts that its scheme always has,
+    and "moved reference" where its KL terms do not pull to the model of the start.
 
     fp32 masters and gradients, AdamW's two moments (twice while a burst of SFT has its own), a reference for
     KL terms, the KV cache of all slots at full length, the activations of one micro-batch, and what the head
@@ -49,8 +50,9 @@ def plan(model: Transformer, config: Config, needed: Collection[str] = ()) -> di
     if config.checkpointing:
         kept = shape.layers * D + layer
     kept += norm * D
-    pulled = (config.kl > 0 or config.guard_kl > 0) and not config.lora  # then it is the policy's own base
-    reference = pulled or "reference" in needed
+    pulled = config.kl > 0 or config.guard_kl > 0
+    own = config.lora and "moved reference" not in needed  # the policy without its adapter is the reference
+    reference = pulled and not own or "reference" in needed
     bursts = config.schedule == "interleaved" or "burst optimiser" in needed
     parts = {
         "weights": parameters * size,
