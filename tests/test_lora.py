@@ -6,6 +6,7 @@ import json
 
 import pytest
 import torch
+from helpers.runs import TINY
 from helpers.updates import made_up, parameters_of, tasks
 from transformers import AutoModelForCausalLM
 
@@ -168,7 +169,7 @@ def test_the_memory_plan_counts_what_is_trained(policy):
 @pytest.mark.slow
 def test_a_run_with_adapters_goes_on(tmp_path, capsys):
     """Two steps, and one and one, are the same; each leaves a merged model and its adapter."""
-    flags = "--preset smoke --scheme ets --lora 2 --lr 1e-3 --eval-count 4 --kl 0.01 --steps".split()
+    flags = f"{TINY} --scheme ets --lora 2 --lr 1e-3 --kl 0.01 --steps".split()
     assert train([*flags, "2", "--out", str(tmp_path / "whole")]) == 0
     assert train([*flags, "1", "--out", str(tmp_path / "parts")]) == 0
     assert train(["--resume", "--steps", "2", "--out", str(tmp_path / "parts")]) == 0

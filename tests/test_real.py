@@ -42,20 +42,20 @@ def test_a_directory_that_cannot_be_made_is_named(tmp_path):
 def test_real_weights_play_train_and_come_back(checkpoint, tmp_path):
     policy = load(checkpoint, device="cpu", dtype=torch.float32)
     assert policy.template == "nano", "its own lists no tools"
-    config = Config(scheme="grpo", prompts=4, group=2, max_new_tokens=12, max_messages=2, sft_batch=2)
-    tasks = load_tasks("train")[:4]
+    config = Config(scheme="grpo", prompts=2, group=2, max_new_tokens=12, max_messages=2, sft_batch=2)
+    tasks = load_tasks("train")[:2]
     run = Run.begin(config, policy, tasks)
     run.next_step()
-    rows = rollout(run, tasks)  # 8 episodes
-    assert len(rows) == 8 and all(row.sampled_tokens for row in rows)
+    rows = rollout(run, tasks)  # 4 episodes
+    assert len(rows) == 4 and all(row.sampled_tokens for row in rows)
     for row in rows:
         assert rescore(policy, row, config.temperature) == pytest.approx(row.logprobs, abs=1e-4), "parity"
 
     before = parameters_of(policy)
-    policy_update(run, rows, torch.tensor([1.0, -1.0] * 4))
+    policy_update(run, rows, torch.tensor([1.0, -1.0] * 2))
     after_rl = parameters_of(policy)
     assert any(not torch.equal(x, y) for x, y in zip(before, after_rl))
-    sft_update(run, demonstrations(run, tasks[:2]))
+    sft_update(run, demonstrations(run, tasks))
     assert all(x.isfinite().all() for x in parameters_of(policy))
 
     policy.save(tmp_path / "saved")
