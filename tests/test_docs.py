@@ -30,11 +30,11 @@ from nanotoolrl.look import boxes, replication, studies
 from nanotoolrl.look.arms import falls_table, numbers, read_arms, shown, spread_of, table_of
 from nanotoolrl.look.doctor import COLLAPSED
 from nanotoolrl.look.evaluate import Scores, states_table, table
-from nanotoolrl.look.falls import fall_of
+from nanotoolrl.look.falls import HEALTHY, WINDOW, fall_of, means
 from nanotoolrl.look.figures import FIGURES
 from nanotoolrl.look.metrics import metrics, metrics_page
 from nanotoolrl.look.replication import cells, cost, fell
-from nanotoolrl.look.results import changed, finished, pooled, written
+from nanotoolrl.look.results import changed, courses, finished, pooled, written
 from nanotoolrl.look.rows import null_of
 from nanotoolrl.schemes import Scheme
 from nanotoolrl.signals import SCHEMES
@@ -314,7 +314,7 @@ def claims() -> list[str]:
         "RL alone collapses: success falls abruptly, the call structure breaks": (
             f"plain GRPO: {len(numbers(exact, 'fall'))} of {len(exact)} seeds in 20 steps. If bad rollouts "
             f"cannot lower control tokens (`--preset spike`): {len(falls)} of {len(spike)}, at step "
-            f"{spread_of(falls)}"
+            f"{spread_of(falls)}, from half of its best in {slides(methods['grpo'])} steps"
         ),
         "it gains or holds first": (
             f"no gain: {span(gain)} points from an untrained model in the first ten steps; where nothing is "
@@ -344,6 +344,15 @@ def claims() -> list[str]:
         "(not the paper's) a rescue without these costs": held(half),
     }
     return [f"| {claim} | {found} |" for claim, found in rows.items()]
+
+
+def slides(rows) -> str:
+    """How many steps before their falls runs were last at half of their best or above it, as means of two."""
+    found = []
+    for row in rows:
+        before = means(courses([row])[0])[: int(row["fall"]) - WINDOW]
+        found.append(len(before) - max(i for i, value in enumerate(before) if value >= HEALTHY * max(before)))
+    return span(found, 0)
 
 
 def held(arms) -> str:
