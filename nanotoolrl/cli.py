@@ -206,28 +206,27 @@ def available_cores(root: Path = Path("/")) -> int:
     (docker --cpus), rounded up. root: where /proc and /sys are."""
     affinity = getattr(os, "sched_getaffinity", None)
     cores = len(affinity(0)) if affinity else os.cpu_count() or 1
-    return max(1, math.ceil(min(cores, _quota(root))))
+    return max(1, math.ceil(min([cores, *map(_quota_of, control_groups(root, "cpu"))])))
 
 
-def _quota(root: Path) -> float:
-    """The least CPU quota, in cores, of this process's control groups and of those above them."""
-    least = math.inf
+def control_groups(root: Path, controller: str) -> Iterator[Path]:
+    """Folders that may hold a controller's limits ("cpu", "memory") of this process's control groups and of
+    those above them, in version 2 and in version 1. root: where /proc and /sys are."""
     try:
         groups = (root / "proc/self/cgroup").read_text(encoding="utf-8").splitlines()
     except OSError:  # no Linux
-        return least
+        return
+    home = root / "sys/fs/cgroup"
     for line in groups:
-        _, controllers, path = line.split(":", 2)
+        _, names, path = line.split(":", 2)
+        mounts = (home, home / names, home / controller) if controller in names.split(",") else (home,)
         folder = Path(path.lstrip("/"))
-        home = root / "sys/fs/cgroup"
-        mounts = (home, home / controllers, home / "cpu") if "cpu" in controllers.split(",") else (home,)
-        for place in (folder, *folder.parents):
-            least = min([least, *(_quota_of(mount / place) for mount in mounts)])
-    return least
+        yield from (mount / place for place in (folder, *folder.parents) for mount in mounts)
 
 
 def _quota_of(group: Path) -> float:
-    """Of one control group: version 2 has cpu.max with quota and period, version 1 a file for each."""
+    """CPU quota of one control group, in cores: version 2 has cpu.max with quota and period, version 1 a file
+    for each."""
     try:
         if (group / "cpu.max").exists():
             quota, period = (group / "cpu.max").read_text(encoding="utf-8").split()

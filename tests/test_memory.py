@@ -1,5 +1,7 @@
 """The memory plan: by hand, beside what autograd keeps, and beside what gradient checkpointing saves."""
 
+import copy
+import math
 from collections.abc import Callable
 
 import pytest
@@ -9,13 +11,14 @@ from transformers import Qwen2Config
 
 from bench import memory as bench
 from nanotoolrl.commandline import parse
-from nanotoolrl.gpu.memory import available, describe, plan
+from nanotoolrl.gpu.memory import available, describe, evaluation_slots, plan
 from nanotoolrl.model import Policy
 from nanotoolrl.run import first_model
 from nanotoolrl.signals import SCHEMES
 from nanotoolrl.transformer import Architecture, Transformer
 
 GIB = 2**30
+CPU = torch.device("cpu")
 
 
 @pytest.fixture(scope="module")
@@ -69,7 +72,7 @@ def test_bursts_have_an_optimiser_and_fp32_weights_no_masters(qwen):
         assert parts["burst optimiser"] == parts["optimiser"]
     parts = plan(qwen, config_of("--scheme", "guard-kl", "--kl", "0"), SCHEMES["guard-kl"].memory)
     assert parts["reference"] == parts["weights"] and "burst optimiser" not in parts
-    assert "masters" not in plan(qwen.to(torch.float32), config_of())
+    assert "masters" not in plan(copy.deepcopy(qwen).to(torch.float32), config_of())
 
 
 def kept_bytes(policy: Policy, forward: Callable[[], torch.Tensor]) -> int:
@@ -130,7 +133,40 @@ def test_describe():
 
 
 def test_available():
-    assert GIB < available(torch.device("cpu")) < 2**50
+    assert GIB < available(CPU) < 2**50
+
+
+@pytest.mark.parametrize(
+    ("group", "file", "limit", "expected"),
+    [
+        ("0::/a/b", "a/b/memory.max", "500000000", 5e8),
+        ("0::/a/b", "a/memory.max", "500000000", 5e8),
+        ("0::/a/b", "memory.max", "500000000", 5e8),
+        ("0::/a/b", "a/b/memory.max", "max", math.inf),
+        ("5:memory:/d", "memory/d/memory.limit_in_bytes", "500000000", 5e8),
+        ("5:cpu,memory:/d", "cpu,memory/d/memory.limit_in_bytes", "500000000", 5e8),
+        ("5:cpu:/d", "memory/d/memory.limit_in_bytes", "500000000", math.inf),
+        ("5:memory:/d", "memory/d/memory.limit_in_bytes", "9223372036854771712", math.inf),
+    ],
+)
+def test_main_memory_is_what_control_groups_allow(group, file, limit, expected, tmp_path):
+    """Both versions, nested, without a limit."""
+    (tmp_path / "proc/self").mkdir(parents=True)
+    (tmp_path / "proc/self/cgroup").write_text(f"{group}\n")
+    path = tmp_path / "sys/fs/cgroup" / file
+    path.parent.mkdir(parents=True)
+    path.write_text(f"{limit}\n")
+    assert available(CPU, tmp_path) == min(expected, available(CPU, tmp_path / "nothing"))
+
+
+@pytest.mark.parametrize(
+    ("memory", "context", "slots"),
+    [(1e15, 2048, 128), (4 * GIB, 2048, 56), (4 * GIB, 4096, 28), (9, 2048, 1)],
+)
+def test_an_evaluation_has_as_many_slots_as_fit(memory, context, slots, qwen, monkeypatch):
+    """A third of 4 GiB; 24 layers x 2 key/value heads x 64 x 2 numbers x 2 bytes a token are 24 MiB a row."""
+    monkeypatch.setattr("nanotoolrl.gpu.memory.available", lambda device: memory)
+    assert evaluation_slots(qwen, context, CPU) == slots
 
 
 def test_every_fitting_line_fits():

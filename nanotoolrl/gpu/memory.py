@@ -1,15 +1,20 @@
 """What a run needs of the device's memory, by arithmetic, before it is taken."""
 
+import math
 import os
 from collections.abc import Collection
+from pathlib import Path
 
 import torch
 
+from nanotoolrl.cli import control_groups
 from nanotoolrl.config import Config
 from nanotoolrl.gpu import distributed
 from nanotoolrl.logprob import SLAB_BYTES
+from nanotoolrl.sampler import SLOTS
 from nanotoolrl.transformer import Transformer
 
+CACHE_SHARE = 1 / 3  # of a device's memory, for the KV cache of an evaluation
 # What to lower where a part is too large.
 ADVICE = {
     "KV cache": "--slots or --context",
@@ -34,7 +39,7 @@ def plan(model: Transformer, config: Config, needed: Collection[str] = ()) -> di
     size = head.element_size()  # of a weight
     V, D = head.shape
     attended = shape.heads * shape.head_width
-    cached = 2 * shape.kv_heads * shape.head_width  # numbers of a position in a layer's cache
+    cached = 2 * shape.kv_heads * shape.head_width  # numbers of a token's keys and values in a layer
     context = min(config.context, shape.context)
     rows = config.prompts * config.group
     evaluated = max(config.eval_count, config.eval_trained) * max(1, config.eval_samples)
@@ -61,11 +66,24 @@ def plan(model: Transformer, config: Config, needed: Collection[str] = ()) -> di
         "optimiser": trained * 8,
         "burst optimiser": trained * 8 * bursts,
         "reference": parameters * size * reference,
-        "KV cache": slots * context * shape.layers * cached * size,
+        "KV cache": slots * cache_bytes(model, context),
         "activations": T * kept * size,
         "head": 2 * slots * V * 4 + SLAB_BYTES + 2 * V * D * size,
     }
     return {name: float(count) for name, count in parts.items() if count}
+
+
+def cache_bytes(model: Transformer, context: int) -> int:
+    """Bytes of keys and values of a row of `context` tokens."""
+    shape = model.shape
+    numbers = 2 * shape.layers * shape.kv_heads * shape.head_width  # of a token
+    return min(context, shape.context) * numbers * model.lm_head.weight.element_size()
+
+
+def evaluation_slots(model: Transformer, context: int, device: torch.device) -> int:
+    """Rows that an evaluation decodes at a time: `SLOTS`, or as many as keep the KV cache, at full length,
+    within `CACHE_SHARE` of the device's memory."""
+    return max(1, min(SLOTS, int(CACHE_SHARE * available(device) / cache_bytes(model, context))))
 
 
 def describe(parts: dict[str, float], there: float, needed: Collection[str] = ()) -> str:
@@ -82,8 +100,20 @@ def describe(parts: dict[str, float], there: float, needed: Collection[str] = ()
     return f"{line}\nthis will hardly fit; lower {lower}"
 
 
-def available(device: torch.device) -> float:
-    """Bytes of memory that the device has for a process."""
+def available(device: torch.device, root: Path = Path("/")) -> float:
+    """Bytes of memory that the device has for a process; in main memory no more than control groups allow
+    (docker --memory). root: where /proc and /sys are."""
     if device.type == "cuda":
         return float(torch.cuda.get_device_properties(device).total_memory)
-    return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") / distributed.neighbours()
+    there = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    return min([there, *map(_limit_of, control_groups(root, "memory"))]) / distributed.neighbours()
+
+
+def _limit_of(group: Path) -> float:
+    """Memory limit of one control group, in bytes: version 2 has memory.max, version 1 another file."""
+    for name in ("memory.max", "memory.limit_in_bytes"):
+        try:
+            return float((group / name).read_text(encoding="utf-8"))
+        except (OSError, ValueError):  # none there, or "max"
+            continue
+    return math.inf

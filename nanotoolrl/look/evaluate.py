@@ -34,6 +34,7 @@ from nanotoolrl.env import (
     messages_needed,
 )
 from nanotoolrl.files import check_writable, finite, write_atomically
+from nanotoolrl.gpu.memory import evaluation_slots
 from nanotoolrl.loading import BEGAN_FROM, BUILT_IN, BY_NAME, ModelError, load
 from nanotoolrl.look.doctor import (
     FORCED,
@@ -478,8 +479,9 @@ def score_grid(args: argparse.Namespace) -> tuple[str, dict]:
 
 
 def sampler_of(policy: Policy, limits: Limits, seed: int = 0) -> Sampler:
-    """A sampler under the limits."""
-    return Sampler(policy, limits.max_new_tokens, limits.context, seed=seed)
+    """A sampler under the limits, with as many slots as there is memory for."""
+    slots = evaluation_slots(policy.model, limits.context, policy.device)
+    return Sampler(policy, limits.max_new_tokens, limits.context, slots, seed)
 
 
 def play(policy: Policy, tasks: Sequence[Task], format: str, args: argparse.Namespace) -> Scores:
