@@ -106,7 +106,8 @@ OTHERS = (
         "Is there a setting that keeps success, here and in other formats on other tasks? No loss is seen "
         "of a method if none of its seeds falls and no interval in its line lies below 0; how large a loss "
         "that leaves open is in the intervals. It is said of three seeds or more, played everywhere. "
-        "Those whose first two were promising got more, on the same tasks, and the first two count.",
+        "Candidates have two seeds; `ets-held` and `guard-kl`, whose first two were promising, got five, on "
+        "the same tasks, and the first two count.",
     ),
 )
 

@@ -2,6 +2,7 @@
 
 SEEDS = range(5)
 FEWER = range(3)  # where many settings are looked at
+TWO = range(2)  # of a candidate
 
 # The search for `--preset collapse`.
 SCREEN = "--scheme grpo --eval-count 100 --eval-part 100"  # a look, not a claim: these are tasks of `test`
@@ -100,8 +101,9 @@ ABLATE = {
     "ctrl_sft": "--scheme ctrl_sft",
     "selfrepair": "--scheme selfrepair",
 }
-# Success as with ets or prs, and no loss out of distribution: candidates, each of which is reported.
-BOTH = REFERENCES | {
+# Success as with ets or prs, and no loss out of distribution: candidates, each of which is reported,
+# and those that were promising after two seeds.
+CANDIDATES = {
     # One step after a burst instead of four: what a round takes away again.
     "ets-after": "--scheme ets --steps 25",
     "prs-after": "--scheme prs --steps 25",
@@ -109,6 +111,8 @@ BOTH = REFERENCES | {
     "ets-tokens": "--scheme ets --sft-tokens 12000",
     "ets-formats": "--scheme ets --sft-tokens 12000 --ets-formats all",
     "prs-formats": "--scheme prs --ets-formats all",
+}
+PROMISING = {
     "ets-held": "--scheme ets --sft-tokens 12000 --ets-formats all --guard-kl 1",
     "guard-kl": "--scheme guard-kl",
 }
@@ -134,7 +138,8 @@ STUDIES = {
     "main": arms({name: f"{flags} {RESCUE}" for name, flags in METHODS.items()}),
     "schedule": arms({name: f"{flags} {HALF}" for name, flags in SCHEDULE.items()}),
     "lr": arms({name: f"{flags} {HALF}" for name, flags in LR.items()}, FEWER),
-    "both": arms({name: f"{flags} {HALF}" for name, flags in BOTH.items()}),
+    "both": arms({name: f"{flags} {HALF}" for name, flags in (REFERENCES | PROMISING).items()})
+    | arms({name: f"{flags} {HALF}" for name, flags in CANDIDATES.items()}, TWO),
     "ablate": arms({name: f"{flags} {HALF}" for name, flags in ABLATE.items()}, FEWER),
     # Every method again, for another base: --model.
     "half": arms({name: f"{flags} {HALF}" for name, flags in METHODS.items()}),
