@@ -79,23 +79,29 @@ def main_table(arms: Mapping[str, Sequence[Row]]) -> str:
 def ood_table(arms: Mapping[str, Sequence[Row]], when: str = "") -> str:
     """A line per method: formats and content, as in the paper's Table 2; when: "" or " at the fall". A method
     of which nothing was measured has none."""
-    lines = heading(["method", *WAYS, "paper: foreign format, trained format, both on foreign content"])
+    heads = ["method", "seeds", *WAYS, "paper: foreign format, trained format, both on foreign content"]
+    lines = heading(heads)
     for arm, rows in arms.items():
         cells = [written(pooled(rows, way + when)) for way in WAYS]
         if any(cells):
             paper = "" if when else ", ".join(PAPER.get(arm, ("",) * 4)[2:]).strip(", ")
-            lines.append(line_of([arm, *cells, paper]))
+            lines.append(line_of([arm, measured(rows, when), *cells, paper]))
     return "\n".join(lines)
 
 
 def changes_table(arms: Mapping[str, Sequence[Row]]) -> str:
     """A line per method: the change from the untrained model in each way of playing."""
-    lines = heading(["method", *WAYS])
-    for arm in arms:
+    lines = heading(["method", "seeds", *WAYS])
+    for arm, rows in arms.items():
         cells = [written(changed(arms, arm, way), "+") for way in WAYS]
         if arm != START and any(cells):
-            lines.append(line_of([arm, *cells]))
+            lines.append(line_of([arm, measured(rows), *cells]))
     return "\n".join(lines)
+
+
+def measured(rows: Sequence[Row], when: str = "") -> int:
+    """How many runs were played in all ways."""
+    return min(len(rewards_of(rows, way + when)) for way in WAYS)
 
 
 def written(found: Share | None, sign: str = "") -> str:
