@@ -12,6 +12,8 @@ from helpers.runs import TINY, hears_signals
 
 from nanotoolrl.look import studies as study_runs
 from nanotoolrl.look import study
+from nanotoolrl.look.arms import read_rows
+from nanotoolrl.look.rows import UNTRAINED
 from nanotoolrl.look.rundir import RunDirectory, logged_steps
 
 
@@ -34,7 +36,7 @@ def test_study_command(tmp_path, monkeypatch, capsys):
 
     def table():
         with (tmp_path / "table.csv").open() as file:
-            return [row for row in csv.DictReader(file) if row["run"] != "untrained-seed0"]
+            return [row for row in csv.DictReader(file) if row["run"] != UNTRAINED]
 
     assert [(row["run"], row["steps"]) for row in table()] == [("good", "1")]
     assert table()[0]["greedy_after"] != ""
@@ -45,6 +47,14 @@ def test_study_command(tmp_path, monkeypatch, capsys):
     monkeypatch.setitem(study.STUDIES, "tiny", {"good": f"{flags} --steps 3"})
     assert study.main(command) == 0
     assert [row["steps"] for row in table()] == ["3"]
+    other = tmp_path / "other"
+    elsewhere = ["tiny", "--runs", str(other), "--known", str(tmp_path / "table.csv")]
+    more = {"more": f"{flags} --steps 1 --seed 1", "good": f"{flags} --steps 3"}
+    monkeypatch.setitem(study.STUDIES, "tiny", more)
+    assert study.main(elsewhere) == 0
+    assert not (other / "tiny" / "good").exists(), "it is known"
+    assert [line["run"] for line in read_rows(other / "tiny" / "tiny.csv")] == [UNTRAINED, *more]
+    assert read_rows(other / "tiny" / "tiny.csv")[2] == read_rows(tmp_path / "table.csv")[1]
     monkeypatch.setitem(study.STUDIES, "tiny", {"good": f"{flags} --steps 3 --lr 1e-3"})
     assert study.main(command) == 1
     assert table() == [], "a run with other settings is not listed as if it had these"
@@ -88,6 +98,28 @@ def test_the_demo_ends_in_the_compared_report(tmp_path, monkeypatch, capsys):
     page = tmp_path / "demo" / "report" / "report.html"
     assert str(page) in capsys.readouterr().out and "grpo and ets" in page.read_text()
     assert (tmp_path / "demo" / "demo.csv").exists()
+
+
+def test_what_a_table_knows(tmp_path):
+    """Lines of finished runs with the flags of the study that are not here; no other file is a table."""
+    flags = {name: f"--scheme grpo --steps 3 --seed {seed}" for seed, name in enumerate("abcd")}
+    table = tmp_path / "table.csv"
+    made = [{"run": name, "flags": flags[name], "steps": 3} for name in "abcd"]
+    made[1]["steps"], made[2]["flags"] = 2, "--scheme grpo --steps 3 --lr 1"
+    study.write(table, [{"run": UNTRAINED, "greedy_after": 0.5}, *made])
+    (tmp_path / "d").mkdir()
+    (tmp_path / "d" / "config.json").touch()
+    assert list(study.known_rows(table, flags, tmp_path)) == [UNTRAINED, "a"]
+    assert study.known_rows(table, {"other": flags["a"]}, tmp_path) == {}
+    for text in ("one,two\n1,2\n", "run,flags\na,--scheme grpo --steps 3 --seed 0\n"):
+        table.write_text(text)
+        with pytest.raises(ValueError, match="no table of a study"):
+            study.known_rows(table, flags, tmp_path)
+
+
+def test_a_table_that_is_not_there_is_refused(tmp_path, capsys):
+    assert study.main(["collapse", "--runs", str(tmp_path), "--known", str(tmp_path / "no.csv")]) == 2
+    assert "no.csv" in capsys.readouterr().err
 
 
 def test_bad_jobs_are_refused(capsys):

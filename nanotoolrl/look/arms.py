@@ -27,8 +27,13 @@ def arms_of(rows: Sequence[Row]) -> dict[str, list[Row]]:
 
 def read_arms(path: Path) -> dict[str, list[Row]]:
     """Those of a table that the study wrote."""
+    return arms_of(read_rows(path))
+
+
+def read_rows(path: Path) -> list[Row]:
+    """The rows of such a table, every cell as its text."""
     with path.open(encoding="utf-8", newline="") as file:
-        return arms_of(list(csv.DictReader(file)))
+        return list(csv.DictReader(file))
 
 
 def numbers(rows: Sequence[Row], column: str) -> list[float]:

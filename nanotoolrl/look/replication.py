@@ -21,6 +21,7 @@ PAGE = """# What replicates, and what does not
 
 ```console
 python -m nanotoolrl.study main --grid 100      # every method, five seeds; resumable; --seeds 2 makes two
+python -m nanotoolrl.study lr --known data/results/lr.csv       # only the runs that a table lacks
 python -m nanotoolrl.look.results runs/main/main.csv --figure rescue.png        # tables and figure of yours
 python -m nanotoolrl.look.replication           # this page, from data/results
 ```

@@ -22,6 +22,7 @@ SAMPLED = ("model", "tasks", "format", "temperature", "max_new_tokens", "max_mes
 SAMPLED += ("tool_seconds", "strict_empty_turn")
 WINDOW = 640  # rollouts over which sampled success is averaged
 RATES = Path(__file__).resolve().parent.parent.parent / "data" / "results" / "base" / "rates.json"
+UNTRAINED = "untrained-seed0"  # the line of the model that runs began from
 Cells = dict[str, Any]
 
 
@@ -251,7 +252,7 @@ def untrained_row(files: RunFiles, page: Path) -> Cells:
     if not greedy:
         return {}
     start = {"greedy_before": greedy["before"].success, "greedy_after": greedy["before"].success}
-    return {"run": "untrained-seed0", **start, **closing_cells(greedy["before"]), **grid_cells(page)}
+    return {"run": UNTRAINED, **start, **closing_cells(greedy["before"]), **grid_cells(page)}
 
 
 def digits(scores: Scores) -> str:

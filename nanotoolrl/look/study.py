@@ -2,6 +2,7 @@
 
 A study is a list of runs, each a name and the flags of `train.py`. Runs that are finished are not made again,
 broken ones are resumed, and the table is made anew from the run directories each time, so a study can grow.
+One that was begun elsewhere goes on from its table (`--known`).
 """
 
 import argparse
@@ -25,9 +26,9 @@ from nanotoolrl.commandline import parse, stored_config
 from nanotoolrl.config import Refused
 from nanotoolrl.files import check_writable
 from nanotoolrl.look import report
-from nanotoolrl.look.arms import arms_of, draw, falls_table, table_of
+from nanotoolrl.look.arms import arms_of, draw, falls_table, read_rows, table_of
 from nanotoolrl.look.falls import fall_of
-from nanotoolrl.look.rows import row, untrained_row
+from nanotoolrl.look.rows import UNTRAINED, row, untrained_row
 from nanotoolrl.look.rundir import logged_steps
 from nanotoolrl.look.runfiles import Unreadable, read_run
 from nanotoolrl.look.studies import STUDIES
@@ -135,6 +136,8 @@ def command_line() -> argparse.ArgumentParser:
     for name, about in looks.items():
         count = number(int, least=0, most=10_000)
         parser.add_argument(name, type=count, default=0, metavar="TASKS", help=f"{about} (default: 0)")
+    known = "a table of this study: runs that it has, with the same flags, are not made; their lines are kept"
+    parser.add_argument("--known", type=Path, metavar="TABLE", help=known)
     parser.add_argument("--figure", type=Path, help="draw the arms of the study into this PNG")
     parser.add_argument("--table", help="CSV to write (default: RUNS/STUDY/STUDY.csv, beside its runs)")
     return parser
@@ -149,23 +152,24 @@ def main(argv: list[str] | None = None) -> int:
     try:
         table.parent.mkdir(parents=True, exist_ok=True)
         check_writable(table)
-    except OSError as error:
+        base = f" --model {args.model}" if args.model else ""
+        seeds = args.seeds or math.inf
+        study = {name: flags + base for name, flags in STUDIES[args.study].items() if seed_of(flags) < seeds}
+        known = known_rows(args.known, study, home) if args.known else {}
+    except (OSError, ValueError) as error:
         print(f"study: {error}", file=sys.stderr)
         return 2
-    base = f" --model {args.model}" if args.model else ""
-    seeds = args.seeds or math.inf
-    study = {name: flags + base for name, flags in STUDIES[args.study].items() if seed_of(flags) < seeds}
-    names, codes = list(study), dict[str, int]()
+    names, codes = [name for name in study if name not in known], dict[str, int]()
     asked = (args.judge, args.grid)
     children = Children()
     with (
         interrupting(signal.SIGTERM, getattr(signal, "SIGHUP", signal.SIGTERM)),
         ThreadPoolExecutor(args.jobs) as pool,
-        tqdm(total=sum(map(steps_of, study.values())), initial=made_steps(names, home), unit="step") as bar,
+        tqdm(
+            total=sum(steps_of(study[name]) for name in names), initial=made_steps(names, home), unit="step"
+        ) as bar,
     ):
-        waiting = {
-            pool.submit(run, home / name, flags, children, *asked): name for name, flags in study.items()
-        }
+        waiting = {pool.submit(run, home / name, study[name], children, *asked): name for name in names}
         try:
             while len(codes) < len(waiting):
                 going = [one for one, name in waiting.items() if name not in codes]
@@ -178,16 +182,16 @@ def main(argv: list[str] | None = None) -> int:
                     if codes[name] == REFUSED:
                         study.pop(name)
                 if finished:
-                    write(table, rows(study, home))
+                    write(table, rows(study, home, known))
                 bar.update(made_steps(names, home) - bar.n)
                 bar.set_postfix_str(f"{len(codes)} of {len(waiting)} runs")
         except KeyboardInterrupt:
             children.end()
             pool.shutdown(cancel_futures=True)
-            write(table, rows(study, home))
+            write(table, rows(study, home, known))
             print("stopped; the runs are saved, the same command goes on", file=sys.stderr)
             return 130
-    made = rows(study, home)
+    made = rows(study, home, known)
     if found := arms_of([line for line in made if line["run"] in study]):
         print(table_of(found))
         print(falls_table(made))
@@ -291,17 +295,36 @@ def stored_arguments(page: Path) -> dict:
         return {}
 
 
-def rows(study: dict[str, str], home: Path) -> list[dict]:
+def rows(study: dict[str, str], home: Path, known: dict[str, dict]) -> list[dict]:
     """A line for every run that has made a step, with the settings of the study; above them one for the model
-    that they began from, once a run has ended."""
+    that they began from, once a run has ended. known: lines of runs that are not here (`known_rows`)."""
     runs = {}
     for name in study:
         with contextlib.suppress(Unreadable):
             runs[name] = read_run(home / name)
     starts = [untrained_row(files, home / start_page(files.config["model"])) for files in runs.values()]
-    first = next((start for start in starts if start), None)
-    found = [row(name, study[name], files) for name, files in runs.items()]
+    first = known.get(UNTRAINED) or next((start for start in starts if start), None)
+    lines = known | {name: row(name, study[name], files) for name, files in runs.items()}
+    found = [lines[name] for name in study if name in lines]
     return [first, *found] if first else found
+
+
+def known_rows(table: Path, study: dict[str, str], home: Path) -> dict[str, dict]:
+    """The lines of a table by run, of those that are finished, have the flags of the study, and are not in
+    the directory home; with the line of the model that they began from. Raises OSError, ValueError where the
+    table cannot be read."""
+    try:
+        lines = {line["run"]: dict(line) for line in read_rows(table)}
+        found = {
+            name: line
+            for name, line in lines.items()
+            if line.get("flags") == study.get(name)
+            and line["steps"] == str(steps_of(study[name]))
+            and not (home / name / "config.json").exists()
+        }
+    except (KeyError, csv.Error) as error:
+        raise ValueError(f"{table} is no table of a study: {error!r}") from error
+    return {UNTRAINED: lines[UNTRAINED]} | found if found and UNTRAINED in lines else found
 
 
 if __name__ == "__main__":
