@@ -12,7 +12,8 @@ What a run does, as GRPO has it (arXiv 2402.03300), each line with its function:
 
 Lines 2 to 5 are the scheme's business (nanotoolrl/schemes.py, signals.py); the loop does not know which one
 it runs. Where we deviate from textbook GRPO:
-- One update per step by default, so r = 1 and clipping never acts (`--updates`).
+- Few updates a step, two in the preset `first` and one in the others: in the first of them r = 1, and nothing
+  is clipped (`--updates`).
 - The mean is over all tokens of the step, not over rows of each row's mean (`--loss-agg sequence`).
 - No KL term by default; groups without contrast then have no gradient and are not computed (`--kl`).
 - A dual clip bounds the loss of a negative advantage (`--dual-clip`), as in the published code.

@@ -161,7 +161,8 @@ def void(run: Run, tasks: list[Task]) -> Step:
 )
 def guard(run: Run, tasks: list[Task]) -> Step:
     """GRPO with `--guard 1`: on control tokens A < 0 becomes (1 - guard) A. A name for the direct test of the
-    mechanism; every scheme takes `--guard`, and in the presets spike and rescue it is 1 for all, grpo too.
+    mechanism; every scheme takes `--guard`, and in the presets spike and rescue it is 1 for all: there
+    `guard` is `grpo`, and `--guard 0` plain GRPO.
 
     Deviations: the source spares tokens that good and bad rollouts share at the same position, counted from
     either end; ours are the control tokens, wherever they stand. The source also weighs those tokens twice

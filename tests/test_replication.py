@@ -4,6 +4,7 @@ import shutil
 
 from nanotoolrl.look import replication
 from nanotoolrl.look.intervals import Share
+from nanotoolrl.look.results import WAYS
 
 
 def test_a_study_has_a_section_once_it_has_a_table(tmp_path, monkeypatch):
@@ -61,10 +62,10 @@ def test_claims_are_judged():
 def test_what_a_method_keeps():
     """Of three seeds no loss is seen where none falls and no interval lies below 0; two say nothing."""
     level, lower = Share(0.0, -0.1, 0.1, 12), Share(-0.2, -0.3, -0.1, 12)
-    stands = [{"fall": "", "digits python ood": "t1"}] * 3
+    stands = [{"fall": ""} | {f"digits {way}": "t1" for way in WAYS}] * 3
     assert replication.kept(stands, [level, level]) == "no loss is seen"
     assert replication.kept(stands, [level, lower]) == "it loses"
     assert replication.kept([*stands, {"fall": "9"}], [level, level]) == "it falls"
-    ungraded = [*stands[:2], {"fall": ""}]
-    assert replication.kept(ungraded, [level, level]) == "open", "elsewhere only two seeds were played"
+    fewer = [*stands[:2], {"fall": ""}]
+    assert replication.kept(fewer, [level, level]) == "open", "elsewhere only two seeds were played"
     assert replication.kept(stands, [level, None]) == replication.kept(stands[:2], [level]) == "open"

@@ -57,6 +57,7 @@ def test_tables(tmp_path):
     """Two seeds of one method beside the paper's numbers; what was not measured is empty."""
     files = finished(tmp_path)
     row = rows.reward_cells(files) | {"greedy_after": 1 / 3, "fall": "", "sft_tokens": 4000.0}
+    row["flags"] = "--scheme ets --preset rescue --seed 0"
     other = row | {"greedy_after": 0.0, "fall": 15, "collapsed": 1, "digits closing": "t" + "0" * 12}
     other["digits python ood at the fall"] = "t" + "0" * 12
     start = rows.untrained_row(files, tmp_path / "grid.json")
@@ -66,10 +67,10 @@ def test_tables(tmp_path):
     assert len(found) == 4
     lines = found[0].splitlines()
     assert lines[2].startswith("| untrained | 1 | 0 | 0 |  |") and lines[2].endswith(
-        "| 100, 100 |  |  |  |  | 3.5, 12.5 |"
+        "| 100, 100 |  |  |  |  | 3.5, 12.5 |  |"
     )
     assert lines[3].startswith("| ets | 2 | 1 | 1 | 15 |") and lines[3].endswith(
-        "] |  |  | 4k | 20.0, 23.25 |"
+        "] |  |  | 4k | 20.0, 23.25 | `--scheme ets` |"
     )
     assert "| 16.7 [" in lines[3] and "] | 0, 33 | -83.3 [" in lines[3]
     assert len(lines) == 4, "what is not finished is not there"

@@ -54,7 +54,7 @@ FIRST = {
     ),
     "grad_norm": Metric("mean", "gradient norm before clipping"),
     "clip_fraction": Metric(
-        "share", "of those tokens whose ratio was clipped (hinted and oracle rollouts left out)"
+        "share", "over all updates: of the tokens that the policy sampled, those whose ratio was clipped"
     ),
     "tokens": Metric("count", "sampled tokens"),
     "sample_tok_s": Metric("1/s", "sampled tokens per second of sampling"),
@@ -155,7 +155,8 @@ The file has a line a step. The first line is step 0, the start, with `nll_contr
 first k + 1 |
 | `advantage_mass` | sums of positive and negative advantages on control and content tokens, and on each \
 class of tokens, per sampled token |
-| `net_push` | the same push by place in the message and control token: from good rollouts, from bad ones |
+| `net_push` | `self` and `other` of `logit_gradient` together, by place in the message and \
+control token: from tokens with A > 0, from those with A < 0 |
 | `logit_gradient` | how the policy loss pushes the logit of each control token, summed over the step's \
 updates |
 | `greedy_states` | message states of the evaluation, in steps that have one |
@@ -163,8 +164,8 @@ updates |
 
 `logit_gradient` counts the push through the sampled tokens' log-probs: `self` comes from where the token was
 sampled, `other` from everywhere else. Entropy and SFT terms are not in it. `net_push` is their sum. It counts
-by sign of the push, and by what stood before: the start of a message (a call or a reply is due), behind the
-tag, inside a call, behind its body, behind the call, inside a reply (`nanotoolrl/places.py`).
+by the sign of the token's advantage, and by what stood before: the start of a message (a call or a reply is
+due), behind the tag, in a call, behind its body, behind the call, in a reply (`nanotoolrl/places.py`).
 
 `tokens` has these numbers of each control token:
 

@@ -58,7 +58,7 @@ def main_table(arms: Mapping[str, Sequence[Row]]) -> str:
         "untrained so",
         "SFT tokens",
     ]
-    lines = heading([*heads, "paper: Qwen2.5, Qwen3"])
+    lines = heading([*heads, "paper: Qwen2.5, Qwen3", "flags"])
     for arm, rows in arms.items():
         falls = numbers(rows, "fall")
         ends = [100 * x for x in numbers(rows, "greedy_after")]
@@ -72,6 +72,8 @@ def main_table(arms: Mapping[str, Sequence[Row]]) -> str:
         tokens = numbers(rows, "sft_tokens")
         cells.append(f"{sum(tokens) / len(tokens) / 1000:.0f}k" if sum(tokens) else "")
         cells.append(", ".join(PAPER.get(arm, ("", ""))[:2]).strip(", "))
+        flags = str(rows[0].get("flags") or "").split(" --preset ")[0]  # what follows is the study's
+        cells.append(f"`{flags}`" if flags else "")
         lines.append(line_of(cells))
     return "\n".join(lines)
 
@@ -79,13 +81,15 @@ def main_table(arms: Mapping[str, Sequence[Row]]) -> str:
 def ood_table(arms: Mapping[str, Sequence[Row]], when: str = "") -> str:
     """A line per method: formats and content, as in the paper's Table 2; when: "" or " at the fall". A method
     of which nothing was measured has none."""
-    heads = ["method", "seeds", *WAYS, "paper: foreign format, trained format, both on foreign content"]
-    lines = heading(heads)
+    heads = ["method", "seeds", *WAYS]
+    lines = heading(
+        heads if when else [*heads, "paper: foreign format, trained format, both on foreign content"]
+    )
     for arm, rows in arms.items():
         cells = [written(pooled(rows, way + when)) for way in WAYS]
         if any(cells):
-            paper = "" if when else ", ".join(PAPER.get(arm, ("",) * 4)[2:]).strip(", ")
-            lines.append(line_of([arm, measured(rows, when), *cells, paper]))
+            paper = [", ".join(PAPER.get(arm, ("",) * 4)[2:]).strip(", ")]
+            lines.append(line_of([arm, measured(rows, when), *cells, *([] if when else paper)]))
     return "\n".join(lines)
 
 
@@ -151,7 +155,7 @@ def tables(arms: Mapping[str, Sequence[Row]]) -> Iterator[str]:
         "": main_table(arms),
         "In other formats, and on tasks of other domains:": ood_table(arms),
         "The same, as changes from the untrained model:": changes_table(arms),
-        "At the fall, of the methods that fell:": ood_table(arms, " at the fall"),
+        "At the fall, of the runs that fell and were played there:": ood_table(arms, " at the fall"),
     }
     for caption, table in found.items():
         if table.count("\n") > 1:

@@ -57,7 +57,7 @@ METHODS = {
     "restart": "--scheme restart",
     "exact": "--scheme grpo --guard 0",  # what there would be to lose, were it not for the guard
 }
-# The other studies take half the rollouts a step: the fall comes at the same step, in half the time.
+# The other studies take half the rollouts a step: the fall comes a few steps later, in half the time.
 HALF = f"{RESCUE} --prompts 8"
 REFERENCES = {name: METHODS[name] for name in ("exact", "grpo", "ets", "prs")}
 # A signal in every update instead of in bursts: each example once, at most sft_batch of them an update.
