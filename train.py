@@ -12,9 +12,9 @@ What a run does, as GRPO has it (arXiv 2402.03300), each line with its function:
 
 Lines 2 to 5 are the scheme's business (nanotoolrl/schemes.py, signals.py); the loop does not know which one
 it runs. Where we deviate from textbook GRPO:
-- Few updates a step, two in the preset `first` and one in the others: in the first of them r = 1, and nothing
-  is clipped (`--updates`).
-- The mean is over all tokens of the step, not over rows of each row's mean (`--loss-agg sequence`).
+- One to four updates a step, by preset and scheme (`--updates`). In the first of them r = 1, and nothing is
+  clipped.
+- The mean is over all tokens of an update, not over rows of each row's mean (`--loss-agg sequence`).
 - No KL term by default; groups without contrast then have no gradient and are not computed (`--kl`).
 - A dual clip bounds the loss of a negative advantage (`--dual-clip`), as in the published code.
 """
@@ -170,7 +170,7 @@ def setup(config: Config) -> tuple[Run, list[Task], int]:
         print(f"chat template: {policy.template}, in place of the model's own (--chat-template)")
     held = subset(held, config.eval_count)
     tasks = [task for task in tasks if len(task.turns) >= config.min_turns]
-    room = min(config.context, policy.context) - config.max_new_tokens
+    room = min(config.context, policy.context) - 1  # the last token is sampled, and not looked at
     hints = [hint_text(task, config.format) for task in tasks]
     why = [
         obstacle(policy.chat, task, config.format, config.limits(), room, hint)

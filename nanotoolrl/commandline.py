@@ -259,7 +259,7 @@ def command_line() -> argparse.ArgumentParser:
         owners = ", ".join(scheme.name for scheme in SCHEMES.values() if name in scheme.settings)
         if owners not in groups:
             groups[owners] = parser.add_argument_group(f"of {owners}") if owners else parser
-        about = one.about + (f" (default: {one.default})" if one.default != "" else "")
+        about = one.about + said_default(name)
         possible = choices.get(name, one.choices)
         if possible:
             about += f"; one of {', '.join(filter(None, possible))}"
@@ -268,6 +268,15 @@ def command_line() -> argparse.ArgumentParser:
             how = {"action": argparse.BooleanOptionalAction}
         groups[owners].add_argument(flag(name), help=about.replace("%", "%%"), **how)
     return parser
+
+
+def said_default(name: str) -> str:
+    """What --help says of a setting's default: that of no preset, and who has another one."""
+    default, first = SETTINGS[name].default, SETTINGS["preset"].default
+    others = {f"the preset {first}": PRESETS[first].get(name, default)}
+    others |= {one.name: one.defaults.get(name, default) for one in SCHEMES.values()}
+    said = [f"{value} in {owner}" for owner, value in others.items() if value != default]
+    return f" (default: {'; '.join([str(default), *said])})" if default != "" else ""
 
 
 def scheme_table() -> str:

@@ -233,7 +233,7 @@ class Episode:
         if overlong:
             self.abort(CUT)
             return None
-        calls = parse_calls(text, self.format)
+        calls, stopped = parse_calls(text, self.format), False
         if calls:
             self._calling += 1
             answers = [{"role": "tool", "content": self._answer(call)} for call in calls[:MAX_CALLS]]
@@ -245,7 +245,10 @@ class Episode:
             if not stopped or self.turn + 1 < len(self.task.turns):
                 self.abort(CAPPED)
                 return None
-        self.turn_verdicts.append(self._check_turn())
+        verdict = self._check_turn()
+        self.turn_verdicts.append(
+            replace(verdict, reason=CAPPED) if stopped and not verdict.passed else verdict
+        )
         self.turn += 1
         self._calls = self._calling = 0
         if self.turn == len(self.task.turns):

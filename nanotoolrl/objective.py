@@ -91,6 +91,11 @@ class Tokens:
         """Log-probs [N] under the reference."""
         return self.run.reference_logprobs(self.ids, self.mask)
 
+    @cached_property
+    def cut(self) -> Tensor:
+        """[N], True on the tokens of rows that a limit ended."""
+        return torch.tensor([row.cut for row in self.rows], device=self.row.device)[self.row]
+
     def of(self, source: str) -> Tensor:
         """[N], True on the tokens of rows from `source`."""
         flags = torch.tensor([row.source == source for row in self.rows], device=self.row.device)

@@ -67,7 +67,9 @@ def scheme(*, name: str = "", **declared: Any) -> Callable:
 
 
 # ---------------------------------------------------------------------------------------------- reward alone
-REFILL = {"refill": setting(0, "times that groups without contrast are replaced by other tasks'", least=0)}
+REFILL = {
+    "refill": setting(0, "times that groups without contrast are replaced by other tasks'", least=0, most=127)
+}
 REFILLED = {"refilled_groups": ("groups", "replaced for lack of contrast (`--refill`)")}
 
 
@@ -211,12 +213,15 @@ def llds(run: Run, tasks: list[Task]) -> Step:
 
     def objective(run: Run, tokens: Tokens) -> tuple[Tensor, Tensor]:
         loss, clipped = clipped_objective(run, tokens)
-        fallen = likelihood_drop(tokens.logprobs, tokens.old, tokens.own_advantages >= 0, tokens.message)
+        preferred = tokens.own_advantages >= 0
+        if run.config.mask_overlong:  # of what is masked nothing is said, neither good nor bad
+            preferred &= ~tokens.cut
+        fallen = likelihood_drop(tokens.logprobs, tokens.old, preferred, tokens.message)
         return loss + run.config.llds_weight * fallen, clipped
 
     trajectories, notes = refilled(run, rollout(run, tasks))
     advantages = group_advantages(run, trajectories)
-    every_row = run.config.llds_weight > 0
+    every_row = run.config.llds_weight > 0 and bool(advantages.any())  # without contrast nothing falls
     metrics = policy_update(run, trajectories, advantages, objective, every_row)
     return Step(trajectories, advantages, metrics | notes)
 

@@ -377,8 +377,9 @@ def hpt(run: Run, tasks: list[Task]) -> Step:
     """Like sync ets, but only this step's failed groups are trained on: loss of grpo + sft_coef * SFT loss.
 
     Deviation: the source switches per prompt between two losses of weight 1; ours are summed with a weight,
-    each a mean over its own tokens. A failed group has no advantage (without `--graded-reward`), so each task
-    still has one of them. With `--updates` above 1, each of them trains on all failed tasks of the step.
+    each a mean over its own tokens. A failed group has no advantage (without `--graded-reward` and
+    `--tag-penalty`), so each task still has one of them. With `--updates` above 1, each of them trains on all
+    failed tasks of the step.
     """
     trajectories = rollout(run, tasks)
     advantages = group_advantages(run, trajectories)

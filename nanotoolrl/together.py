@@ -26,28 +26,28 @@ class Together:
 
     def __init__(self, kv_heads: int, dtype: torch.dtype, rows: Rows) -> None:
         slots, lengths, prompts, prompt_lengths = rows
-        B, self.K = len(slots), kv_heads
+        B, self.K, device = len(slots), kv_heads, slots.device
         self.live, self.S, self.P = (int(x.max()) for x in (slots + 1, lengths, prompt_lengths))
         self.slots = self.by_slot = None
         if self.live > B:  # rows that wait have slots between these
-            self.slots, self.by_slot = slots, torch.zeros(self.live, dtype=torch.long)
-            self.by_slot[slots] = torch.arange(B)
+            self.slots, self.by_slot = slots, torch.zeros(self.live, dtype=torch.long, device=device)
+            self.by_slot[slots] = torch.arange(B, device=device)
         self.own_mask = self._mask(picked(lengths, self.by_slot), self.S, dtype)
         if self.P:
             count = torch.bincount(prompts)  # rows of each prompt
             order = prompts.argsort(stable=True)
-            place = torch.arange(B) - (count.cumsum(0) - count)[prompts[order]]
+            place = torch.arange(B, device=device) - (count.cumsum(0) - count)[prompts[order]]
             self.prompts, self.seats = len(count), int(count.max())
             self.seat = torch.empty_like(prompts).index_copy_(0, order, place) + prompts * self.seats
-            self.seated = torch.zeros(self.prompts * self.seats, dtype=torch.long)
-            self.seated[self.seat] = torch.arange(B)
-            known = torch.zeros(self.prompts, dtype=torch.long).index_copy_(0, prompts, prompt_lengths)
+            self.seated = torch.zeros(self.prompts * self.seats, dtype=torch.long, device=device)
+            self.seated[self.seat] = torch.arange(B, device=device)
+            known = torch.zeros_like(count).index_copy_(0, prompts, prompt_lengths)
             self.prompt_mask = self._mask(known, self.P, dtype)
 
     def _mask(self, lengths: Tensor, widest: int, dtype: torch.dtype) -> Tensor:
         """[places K, 1, widest], -inf behind the lengths [places]."""
-        behind = torch.arange(widest) >= lengths[:, None]
-        mask = torch.zeros(behind.shape, dtype=dtype).masked_fill_(behind, -math.inf)
+        behind = torch.arange(widest, device=lengths.device) >= lengths[:, None]
+        mask = torch.zeros_like(behind, dtype=dtype).masked_fill_(behind, -math.inf)
         return mask.repeat_interleave(self.K, 0)[:, None]
 
     def __call__(self, query: Tensor, prompts: Tensor, own: Tensor) -> Tensor:

@@ -122,8 +122,7 @@ def recorded_and_kept(
         kept = rows_kept(config, rows)
         rows, advantages = [rows[i] for i in kept], advantages[kept]
     if config.mask_overlong:  # overlong filtering of DAPO, arXiv 2503.14476
-        cut = torch.tensor([row.cut for row in rows], device=advantages.device)
-        advantages = torch.where(cut, 0.0, advantages)
+        advantages = advantages * advantages.new_tensor([not row.cut for row in rows])
     return rows, advantages, changed
 
 

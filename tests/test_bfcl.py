@@ -5,12 +5,14 @@ import json
 import random
 import sys
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 
 from nanotoolrl import bfcl
 from nanotoolrl.calls import FORMATS, Call, render_calls
-from nanotoolrl.env import CATEGORIES, MAX_MESSAGES, Episode, oracle, replay
+from nanotoolrl.commandline import parse
+from nanotoolrl.env import CAPPED, CATEGORIES, MAX_MESSAGES, Episode, oracle, replay
 from nanotoolrl.look import evaluate
 from nanotoolrl.sampler import Sampler
 from nanotoolrl.supervise import hint_text, play_again, reflections, review
@@ -66,6 +68,19 @@ def test_ground_truth_that_needs_the_benchmarks_limits(policy):
     ours, theirs = found(evaluate.OUR_LIMITS), found(evaluate.BFCL_LIMITS)
     assert len(ours) > len(theirs) == 0
     assert any("a ground-truth call has" in one and "may have 128" in one for one in ours)
+
+
+def test_what_the_built_in_models_context_holds(policy):
+    """As a run with the default limits of these tasks counts them."""
+    tasks, config = load_tasks("bfcl:train"), parse(["--tasks", "bfcl"])[0]
+    room = min(config.context, policy.context) - 1
+    hints = [hint_text(task, config.format) for task in tasks]
+    why = [
+        evaluate.obstacle(policy.chat, task, config.format, config.limits(), room, hint)
+        for task, hint in zip(tasks, hints, strict=True)
+    ]
+    page = Path("docs/real-models.md").read_text(encoding="utf-8")
+    assert f"holds {why.count('')} of the 300 tasks of `bfcl:train`" in page
 
 
 @pytest.mark.parametrize(
@@ -368,6 +383,7 @@ def test_a_last_turn_that_was_stopped_is_judged(tasks):
             assert not episode.done
             episode.step(render_calls([Call("pwd", {})], "hermes"))
         assert episode.done and episode.reward == reward
+        assert reward or episode.turn_verdicts[-1].reason == CAPPED  # a limit ended it: `Trajectory.cut`
         whole = [*first, [*calls, *[Call("pwd", {})] * bfcl.STEPS_A_TURN]]
         assert bfcl.official_verdict(task, whole, [*first, last]) == reward
 

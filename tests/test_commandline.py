@@ -32,6 +32,7 @@ from nanotoolrl.signals import SCHEMES
         (["--scheme", "ops", "--hint-count", "1"], "ops has no --hint-count, which is of hint, ghpo"),
         (["--scheme", "guard", "--guard", "3"], "--guard must be from 0 to 1"),
         (["--group", "1"], "--group must be at least 2"),
+        (["--scheme", "grpo", "--refill", "128"], "--refill must be at most 127; it is 128"),
         (["--seed", str(2**63)], "--seed must be at most 9223372036854775807"),
         (["--judge", "ftp://x"], "--judge"),
     ],
@@ -50,6 +51,18 @@ def test_a_scheme_keeps_its_own_settings_under_every_preset(scheme, preset):
     config = vars(parse(["--scheme", scheme, "--preset", preset])[0])
     own = dict(SCHEMES[scheme].defaults)
     assert {name: config[name] for name in own} == own
+
+
+def test_help_says_what_a_plain_run_has(capsys):
+    """The settings of the preset that is taken where none is named, and who else has other ones."""
+    with pytest.raises(SystemExit):
+        parse(["--help"])
+    said = " ".join(capsys.readouterr().out.split())
+    plain = resolve({"scheme": "grpo"})
+    for name, value in PRESETS[plain.preset].items():
+        assert f"{SETTINGS[name].default}; {value} in the preset {plain.preset}" in said, name
+        assert getattr(plain, name) == value
+    assert "(default: 1; 2 in the preset first; 4 in llds)" in said
 
 
 def test_bfcl_is_trained_under_its_own_limits():

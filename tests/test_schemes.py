@@ -25,7 +25,7 @@ from helpers.updates import (
 
 from nanotoolrl import guidance, objective, schemes
 from nanotoolrl.config import SETTINGS, setting
-from nanotoolrl.env import Call, Turn, Verdict
+from nanotoolrl.env import CAPPED, Call, Turn, Verdict
 from nanotoolrl.guidance import hint
 from nanotoolrl.look.metrics import metrics
 from nanotoolrl.run import (
@@ -232,6 +232,29 @@ def test_llds_never_holds_a_bad_rollout_up(tiny, monkeypatch, spared):
     held, _ = objective_of("llds", monkeypatch, tiny, rows, mixed, llds_weight=0.6, **settings)
     plain, _ = objective_of("grpo", monkeypatch, tiny, rows, mixed, **settings)
     assert any((a - b).abs().max() > 1e-4 for a, b in zip(held[0], plain[0]))
+
+
+def test_llds_says_nothing_of_rollouts_that_are_masked(tiny, monkeypatch):
+    """`--mask-overlong` takes the advantage of one that a limit ended: it is not good for that."""
+    rows, _ = made_up(tiny, spread=0.0)
+    for row in rows:  # as if everything had been likelier
+        row.logprobs = [x + 0.3 for x in row.logprobs]
+    bad = torch.full((len(rows),), -1.0)
+    rows[0].verdicts = [Verdict(False, CAPPED)]
+    masked = {"mask_overlong": True, "updates": 1}
+    held, _ = objective_of("llds", monkeypatch, tiny, rows, bad, llds_weight=0.6, **masked)
+    plain, _ = objective_of("grpo", monkeypatch, tiny, rows, bad, **masked)
+    all_close(held[0], plain[0], atol=1e-7)
+
+
+def test_llds_stays_in_a_dead_step(policy, monkeypatch):
+    """Without contrast nothing has fallen, so with `--skip-dead` nothing moves, as in grpo."""
+    tiny = tiny_policy(policy.tokenizer)
+    rows, advantages = made_up(tiny)
+    settings = {"updates": 2, "skip_dead": True, "llds_weight": 0.6}
+    alive, _ = objective_of("llds", monkeypatch, tiny, rows, advantages, **settings)
+    dead, _ = objective_of("llds", monkeypatch, tiny, rows, torch.zeros_like(advantages), **settings)
+    assert len(alive) == 2 and dead == []
 
 
 @pytest.mark.parametrize("kind", ["shaped", "ratio"])

@@ -17,9 +17,12 @@ from nanotoolrl.env import Episode
 from nanotoolrl.judge import Judge
 from nanotoolrl.loading import NANO, load
 from nanotoolrl.look import report
-from nanotoolrl.look.evaluate import MOST_NAMED, Scores
+from nanotoolrl.look.evaluate import MOST_NAMED, Scores, prompt_length
 from nanotoolrl.run import Step, rollout
 from nanotoolrl.signals import SCHEMES
+from nanotoolrl.supervise import hint_text
+from nanotoolrl.trajectory import demonstration
+from nanotoolrl.world.tasks import load_tasks
 
 ALL = [(name, schedule) for name, one in SCHEMES.items() for schedule in one.schedules or ("",)]
 
@@ -246,7 +249,7 @@ def test_weights_that_are_not_finite_end_the_run_with_the_last_that_were(flags, 
     flags = ["--scheme", "grpo", "--group", 6, "--updates", 1, *flags]
     assert run(*flags, "--steps", 9, "--save-every", 1, out=out) == 1
     said = capsys.readouterr().err
-    assert "are not finite. Start anew with a lower --lr" in said
+    assert "are not finite. Start anew with lower rates (--lr, --sft-lr)" in said
     assert all(tensor.isfinite().all() for tensor in weights(out).values())
     kept = load(out).model.state_dict()
     assert all(torch.equal(kept[name], tensor) for name, tensor in weights(out).items())
@@ -334,6 +337,20 @@ def test_long_prompts_are_named_skipped_and_counted(tmp_path, capsys):
     more = int(re.search(r"skipped: (\d+) more such tasks", said)[1])
     assert 20 < more < 280
     assert rows(out)[0]["skipped_tasks"] == str(MOST_NAMED + more)
+
+
+@pytest.mark.slow
+def test_a_task_that_fits_is_trained_on(policy, tmp_path, capsys):
+    """Room for its ground truth, and its prompt with a hint, is enough, whatever a message may have."""
+    tasks, chat = load_tasks(str(FEW)), policy.chat
+    whole = [len(demonstration(chat, task, "hermes").tokens) for task in tasks]
+    hinted = [prompt_length(chat, task, "hermes", hint_text(task, "hermes")) for task in tasks]
+    lengths = list(map(max, whole, hinted))
+    flags = ["--tasks", FEW, "--scheme", "grpo", "--prompts", 1, "--updates", 1, "--steps", 1]
+    assert run(*flags, "--context", min(lengths) + 1, out=tmp_path / "fits") == 0
+    assert f"1 steps on {lengths.count(min(lengths))} tasks" in capsys.readouterr().out
+    assert run(*flags, "--context", min(lengths), out=tmp_path / "not") == 2
+    assert "0 tasks" in capsys.readouterr().err
 
 
 def test_out_of_memory_names_two_settings(tmp_path, monkeypatch, capsys):

@@ -75,4 +75,4 @@ def why_ended(code: int, step: int, broken: str) -> str:
     what = f"after step {step} the {broken} are not finite."
     if code == STUCK:
         what = "three updates in a row had a loss or gradient that is not finite."
-    return f"{what} Start anew with a lower --lr; this run would end in the same way again."
+    return f"{what} Start anew with lower rates (--lr, --sft-lr); this run would end in the same way again."

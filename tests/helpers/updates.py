@@ -19,9 +19,11 @@ TIMES = ("train_tok_s", "probe_seconds")
 class Recorder(torch.optim.SGD):
     """Keeps a copy of the gradients of every step, and by default changes nothing."""
 
+    gradients: list[list[torch.Tensor]] = []
+
     def step(self):
         parameters = [p for group in self.param_groups for p in group["params"]]
-        self.gradients = [*getattr(self, "gradients", []), [p.grad.clone() for p in parameters]]
+        self.gradients = [*self.gradients, [p.grad.clone() for p in parameters]]
         super().step()
 
 
