@@ -52,9 +52,11 @@ def test_the_null_is_that_of_the_same_tasks(tmp_path, monkeypatch):
     """Each step's tasks, in the run's order, at the rates of the untrained model."""
     tasks = load_tasks("train")
     rates = {task.id: i / len(tasks) for i, task in enumerate(tasks)}
-    how = rows.base_rates()[0]
-    assert how["samples"] == 8 and set(rows.base_rates()[1]) == set(rates)
-    monkeypatch.setattr(rows, "base_rates", lambda: (how, rates))
+    for model in rows.RATES:
+        how, known = rows.base_rates(model)
+        assert how["model"] == model and how["samples"] == 8 and set(known) == set(rates)
+    how = rows.base_rates("nano")[0]
+    monkeypatch.setattr(rows, "base_rates", lambda model: (how, rates))
     run = run_of(tmp_path, [0.5] * len(tasks))
     null = rows.null_of(run.config, len(tasks))
     assert sorted(null) == pytest.approx(sorted(rates.values())), "an epoch has each task once"

@@ -81,35 +81,30 @@ The paper's numbers are averages of its Table 1, of one seed, without intervals.
   out of that of reinforcement learning.
 - Methods differ in how many tokens SFT shows; the column says how many.
 """
-# The studies of the page, in its order: (the table's name, the study, a heading, what is asked).
+# The studies of the page, in its order: (its name, a heading, what is asked).
 OTHERS = (
     (
-        "half_base1",
-        "half",
+        "other-base",
         "Another base",
-        "Every method, from a base of another seed.",
+        "The methods of `main`, from a base of another seed (`--model data/nano-s1`).",
     ),
     (
-        "schedule",
         "schedule",
         "Synchronous or interleaved",
         "A signal in every update, or in bursts; its references are in the last section.",
     ),
     (
         "lr",
-        "lr",
         "Learning rates",
         "Two orders around the preset's 2e-4, of RL and of SFT; the references are in the last section.",
     ),
     (
-        "ablate",
         "ablate",
         "What else prevents a fall",
         "`grpo` (of the last section) with other settings, or another signal. `cispo` and `gspo` are to be "
         "compared with `updates3`. `hpt` made the run that `ets-sync` is.",
     ),
     (
-        "both",
         "both",
         "In distribution and out of it",
         "Is there a setting that keeps success, here, in other formats and on other tasks? No loss is seen "
@@ -127,7 +122,7 @@ def page() -> str:
     made = list(tables(main))
     minutes = [x for rows in main.values() for x in numbers(rows, "minutes")]
     others = [
-        section(name, about, text) for name, _, about, text in OTHERS if (RESULTS / f"{name}.csv").exists()
+        section(name, about, text) for name, about, text in OTHERS if (RESULTS / f"{name}.csv").exists()
     ]
     return PAGE.format(
         studies=studies_table(),
@@ -150,14 +145,14 @@ def studies_table() -> str:
     lines = heading(
         ["study", "runs", "of", "seeds of a method", "minutes a run", "threads, versions, machine"]
     )
-    for name, study in (("main", "main"), *(other[:2] for other in OTHERS)):
+    for name in ("main", *(name for name, *_ in OTHERS)):
         arms = {arm: rows for arm, rows in arms_of(name).items() if arm != "untrained"}
         rows = [row for found in arms.values() for row in found]
         minutes, made = numbers(rows, "minutes"), sorted({str(row["made_with"]) for row in rows})
         cells = [
             f"`{name}`",
             len(rows),
-            len(STUDIES[study]),
+            len(STUDIES[name]),
             spread_of([len(found) for found in arms.values()]),
         ]
         lines.append(

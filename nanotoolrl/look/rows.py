@@ -21,7 +21,8 @@ from nanotoolrl.world.tasks import in_epochs, load_tasks
 SAMPLED = ("model", "tasks", "format", "temperature", "max_new_tokens", "max_messages", "context")
 SAMPLED += ("tool_seconds", "strict_empty_turn")
 WINDOW = 640  # rollouts over which sampled success is averaged
-RATES = Path(__file__).resolve().parent.parent.parent / "data" / "results" / "base" / "rates.json"
+BASE = Path(__file__).resolve().parent.parent.parent / "data" / "results" / "base"
+RATES = {"nano": "rates.json", "data/nano-s1": "rates-nano-s1.json"}  # by what a run calls its model
 UNTRAINED = "untrained-seed0"  # the line of the model that runs began from
 Cells = dict[str, Any]
 
@@ -149,16 +150,18 @@ def null_cells(files: RunFiles) -> Cells:
 
 
 def null_of(config: dict, steps: int) -> list[float]:
-    """Expected sampled success of the untrained built-in model on the tasks of each step, from its rates on
-    every training task (data/results/base/rates.json, 8 rollouts of each); [] where the run had another
-    model or other tasks, or samples otherwise than these rates were."""
+    """Expected sampled success of the untrained model on the tasks of each step, from its rates on every
+    training task (data/results/base/, 8 rollouts of each); [] where the run had another model or other
+    tasks, or samples otherwise than these rates were."""
+    if config.get("model") not in RATES:
+        return []
+    how, rates = base_rates(config["model"])
     usual = {"min_turns": 1, "task_count": 0, "top_p": 1.0, "min_p": 0.0}
-    usual |= {name: base_rates()[0].get(name) for name in SAMPLED}
+    usual |= {name: how.get(name) for name in SAMPLED}
     if any(config.get(name, value) != value for name, value in usual.items()):
         return []
     if not {"seed", "prompts"} <= config.keys() or config["scheme"] in ("hint", "ops", "ghpo"):
         return []
-    rates = base_rates()[1]
     order = in_epochs(train_tasks(), str(config["seed"]), range(steps * config["prompts"]))
     per_step = [order[i : i + config["prompts"]] for i in range(0, len(order), config["prompts"])]
     return [sum(rates[task.id] for task in chosen) / len(chosen) for chosen in per_step]
@@ -171,9 +174,9 @@ def train_tasks() -> list[Task]:
 
 
 @cache
-def base_rates() -> tuple[dict[str, Any], dict[str, float]]:
-    """(how they were sampled, sampled success of the built-in model by training task)."""
-    stored = json.loads(RATES.read_text(encoding="utf-8"))
+def base_rates(model: str) -> tuple[dict[str, Any], dict[str, float]]:
+    """(how they were sampled, sampled success of a model of RATES by training task)."""
+    stored = json.loads((BASE / RATES[model]).read_text(encoding="utf-8"))
     rewards = stored["scores"]["hermes"]["rewards"]
     return stored["arguments"], {task: rate for found in rewards.values() for task, rate in found.items()}
 

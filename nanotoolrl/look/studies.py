@@ -141,8 +141,8 @@ STUDIES = {
     "both": arms({name: f"{flags} {HALF}" for name, flags in (REFERENCES | PROMISING).items()})
     | arms({name: f"{flags} {HALF}" for name, flags in CANDIDATES.items()}, TWO),
     "ablate": arms({name: f"{flags} {HALF}" for name, flags in ABLATE.items()}, FEWER),
-    # Every method again, for another base: --model.
-    "half": arms({name: f"{flags} {HALF}" for name, flags in METHODS.items()}),
+    # Every method again, from a base of another seed.
+    "other-base": arms({name: f"{flags} {HALF} --model data/nano-s1" for name, flags in METHODS.items()}),
     # The paper's regime: few successes, many small updates.
     "regime": arms({how: f"{REGIME} --record {how}" for how in ("exact", "text")}),
     # Other ways to train what the policy did not sample, or not so.
