@@ -25,10 +25,10 @@ bench() { # seconds, name, arguments of the benchmark
 if [ "$device" = cpu ]; then
   part 60 tests python -m pytest -q tests/test_kernels.py -k "not vocabulary" -m "not slow"
 else
-  part 120 tests python -m pytest -q -m gpu
+  part 90 tests python -m pytest -q -m gpu
 fi
 bench 90 kernel kernel "${small[@]}"                          # rows 3 and 4
-bench 150 sampler sampler "${small[@]}"                       # rows 5 and 6
+bench 120 sampler sampler "${small[@]}"                       # rows 5 and 6
 part 60 profile python -m bench.profile "$out" --device "$device" "${small[@]:0:1}"
 for dtype in bf16 fp16; do                                    # row 7
   bench 40 parity-$dtype step --parity --dtype $dtype

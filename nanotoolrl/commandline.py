@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from nanotoolrl.bfcl import NAME as BFCL
-from nanotoolrl.config import SETTINGS, Config, Refused, Setting, flag
+from nanotoolrl.config import SETTINGS, Config, Refused, flag
 from nanotoolrl.env import BFCL_LIMITS
 from nanotoolrl.look.metrics import metrics_table
 from nanotoolrl.schemes import Scheme
@@ -196,18 +196,13 @@ def stored_config(path: Path) -> Config:
         if lacking:
             raise ValueError(f"it lacks {', '.join(lacking)}")
         there = {name: one for name, one in SETTINGS.items() if name in stored}
-        config = Config(**{name: typed(one, stored[name]) for name, one in there.items()})
+        config = Config(**{name: one.typed(stored[name]) for name, one in there.items()})
         check(config)
         return config
     except FileNotFoundError:
         raise Refused(f"no run to resume in {path.parent}: it has no {path.name}") from None
     except (OSError, ValueError, TypeError, RecursionError, Refused) as error:
         raise Refused(f"{path} cannot be read: {error}") from None
-
-
-def typed(one: Setting, value: Any) -> Any:
-    """JSON may write a float as an integer; no other type stands for another (`Config.check` refuses it)."""
-    return float(value) if one.kind is float and type(value) is int else value
 
 
 # ------------------------------------------------------------------------------------------- the command line

@@ -43,6 +43,10 @@ class Setting:
     def kind(self) -> Any:
         return type(self.default)
 
+    def typed(self, value: Any) -> Any:
+        """JSON may write a float as an integer; no other type stands for another (`wrong` refuses it)."""
+        return float(value) if self.kind is float and type(value) is int else value
+
     def wrong(self, value: Any) -> str:
         """Why a value cannot be, whatever the other settings are, or ""."""
         if type(value) is not self.kind:

@@ -404,3 +404,13 @@ def test_doctor_compares_with_a_page(tmp_path, capsys):
     (tmp_path / "no.json").write_text("{}")
     assert main(["--doctor", "--count", "4", "--compare", str(tmp_path / "no.json")]) == 2
     assert "is no page of the doctor" in capsys.readouterr().err
+
+
+def test_out_of_memory_is_said(monkeypatch, capsys):
+    def full(_):
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    monkeypatch.setitem(evaluating.COMMANDS, "score", full)
+    assert evaluating.main(["--count", "2"]) == 1
+    said = capsys.readouterr().err
+    assert "evaluate: CUDA out of memory" in said and "lower --context" in said

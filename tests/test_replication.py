@@ -25,10 +25,13 @@ def test_claims_are_counted():
     names = ("exact", "grpo", "sft", "sft-foreign", "sft_rl", "sft_rl-foreign", "ops", "hint", "ets", "prs")
     names += ("restart", "bursts")
     arms = dict.fromkeys(names, rows)
-    said = {claim: found for claim, *found in replication.claims(arms, {"ets": rows})}
+    said = {claim: found for claim, *found in replication.claims(arms, {"ets": rows}, {"prs": rows})}
     assert "`exact` 1 of 2, `grpo` 1 of 2 seeds" in said["RL alone collapses"][1]
-    assert said["RL alone collapses"][1].endswith("falls at step 9")
-    fell = "fell: `ets` 1 of 2, `prs` 1 of 2; with half the rollouts `ets` 1 of 2. Collapsed: "
+    assert said["RL alone collapses"][1].endswith("falls at step 9"), "of the other base nothing is known"
+    fell = (
+        "fell: `ets` 1 of 2, `prs` 1 of 2; with half the rollouts `ets` 1 of 2. From another base, with half "
+        "the rollouts, fell: `prs` 1 of 2. Collapsed: "
+    )
     assert fell in said["SFT on failures or on reflections, interleaved, does"][1]
     unknown = "not measured yet; without RL, not measured yet"
     assert said["Interleaving costs accuracy out of distribution, too"] == ["open", unknown]
@@ -46,7 +49,7 @@ def test_claims_are_judged():
     stands = {"fall": "", "collapsed": "0"} | failed
     arms = dict.fromkeys(names, down) | dict.fromkeys(("exact", "bursts", "untrained"), up)
     arms |= dict.fromkeys(("ets", "prs"), [stands] * 2)
-    found = list(replication.claims(arms, arms))
+    found = list(replication.claims(arms, arms, arms))
     assert [verdict for _, verdict, _ in found] == [
         "not if trained as sampled; with the break it does",
         "it does not",

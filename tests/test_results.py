@@ -96,6 +96,11 @@ def test_command(tmp_path, capsys):
     (tmp_path / "t.csv").write_text("run,fall,greedy_after\nets-seed0,3,0.1\n")
     assert results.main([str(tmp_path / "t.csv")]) == 0
     assert "| ets | 1 | 0 | 1 | 3 |" in capsys.readouterr().out
+    digits = "run,greedy_after,digits closing\nets-seed0,0.5,t0101\nets-seed1,0.5,t01\n"
+    (tmp_path / "t.csv").write_text(digits)
+    assert results.main([str(tmp_path / "t.csv")]) == 2, "they were not of the same tasks"
+    (tmp_path / "t.csv").write_text('run,greedy_after\nets-seed0,"0,5"\n')
+    assert results.main([str(tmp_path / "t.csv")]) == 2, "a spreadsheet's number"
 
 
 def test_success_over_steps(tmp_path):

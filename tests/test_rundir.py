@@ -15,7 +15,7 @@ from nanotoolrl.chat import control_tokens
 from nanotoolrl.commandline import stored_config
 from nanotoolrl.loading import NANO, load
 from nanotoolrl.look import evaluate
-from nanotoolrl.look.rundir import checksum, digest
+from nanotoolrl.look.rundir import RunDirectory, checksum, digest
 
 
 def test_metrics_have_the_columns_of_the_contract(four):
@@ -99,7 +99,7 @@ def test_resume_refuses_what_it_cannot_continue(four, tmp_path, capsys):
 
 
 @pytest.mark.slow
-def test_models_are_kept_on_the_way(tmp_path, capsys):
+def test_models_are_kept_on_the_way(tmp_path, capsys, monkeypatch):
     out = tmp_path / "run"
     flags = ["--scheme", "grpo", "--steps", 3, "--max-new-tokens", 90, "--format", "xml"]
     assert run(*flags, "--keep-every", 2, out=out) == 0
@@ -107,6 +107,8 @@ def test_models_are_kept_on_the_way(tmp_path, capsys):
     kept, end = (load(path).model.state_dict() for path in (out / "models" / "step-2", out))
     assert any(not torch.equal(kept[name], end[name]) for name in kept)
     assert evaluate.run_settings(str(out / "models" / "step-2"))["max_new_tokens"] == 90
+    monkeypatch.chdir(out / "models")
+    assert evaluate.run_settings("step-2")["max_new_tokens"] == 90, "wherever one stands"
 
 
 @pytest.mark.slow
@@ -149,6 +151,46 @@ sys.exit(train.main({[*TINY.split(), "--scheme", "grpo", "--steps", "1", "--out"
     assert done.returncode == 1 and "Traceback" not in done.stderr, done.stderr
     assert f"train.py: cannot write {out / 'model'}" in done.stderr
     assert not list(out.glob("*.tmp")) and not (out / "model").exists()
+
+
+@pytest.mark.slow
+def test_a_run_that_was_stopped_before_it_measured_the_start_goes_on(tmp_path, monkeypatch):
+    def stop(*_):
+        raise KeyboardInterrupt
+
+    flags = ["--scheme", "grpo", "--steps", 1]
+    with monkeypatch.context() as patch:
+        patch.setattr(train.ProbeSet, "measure", stop)
+        assert run(*flags, out=tmp_path / "run") == 130
+    assert (tmp_path / "run" / "probes.jsonl").read_text() == ""
+    assert train.main(["--resume", "--out", str(tmp_path / "run")]) == 0
+    assert len((tmp_path / "run" / "probes.jsonl").read_text().splitlines()) == 2
+
+
+@pytest.mark.parametrize("nth", [1, 2])
+def test_a_model_is_there_whenever_one_is_stopped(tiny, tmp_path, monkeypatch, nth):
+    """At the first or at the second exchange of the old one and the new one; a link stays one."""
+    (tmp_path / "disk").mkdir()
+    (tmp_path / "model").symlink_to(tmp_path / "disk")
+    directory, exchange, seen = RunDirectory(tmp_path), os.replace, []
+    directory.save_model(tiny)
+    before = (tmp_path / "model" / "model.safetensors").stat().st_ino
+
+    def replaced(old, new):
+        seen.append(new)
+        if len(seen) == nth:
+            raise KeyboardInterrupt
+        exchange(old, new)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "replace", replaced)
+        with pytest.raises(KeyboardInterrupt):
+            directory.save_model(tiny)
+    assert (tmp_path / "model" / "model.safetensors").stat().st_ino == before
+    directory.save_model(tiny)
+    assert (tmp_path / "model" / "model.safetensors").stat().st_ino != before
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["disk", "model"]
+    assert (tmp_path / "model").is_symlink()
 
 
 @pytest.mark.slow

@@ -2,6 +2,7 @@
 
 import csv
 import os
+import shlex
 import signal
 import subprocess
 import sys
@@ -74,12 +75,13 @@ def test_a_study_that_is_ended_ends_its_runs(name, tmp_path):
         cwd=study.ROOT,
         stderr=subprocess.PIPE,
         preexec_fn=hears_signals,
+        start_new_session=True,
     )
     for _ in range(600):
         if (home / "one" / "metrics.csv").exists() and logged_steps(home / "one" / "metrics.csv"):
             break
         time.sleep(0.1)
-    going.send_signal(getattr(signal, name))
+    os.killpg(going.pid, getattr(signal, name))  # as a terminal does: to all of the session
     _, errors = going.communicate(timeout=120)
     assert going.returncode == 130 and b"the same command goes on" in errors
     owner = RunDirectory(home / "one")
@@ -104,7 +106,9 @@ def test_what_a_table_knows(tmp_path):
     """Lines of finished runs with the flags of the study that are not here; no other file is a table."""
     flags = {name: f"--scheme grpo --steps 3 --seed {seed}" for seed, name in enumerate("abcd")}
     table = tmp_path / "table.csv"
-    made = [{"run": name, "flags": flags[name], "steps": 3} for name in "abcd"]
+    made = [{"run": name, "flags": flags[name], "steps": 3, "greedy_after": 0.5} for name in "abcd"]
+    flags["e"] = "--scheme grpo --steps 3 --seed 4"
+    made.append({"run": "e", "flags": flags["e"], "steps": 3})  # it was stopped as it was evaluated
     made[1]["steps"], made[2]["flags"] = 2, "--scheme grpo --steps 3 --lr 1"
     study.write(table, [{"run": UNTRAINED, "greedy_after": 0.5}, *made])
     (tmp_path / "d").mkdir()
@@ -115,6 +119,28 @@ def test_what_a_table_knows(tmp_path):
         table.write_text(text)
         with pytest.raises(ValueError, match="no table of a study"):
             study.known_rows(table, flags, tmp_path)
+
+
+def test_a_path_may_have_spaces(tmp_path, monkeypatch):
+    """Of the runs, and of the model that they begin from."""
+    monkeypatch.setattr(study, "ROOT", tmp_path)
+    asked = []
+
+    class Hand:
+        def run(self, command, log):
+            asked.extend(command[2:])
+            return 0
+
+    flags = f"--scheme grpo --steps 3 --seed 2 --model {shlex.quote('my models/a')}"
+    assert study.train(tmp_path / "my runs" / "one", flags, Hand()) == 0
+    assert asked[-1] == str(tmp_path / "my runs" / "one") and "my models/a" in asked
+    assert (study.seed_of(flags), study.steps_of(flags)) == (2, 3)
+    assert study.steps_of("--scheme grpo --model my models/a") == 0
+
+
+def test_a_study_that_keeps_no_fall_is_not_judged(tmp_path, capsys):
+    assert study.main(["collapse", "--runs", str(tmp_path), "--judge", "8"]) == 2
+    assert "no run of this study keeps the model of its fall" in capsys.readouterr().err
 
 
 def test_a_table_that_is_not_there_is_refused(tmp_path, capsys):
@@ -170,8 +196,8 @@ def test_looks_at_a_finished_run(tmp_path, monkeypatch):
     hand = Hand()
     for name in ("fell", "stands", "fell"):
         assert study.judge(tmp_path / name, 8, hand) == study.score_grids(tmp_path / name, 8, hand) == 0
-    looks = ["start-nano.json", "fell/doctor.json", "grid-nano.json", "fell/grid.json", "fell/grid-fall.json"]
-    assert asked == [*looks, "stands/grid.json"]
+    start, *others = "start-data_nano.json fell/doctor.json grid-data_nano.json fell/grid.json".split()
+    assert asked == [start, *others, "fell/grid-fall.json", "stands/grid.json"]
     asked.clear()
     (tmp_path / "stands" / "model").mkdir()
     (tmp_path / "stands" / "model" / "weights").touch()
@@ -180,5 +206,5 @@ def test_looks_at_a_finished_run(tmp_path, monkeypatch):
     assert study.score_grids(tmp_path / "stands", 8, hand) == 0
     assert asked == ["stands/grid.json"], "the model was written since"
     asked.clear()
-    codes["grid-nano.json"] = 1
-    assert study.score_grids(tmp_path / "fell", 9, hand) == 1 and asked == ["grid-nano.json"]
+    codes["grid-data_nano.json"] = 1
+    assert study.score_grids(tmp_path / "fell", 9, hand) == 1 and asked == ["grid-data_nano.json"]

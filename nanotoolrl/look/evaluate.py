@@ -275,17 +275,20 @@ def checkup(
     """What the doctor needs to know of a model: greedy success on `tasks` in every format, with prefix or
     skeleton forced, and with one class of tokens taken from the start, if there is one; message states,
     probes."""
-    ways: dict[str, tuple[Sampler, str, dict[str, bool]]] = {
-        one: (sampler, one, {}) for one in (format, *(f for f in FORMATS if f != format))
+    ways: dict[str, tuple[str, dict[str, bool]]] = {
+        one: (one, {}) for one in (format, *(f for f in FORMATS if f != format))
     }
-    ways[FORCED] = (sampler, format, {"force_prefix": True})
-    ways[SKELETON] = (sampler, format, {"force_skeleton": True})
+    ways |= {FORCED: (format, {"force_prefix": True}), SKELETON: (format, {"force_skeleton": True})}
     if start:
-        ways[OWN_STRUCTURE] = (swapped(sampler, sampler.policy, start, format), format, {})
-        ways[OWN_VALUES] = (swapped(sampler, start, sampler.policy, format), format, {})
+        ways |= {OWN_STRUCTURE: (format, {}), OWN_VALUES: (format, {})}
+
+    def player(way: str) -> Sampler:  # of swapped ones, with their caches, one at a time
+        pairs = {OWN_STRUCTURE: (sampler.policy, start), OWN_VALUES: (start, sampler.policy)}
+        return swapped(sampler, *pairs[way], format) if way in pairs else sampler
+
     played = {
-        way: evaluate(player, tasks, one, **forced, **rules(limits))
-        for way, (player, one, forced) in tqdm(ways.items(), f"playing {name}", unit="evaluation")
+        way: evaluate(player(way), tasks, one, **forced, **rules(limits))
+        for way, (one, forced) in tqdm(ways.items(), f"playing {name}", unit="evaluation")
     }
     success = {way: scores.of("all") for way, scores in played.items()}
     return Checkup(name, format, success, played[format].states, probes.measure(sampler.policy).tokens)
@@ -433,6 +436,9 @@ def main(argv: list[str] | None = None) -> int:
     except (ModelError, OSError, ValueError) as error:
         print(f"evaluate: {error}", file=sys.stderr)
         return 2
+    except torch.OutOfMemoryError as error:
+        print(f"evaluate: {str(error).splitlines()[0]}\nlower --context or --max-new-tokens", file=sys.stderr)
+        return 1
     except KeyboardInterrupt:
         return 130
     return 0
@@ -564,7 +570,7 @@ def run_settings(model: str) -> dict:
     in one (RUN/model, RUN/models/step-N). Settings that the run did not have yet are left out. Raises
     ValueError for one that no run can have."""
     names = ("model", "format", "tasks", "thinking", *(one.name for one in dataclasses.fields(Limits)))
-    path = Path(model)
+    path = Path(model).resolve()
     folders = (path, path.parent, path.parent.parent) if model not in BY_NAME and path.exists() else ()
     for folder in folders:
         try:
@@ -572,7 +578,7 @@ def run_settings(model: str) -> dict:
         except (OSError, ValueError, RecursionError):
             continue
         if isinstance(found, dict) and {"scheme", "format", "tasks"} <= found.keys():  # no model's own
-            told = {name: found[name] for name in names if name in found}
+            told = {name: SETTINGS[name].typed(found[name]) for name in names if name in found}
             for name, value in told.items():
                 if problem := SETTINGS[name].wrong(value):
                     raise ValueError(f"{folder / 'config.json'}: {name} {problem}")

@@ -178,7 +178,8 @@ def kept_table(arms: Arms) -> str:
     for arm, rows in arms.items():
         if arm in ("ets", "prs", "untrained"):
             continue
-        gain = [end - null for end, null in zip(numbers(rows, "sampled_end"), numbers(rows, "null_end"))]
+        ends = [numbers([row], "sampled_end") + numbers([row], "null_end") for row in rows]
+        gain = [pair[0] - pair[1] for pair in ends if len(pair) == 2]
         beside = [changed(arms, arm, "closing", other) for other in ("ets", "prs")]
         found = [changed(arms, arm, way) for way in ways]
         cells = [f"`{arm}`", len(rows), len(numbers(rows, "fall")), shown(gain, 100, 0)]
@@ -198,19 +199,29 @@ def kept(rows: Sequence[Row], found: Sequence[Share | None]) -> str:
 
 def claims_table(arms: Arms) -> str:
     """A line per claim of the paper: what became of it."""
+    other = arms_of("other-base")
     return "\n".join(
-        [*heading(["the paper", "here", "counted"]), *map(line_of, claims(arms, arms_of("both")))]
+        [*heading(["the paper", "here", "counted"]), *map(line_of, claims(arms, arms_of("both"), other))]
     )
 
 
-def claims(arms: Arms, half: Arms) -> Iterator[tuple[str, str, str]]:
-    """(the claim, what became of it, what is counted and measured of it). half: arms of `both`."""
-    every, none = share(arms, "grpo") == 1, share(arms, "exact") == 0
+def claims(arms: Arms, half: Arms, other: Arms) -> Iterator[tuple[str, str, str]]:
+    """(the claim, what became of it, what is counted and measured of it). half: arms of `both`; other: of
+    `other-base`."""
+    every, none = (
+        all(share(found, name) == each for found in (arms, other) if name in found)
+        for name, each in (("grpo", 1), ("exact", 0))
+    )
+
+    def elsewhere(*names: str) -> str:
+        found = fell(other, *names)
+        return f". From another base, with half the rollouts, fell: {found}" if found else ""
+
     yield (
         "RL alone collapses",
         "not if trained as sampled; with the break it does" if every and none else MIXED,
         f"collapsed: {collapsed(arms, 'exact', 'grpo')} seeds; `grpo`, in which bad rollouts spare control "
-        f"tokens, falls at step {falls(arms, 'grpo')}",
+        f"tokens, falls at step {falls(arms, 'grpo')}{elsewhere('exact', 'grpo')}",
     )
     before = ("sft_rl", "sft_rl-foreign")
     yield (
@@ -222,16 +233,17 @@ def claims(arms: Arms, half: Arms) -> Iterator[tuple[str, str, str]]:
     yield (
         "Off-policy rollouts and hints do not prevent it",
         "they do not" if share(arms, "ops", "hint") == 1 else MIXED,
-        f"collapsed: {collapsed(arms, 'ops', 'hint')}; falling at step {falls(arms, 'ops', 'hint')}",
+        f"collapsed: {collapsed(arms, 'ops', 'hint')}; falling at step {falls(arms, 'ops', 'hint')}"
+        f"{elsewhere('ops', 'hint')}",
     )
     ends = ", ".join(f"`{name}` {sampled(arms, name)}" for name in ("ets", "prs", "grpo"))
-    rows = [row for found in (arms, half) for name in ("ets", "prs") for row in found.get(name, ())]
+    rows = [row for found in (arms, half, other) for name in ("ets", "prs") for row in found.get(name, ())]
     yield (
         "SFT on failures or on reflections, interleaved, does",
         "no run falls" if every and not numbers(rows, "fall") else MIXED,
-        f"fell: {fell(arms, 'ets', 'prs')}; with half the rollouts {fell(half, 'ets', 'prs')}. Collapsed: "
-        f"{collapsed(arms, 'ets', 'prs')}. Sampled success at the end, on the tasks trained on: {ends}. "
-        f"Greedy on `test`: {greedy(arms, 'ets', 'prs')}",
+        f"fell: {fell(arms, 'ets', 'prs')}; with half the rollouts {fell(half, 'ets', 'prs')}"
+        f"{elsewhere('ets', 'prs')}. Collapsed: {collapsed(arms, 'ets', 'prs')}. Sampled success at the end, "
+        f"on the tasks trained on: {ends}. Greedy on `test`: {greedy(arms, 'ets', 'prs')}",
     )
     gain = changed(arms, "ets", "closing", "bursts")
     yield (

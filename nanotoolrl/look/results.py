@@ -210,10 +210,10 @@ def main(argv: list[str] | None = None) -> int:
     args = parser.parse_args(argv)
     try:
         arms = read_arms(args.table)
+        print("\n\n".join(tables(arms)))
     except (OSError, ValueError, KeyError) as error:
         print(f"results: {args.table} is no table of a study: {error}", file=sys.stderr)
         return 2
-    print("\n\n".join(tables(arms)))
     if args.figure:
         draw(arms, args.figure)
     return 0

@@ -192,7 +192,8 @@ class RunDirectory:
         kept = _up_to(self.metrics, lines[1:], step, self._step_of_row, range(1, step + 1), 2)
         found = {self.metrics: [lines[0], *kept]}
         lines = whole_lines(self.probes)
-        found[self.probes] = _up_to(self.probes, lines, step, _step_of_entry, range(step + 1), 1)
+        steps = range(step + 1) if step or lines else range(0)  # stopped before it had measured the start
+        found[self.probes] = _up_to(self.probes, lines, step, _step_of_entry, steps, 1)
         lines = whole_lines(self.rollouts) if self.rollouts.exists() else []
         found[self.rollouts] = _up_to(self.rollouts, lines, step, _step_of_entry, None, 1)
         return found
@@ -266,11 +267,11 @@ class RunDirectory:
             raise OSError(f"cannot write {self.checkpoint}: {str(error).splitlines()[0]}") from None
 
     def save_model(self, policy: Policy, name: str = "model") -> None:
-        """Write a model directory, in place of an older one."""
+        """Write a model directory, in place of an older one, which stays until the new one stands."""
         if not distributed.first():
             return
-        target = self.path / name
-        half = target.with_name(target.name + ".tmp")
+        target = (self.path / name).resolve()
+        half, old = (target.with_name(target.name + end) for end in (".tmp", ".old"))
         with contextlib.ExitStack() as last:
             last.callback(shutil.rmtree, half, ignore_errors=True)
             try:
@@ -279,8 +280,16 @@ class RunDirectory:
                 raise OSError(f"cannot write {target}: {error}") from None
             for path in (*half.iterdir(), half):
                 sync(path)
-            shutil.rmtree(target, ignore_errors=True)
-            os.replace(half, target)
+            shutil.rmtree(old, ignore_errors=True)
+            try:
+                if target.exists():
+                    os.replace(target, old)
+                os.replace(half, target)
+            except BaseException:
+                if old.exists() and not target.exists():
+                    os.replace(old, target)
+                raise
+            shutil.rmtree(old, ignore_errors=True)
             sync(target.parent)
 
     def open_logger(self, config: Config, step: int) -> None:

@@ -8,9 +8,11 @@ One that was begun elsewhere goes on from its table (`--known`).
 import argparse
 import contextlib
 import csv
+import io
 import json
 import math
 import os
+import shlex
 import signal
 import subprocess
 import sys
@@ -18,13 +20,14 @@ import threading
 from collections.abc import Iterable, Iterator
 from concurrent.futures import FIRST_COMPLETED, ThreadPoolExecutor, wait
 from pathlib import Path
+from typing import Any
 
 from tqdm import tqdm
 
 from nanotoolrl.cli import available_cores, command, number
 from nanotoolrl.commandline import parse, stored_config
 from nanotoolrl.config import Refused
-from nanotoolrl.files import check_writable
+from nanotoolrl.files import check_writable, write_atomically
 from nanotoolrl.look import report
 from nanotoolrl.look.arms import arms_of, draw, falls_table, read_rows, table_of
 from nanotoolrl.look.falls import fall_of
@@ -57,10 +60,14 @@ class Children:
             with self.lock:
                 if self.ended:
                     return ENDED
-                child = subprocess.Popen(command, env=environment, stdout=file, stderr=file, cwd=ROOT)
+                # In a session of its own: Ctrl-C at the terminal is not for it, but for `end`.
+                child = subprocess.Popen(
+                    command, env=environment, stdout=file, stderr=file, cwd=ROOT, start_new_session=True
+                )
                 self.going.add(child)
             code = child.wait()
-            self.going.discard(child)
+            with self.lock:
+                self.going.discard(child)
             return code
 
     def end(self) -> None:
@@ -85,7 +92,7 @@ def run(directory: Path, flags: str, children: Children, count: int = 0, grid: i
 
 def train(directory: Path, flags: str, children: Children) -> int:
     """The run itself."""
-    arguments = f"{flags} --threads 1 --show-every 0 --out {directory}".split()
+    arguments = [*shlex.split(flags), "--threads", "1", "--show-every", "0", "--out", str(directory)]
     if (directory / "config.json").exists():
         wanted = parse(arguments)[0]
         if (directory / "result.json").exists() and logged_steps(directory / "metrics.csv") == wanted.steps:
@@ -103,10 +110,11 @@ def train(directory: Path, flags: str, children: Children) -> int:
 def write(table: Path, rows: list[dict]) -> None:
     """The table as CSV, empty where a column does not apply."""
     names = list(dict.fromkeys(name for row in rows for name in row))
-    with table.open("w", newline="", encoding="utf-8") as file:
-        writer = csv.DictWriter(file, names, lineterminator="\n")
-        writer.writeheader()
-        writer.writerows([{k: text(v) for k, v in row.items()} for row in rows])
+    written = io.StringIO()
+    writer = csv.DictWriter(written, names, lineterminator="\n")
+    writer.writeheader()
+    writer.writerows([{k: text(v) for k, v in row.items()} for row in rows])
+    write_atomically(table, written.getvalue())
 
 
 def text(value: object) -> object:
@@ -152,10 +160,12 @@ def main(argv: list[str] | None = None) -> int:
     try:
         table.parent.mkdir(parents=True, exist_ok=True)
         check_writable(table)
-        base = f" --model {args.model}" if args.model else ""
+        base = f" --model {shlex.quote(args.model)}" if args.model else ""
         seeds = args.seeds or math.inf
         study = {name: flags + base for name, flags in STUDIES[args.study].items() if seed_of(flags) < seeds}
         known = known_rows(args.known, study, home) if args.known else {}
+        if args.judge and not any(settings(flags).get("keep_fall") for flags in study.values()):
+            raise ValueError("--judge: no run of this study keeps the model of its fall (--keep-fall)")
     except (OSError, ValueError) as error:
         print(f"study: {error}", file=sys.stderr)
         return 2
@@ -204,16 +214,19 @@ def main(argv: list[str] | None = None) -> int:
 
 def seed_of(flags: str) -> int:
     """The seed that a run is to have; 0 of one that cannot be made."""
-    with contextlib.suppress(Refused):
-        return parse(flags.split())[0].seed
-    return 0
+    return settings(flags).get("seed", 0)
 
 
 def steps_of(flags: str) -> int:
     """The steps that a run is to make; 0 of one that cannot be made."""
-    with contextlib.suppress(Refused):
-        return parse(flags.split())[0].steps
-    return 0
+    return settings(flags).get("steps", 0)
+
+
+def settings(flags: str) -> dict[str, Any]:
+    """The settings of a run; {} of one that cannot be made."""
+    with contextlib.suppress(Refused, SystemExit):
+        return vars(parse(shlex.split(flags))[0])
+    return {}
 
 
 def made_steps(names: Iterable[str], home: Path) -> int:
@@ -249,7 +262,7 @@ def judge(directory: Path, count: int, children: Children) -> int:
     model, start = fallen(directory), read_run(directory).config["model"]
     if not model:
         return 0
-    known = directory.parent / f"start-{Path(start).name}.json"
+    known = directory.parent / start_page("start", start)
     with STARTS:
         code = look(["--doctor"], start, known, count, children)
     how = ["--doctor", "--compare", str(known)]
@@ -263,14 +276,14 @@ def score_grids(directory: Path, count: int, children: Children) -> int:
     code."""
     start, fall = read_run(directory).config["model"], fallen(directory)
     with STARTS:
-        code = look(["--grid"], start, directory.parent / start_page(start), count, children)
+        code = look(["--grid"], start, directory.parent / start_page("grid", start), count, children)
     code = code or look(["--grid"], directory / "model", directory / "grid.json", count, children)
     return code or (look(["--grid"], fall, directory / "grid-fall.json", count, children) if fall else 0)
 
 
-def start_page(model: str) -> str:
-    """The name of the grid of the model that runs began from."""
-    return f"grid-{Path(model).name}.json"
+def start_page(kind: str, model: str) -> str:
+    """The name of a page about the model that runs began from: of each model its own."""
+    return f"{kind}-{model.strip('/').replace('/', '_')}.json"
 
 
 def look(how: list[str], model: Path | str, page: Path, count: int, children: Children) -> int:
@@ -284,7 +297,7 @@ def look(how: list[str], model: Path | str, page: Path, count: int, children: Ch
 
 def newest(model: Path | str) -> float:
     """When a model's directory was last written, in seconds; 0 of one that is known by its name."""
-    return max((part.stat().st_mtime for part in Path(model).glob("*")), default=0.0)
+    return max((part.stat().st_mtime for part in (ROOT / model).glob("*")), default=0.0)
 
 
 def stored_arguments(page: Path) -> dict:
@@ -302,7 +315,9 @@ def rows(study: dict[str, str], home: Path, known: dict[str, dict]) -> list[dict
     for name in study:
         with contextlib.suppress(Unreadable):
             runs[name] = read_run(home / name)
-    starts = [untrained_row(files, home / start_page(files.config["model"])) for files in runs.values()]
+    starts = [
+        untrained_row(files, home / start_page("grid", files.config["model"])) for files in runs.values()
+    ]
     first = known.get(UNTRAINED) or next((start for start in starts if start), None)
     lines = known | {name: row(name, study[name], files) for name, files in runs.items()}
     found = [lines[name] for name in study if name in lines]
@@ -320,6 +335,7 @@ def known_rows(table: Path, study: dict[str, str], home: Path) -> dict[str, dict
             for name, line in lines.items()
             if line.get("flags") == study.get(name)
             and line["steps"] == str(steps_of(study[name]))
+            and line["greedy_after"]
             and not (home / name / "config.json").exists()
         }
     except (KeyError, csv.Error) as error:

@@ -82,7 +82,8 @@ def swapped(like: Sampler, structure: Policy, words: Policy, format: str) -> Sam
     """
     if structure.tokenizer.get_vocab() != words.tokenizer.get_vocab():
         raise ValueError("two models can only write one message if they have the same tokens")
-    sampler = Sampler(structure, like.max_new_tokens, min(like.context, words.context), like.slots)
+    slots = max(1, like.slots // 2)  # each has two caches
+    sampler = Sampler(structure, like.max_new_tokens, min(like.context, words.context), slots)
     pair = [Decoder(policy, like.decoder.seed, fast=False) for policy in (structure, words)]
     sampler.decoder = SwapDecoder(*pair, structural(structure, format))
     return sampler
