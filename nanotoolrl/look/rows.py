@@ -153,9 +153,10 @@ def null_of(config: dict, steps: int) -> list[float]:
     """Expected sampled success of the untrained model on the tasks of each step, from its rates on every
     training task (data/results/base/, 8 rollouts of each); [] where the run had another model or other
     tasks, or samples otherwise than these rates were."""
-    if config.get("model") not in RATES:
+    model = config.get("model", "nano")
+    if model not in RATES:
         return []
-    how, rates = base_rates(config["model"])
+    how, rates = base_rates(model)
     usual = {"min_turns": 1, "task_count": 0, "top_p": 1.0, "min_p": 0.0}
     usual |= {name: how.get(name) for name in SAMPLED}
     if any(config.get(name, value) != value for name, value in usual.items()):
