@@ -630,7 +630,7 @@ TRAIN = [
     "--scheme no", "--preset no", "--schedule sync", "--no-such", "--steps=", "extra", "--tasks", "--judge no",
     "--judge http://", "--model data/nan0", "--tasks nope", "--eval-tasks nope --eval-count 1", "--out /dev/null/x",
     "--out /dev/null", "--model /dev/null", "--tasks /dev/null", "--tasks data", "--min-turns 99",
-    "--max-new-tokens 9999", "--context 9", "--prompts 9999", "--updates 99", "--resume", "--resume --out /dev/null",
+    "--context 9", "--prompts 9999", "--updates 99", "--resume", "--resume --out /dev/null",
 ]  # fmt: skip
 EVALUATE = [
     "--temperature nan", "--temperature -1", "--temperature inf", "--temperature 1e-9", "--temperature x",
