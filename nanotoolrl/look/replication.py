@@ -212,16 +212,11 @@ def claims(arms: Arms, half: Arms, other: Arms) -> Iterator[tuple[str, str, str]
         all(share(found, name) == each for found in (arms, other) if name in found)
         for name, each in (("grpo", 1), ("exact", 0))
     )
-
-    def elsewhere(*names: str) -> str:
-        found = fell(other, *names)
-        return f". From another base, with half the rollouts, fell: {found}" if found else ""
-
     yield (
         "RL alone collapses",
         "not if trained as sampled; with the break it does" if every and none else MIXED,
         f"collapsed: {collapsed(arms, 'exact', 'grpo')} seeds; `grpo`, in which bad rollouts spare control "
-        f"tokens, falls at step {falls(arms, 'grpo')}{elsewhere('exact', 'grpo')}",
+        f"tokens, falls at step {falls(arms, 'grpo')}{elsewhere(other, 'exact', 'grpo')}",
     )
     before = ("sft_rl", "sft_rl-foreign")
     yield (
@@ -234,7 +229,7 @@ def claims(arms: Arms, half: Arms, other: Arms) -> Iterator[tuple[str, str, str]
         "Off-policy rollouts and hints do not prevent it",
         "they do not" if share(arms, "ops", "hint") == 1 else MIXED,
         f"collapsed: {collapsed(arms, 'ops', 'hint')}; falling at step {falls(arms, 'ops', 'hint')}"
-        f"{elsewhere('ops', 'hint')}",
+        f"{elsewhere(other, 'ops', 'hint')}",
     )
     ends = ", ".join(f"`{name}` {sampled(arms, name)}" for name in ("ets", "prs", "grpo"))
     rows = [row for found in (arms, half, other) for name in ("ets", "prs") for row in found.get(name, ())]
@@ -242,8 +237,8 @@ def claims(arms: Arms, half: Arms, other: Arms) -> Iterator[tuple[str, str, str]
         "SFT on failures or on reflections, interleaved, does",
         "no run falls" if every and not numbers(rows, "fall") else MIXED,
         f"fell: {fell(arms, 'ets', 'prs')}; with half the rollouts {fell(half, 'ets', 'prs')}"
-        f"{elsewhere('ets', 'prs')}. Collapsed: {collapsed(arms, 'ets', 'prs')}. Sampled success at the end, "
-        f"on the tasks trained on: {ends}. Greedy on `test`: {greedy(arms, 'ets', 'prs')}",
+        f"{elsewhere(other, 'ets', 'prs')}. Collapsed: {collapsed(arms, 'ets', 'prs')}. Sampled success at "
+        f"the end, on the tasks trained on: {ends}. Greedy on `test`: {greedy(arms, 'ets', 'prs')}",
     )
     gain = changed(arms, "ets", "closing", "bursts")
     yield (
@@ -308,6 +303,12 @@ def fell(arms: Arms, *names: str) -> str:
     return ", ".join(
         f"`{name}` {len(numbers(arms[name], 'fall'))} of {len(arms[name])}" for name in names if name in arms
     )
+
+
+def elsewhere(other: Arms, *names: str) -> str:
+    """What is added of the runs of these methods from another base; "" where there is none."""
+    found = fell(other, *names)
+    return f". From another base, with half the rollouts, fell: {found}" if found else ""
 
 
 def falls(arms: Arms, *names: str) -> str:

@@ -285,10 +285,9 @@ class RunDirectory:
                 if target.exists():
                     os.replace(target, old)
                 os.replace(half, target)
-            except BaseException:
-                if old.exists() and not target.exists():
+            finally:
+                if not target.exists() and old.exists():  # stopped between the two
                     os.replace(old, target)
-                raise
             shutil.rmtree(old, ignore_errors=True)
             sync(target.parent)
 
